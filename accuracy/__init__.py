@@ -1,0 +1,1 @@
+"""BF16 against a variant: token agreement, tasks, the gate."""

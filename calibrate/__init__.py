@@ -1,0 +1,1 @@
+"""Samples in, activation ranges out: sources, prompts as vLLM builds them, EVS pruning, the forward loop."""

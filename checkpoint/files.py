@@ -1,0 +1,145 @@
+"""Safetensors files of a checkpoint directory, single or sharded: what is in them, and one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.faults import BadInput, Fault, raise_if_any
+from checkpoint.layout import OPTIONAL, TensorSpec, expected_tensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class TensorFiles:
+    """The tensors of one directory, by name. Opening reads headers only; `read` maps one tensor.
+
+    Attributes:
+        directory: Where the files are.
+        files: File names, in order.
+        specs: Shape and dtype of every tensor found.
+        location: Name of the file that holds each tensor.
+
+    Raises:
+        BadInput: On opening, with every fault: no weights, an index that names files or tensors that are not there,
+            a truncated or corrupt file.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.specs: dict[str, TensorSpec] = {}
+        self.location: dict[str, str] = {}
+        indexed: dict[str, str] = {}
+        if (self.directory / INDEX).exists():
+            weight_map = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise BadInput(Fault(str(self.directory / INDEX), "holds no weight_map", "copy the file again"))
+            indexed = weight_map
+            self.files = sorted(set(indexed.values()))
+        elif (self.directory / SINGLE).exists():
+            self.files = [SINGLE]
+        else:
+            raise BadInput(Fault(str(self.directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights"))
+        faults = [fault for file in self.files for fault in self._read_header(file)]
+        faults += [
+            Fault(str(self.directory / INDEX), f"says {name} is in {file}, where it is not", "copy the shard again")
+            for name, file in indexed.items()
+            if not faults and self.location.get(name) != file
+        ]
+        raise_if_any(faults)
+
+    def _read_header(self, file: str) -> Iterator[Fault]:
+        path = self.directory / file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
+                    part = opened.get_slice(name)
+                    self.specs[name] = TensorSpec(tuple(part.get_shape()), part.get_dtype())
+                    self.location[name] = file
+        except FileNotFoundError:
+            yield Fault(str(path), "no such file, though the index names it", "copy the shard")
+        except (SafetensorError, OSError, ValueError) as error:
+            yield Fault(str(path), f"is truncated or corrupt: {error}", "copy the file again")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, backed by the mapped file."""
+        return _opened(self.directory / self.location[name]).get_tensor(name)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all weight files on disk."""
+        return sum((self.directory / file).stat().st_size for file in self.files)
+
+
+@lru_cache(maxsize=16)
+def _opened(path: Path) -> Any:
+    return safe_open(path, framework="pt")
+
+
+def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str) -> list[Fault]:
+    """Every tensor that is missing, extra, mis-shaped or of another dtype; vLLM starts without a word on all of them."""
+    other = "is this the checkpoint that config.json describes?"
+    faults = [
+        Fault(where, f"tensor {name} is missing", other)
+        for name in expected
+        if name not in found and name not in OPTIONAL
+    ]
+    for name, spec in found.items():
+        if name not in expected:
+            if name not in OPTIONAL:
+                faults.append(Fault(where, f"tensor {name} is not part of this architecture", other))
+        elif spec != expected[name]:
+            want = expected[name]
+            faults.append(
+                Fault(
+                    where,
+                    f"tensor {name} is {spec.dtype} {list(spec.shape)}, not {want.dtype} {list(want.shape)}",
+                    other,
+                )
+            )
+    return faults
+
+
+def nonfinite_faults(tensors: TensorFiles) -> list[Fault]:
+    """Every tensor that holds NaN or infinity. Reads all weights once, one tensor at a time."""
+    faults = []
+    for name in tqdm(tensors, desc="reading weights", unit="tensor", leave=False, disable=None):
+        tensor = tensors.read(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            faults.append(
+                Fault(name, f"holds {bad} NaN or infinite values", "the checkpoint is broken: train or copy again")
+            )
+    return faults
+
+
+def check_weights(config: CheckpointConfig, finite: bool = True) -> TensorFiles:
+    """Open the weights of a BF16 checkpoint and hold them against its config.
+
+    Args:
+        config: The checkpoint's configuration.
+        finite: Also read every weight and refuse NaN and infinity.
+
+    Raises:
+        BadInput: With every fault found.
+    """
+    tensors = TensorFiles(config.directory)
+    faults = layout_faults(tensors.specs, expected_tensors(config), str(config.directory))
+    if finite and not faults:
+        faults = nonfinite_faults(tensors)
+    raise_if_any(faults)
+    return tensors

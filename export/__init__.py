@@ -1,0 +1,1 @@
+"""The quantized checkpoint on disk: written, verified, read back."""
