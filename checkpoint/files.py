@@ -91,7 +91,7 @@ def _opened(path: Path) -> Any:
 
 
 def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str) -> list[Fault]:
-    """Every tensor that is missing, extra, mis-shaped or of another dtype; vLLM starts without a word on all of them."""
+    """Every tensor that is missing, extra, mis-shaped or of another dtype: vLLM loads them all silently."""
     other = "is this the checkpoint that config.json describes?"
     faults = [
         Fault(where, f"tensor {name} is missing", other)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, logging
 from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
+from checkpoint.files import TensorFiles
+from checkpoint.layout import LANGUAGE_MODEL, expected_tensors
 
 # transformers builds a video patch projection for the successor's temporal patches. V2 has none and never calls it.
 _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
+# transformers would report that projection, and tensor parallelism we do not use, at every load; what is really missing
+# is raised below.
+logging.set_verbosity_error()
 
 
 def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Config:
@@ -51,8 +57,24 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
     )
 
 
+class _Deferred:
+    """A tensor read when transformers' loader asks for it, in the shape of a safetensors slice."""
+
+    def __init__(self, tensors: TensorFiles, name: str, read: Callable[[str], torch.Tensor]) -> None:
+        self._dtype, self._name, self._read = tensors.specs[name].dtype, name, read
+
+    def get_dtype(self) -> str:
+        return "BF16" if self._dtype.startswith(("F8", "U8")) else self._dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._read(self._name)
+
+
 def load_model(
-    config: CheckpointConfig, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+    config: CheckpointConfig,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> NemotronH_Omni_Reasoning_V3:
     """Load the checkpoint in `eval()` mode.
 
@@ -60,30 +82,41 @@ def load_model(
     copy. Embed tiles and frames with `calibrate.forward`, not with `forward(pixel_values_videos=…)`, which is broken
     in transformers 5.19.
 
+    Args:
+        config: The checkpoint.
+        device: A torch device.
+        dtype: Parameters' dtype; float32 for comparisons.
+        read: Gives the tensor of a checkpoint name where the files hold it in another form (quantized); the files'
+            own tensor by default.
+
     Raises:
         BadInput: When tensors that the model needs are missing, or some are left over.
     """
-    model, report = NemotronH_Omni_Reasoning_V3.from_pretrained(
-        config.directory,
+    tensors = TensorFiles(config.directory)
+    loaded: Any = NemotronH_Omni_Reasoning_V3.from_pretrained(
+        None,
         config=native_config(config),
+        state_dict={name: _Deferred(tensors, name, read or tensors.read) for name in expected_tensors(config)},
         dtype=dtype,
         device_map={"": device},
         output_loading_info=True,
-        local_files_only=True,
     )
+    model, report = loaded
     # transformers initialises what is missing at random and goes on.
     missing = sorted(name for name in report["missing_keys"] if name != _UNUSED and "layer_scale" not in name)
-    left_over = sorted(name for name in report["unexpected_keys"] if "input_conditioner" not in name)
+    left_over = sorted(report["unexpected_keys"])
     if missing or left_over or report["mismatched_keys"]:
-        raise BadInput(
-            Fault(
-                str(config.directory),
-                f"tensors missing {missing}, left over {left_over}",
-                "check it with export.verify",
-            )
-        )
+        what = f"tensors missing {missing}, left over {left_over}"
+        raise BadInput(Fault(str(config.directory), what, "check it with export.verify"))
     model.vision_model.embeddings.video_patch_projection = None
+    # from_config leaves this empty for a language model inside another, and ModelOpt's exporter iterates over it.
+    model.language_model.config.architectures = ["NemotronHForCausalLM"]
     return model.eval()
+
+
+def module_name(tensor_or_linear: str) -> str:
+    """The language model's module for a checkpoint name: `language_model.backbone.layers.0…` → `model.layers.0…`."""
+    return tensor_or_linear.removeprefix(LANGUAGE_MODEL).replace("backbone.", "model.", 1)
 
 
 def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
@@ -96,14 +129,10 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
         raise BadInput(Fault(str(config.directory / "tokenizer.json"), "no such file", "copy the tokenizer files"))
     # AutoTokenizer would read the config class from the directory's Python files.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.directory, local_files_only=True)
-    for key, token in (("img_context_token_id", config.raw["img_context_token"]),):
-        found = tokenizer.convert_tokens_to_ids(token)
-        if found != config.raw[key]:
-            raise BadInput(
-                Fault(
-                    str(config.directory / "tokenizer.json"),
-                    f"{token} has id {found}, config.json says {config.raw[key]}",
-                    "copy tokenizer and config.json from one release",
-                )
-            )
+    token, expected = config.raw["img_context_token"], config.image_token_id
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found != expected:
+        what = f"{token} has id {found}, config.json says {expected}"
+        remedy = "copy tokenizer and config.json from one release"
+        raise BadInput(Fault(str(config.directory / "tokenizer.json"), what, remedy))
     return tokenizer
