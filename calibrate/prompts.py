@@ -72,6 +72,11 @@ class Prompt:
     tiles: torch.Tensor
     media: tuple[Media, ...]
 
+    @property
+    def group(self) -> str:
+        """The source of the sample, by which figures are grouped."""
+        return self.sample_id.partition(": sample ")[0]
+
     def served_length(self, pruning_rate: float) -> int:
         """Tokens that are left of the prompt at this video pruning rate."""
         dropped = 0

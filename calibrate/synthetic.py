@@ -50,7 +50,7 @@ def draw(kind: str, seed: int | str, index: int) -> Sample:
         BadInput: For an unknown kind, naming the nearest.
     """
     scene = compose(kind, seed, index)
-    return Sample(f"{kind}-{seed}-{index}", messages(scene), "synthetic", scene.answer)
+    return Sample(f"{kind}-{seed}-{index}", messages(scene), f"synthetic {kind}", scene.answer)
 
 
 def messages(scene: Scene) -> list[dict[str, Any]]:

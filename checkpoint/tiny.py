@@ -9,7 +9,9 @@ projector, tokenizer with the special tokens, chat template with /think and /no_
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import SINGLE
 from checkpoint.layout import TensorSpec, expected_tensors
@@ -61,6 +63,20 @@ def write_tiny(out: str | Path, seed: int = 0) -> CheckpointConfig:
         tensors = {name: _untrained(name, spec, random) for name, spec in expected_tensors(config).items()}
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
     return config
+
+
+def embedded_checkpoint(directory: Path) -> CheckpointConfig:
+    """The embedded checkpoint at `directory`, written when it is not there or was written by another version."""
+    fresh = directory.with_name(f".{directory.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tiny(fresh)
+    names = os.listdir(fresh)
+    if directory.is_dir() and filecmp.cmpfiles(fresh, directory, names, shallow=False)[0] == names:
+        shutil.rmtree(fresh)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
+    return read_config(directory)
 
 
 def _untrained(name: str, spec: TensorSpec, random: np.random.RandomState) -> torch.Tensor:

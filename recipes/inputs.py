@@ -1,0 +1,109 @@
+"""What a recipe names, opened: the checkpoint, the device, the samples as prompts, the versions of the packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from calibrate.prompts import Prompt, build_prompts
+from calibrate.samples import Sample, Skipped, mixed, read_hub, read_jsonl
+from calibrate.synthetic import KINDS, synthetic
+from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.faults import BadInput, Fault
+from checkpoint.tiny import embedded_checkpoint
+from recipes.schema import Accuracy, Calibrate, HubSource, JsonlSource, Recipe, Source, SyntheticSource
+
+EMBEDDED = "embedded"
+_PACKAGES = ("nvidia-modelopt", "torch", "transformers", "safetensors", "datasets", "hybridquant")
+
+
+def open_checkpoint(recipe: Recipe) -> CheckpointConfig:
+    """The recipe's BF16 checkpoint; `embedded` is written beside the output when it is not there yet."""
+    if recipe.model == EMBEDDED:
+        return embedded_checkpoint(recipe.output.absolute().parent / "embedded-bf16")
+    config = read_config(recipe.model)
+    if "quantization_config" in config.raw:
+        raise BadInput(Fault(recipe.model, "is quantized already", "give the BF16 checkpoint"))
+    return config
+
+
+def pick_device(name: str | None) -> str:
+    """The named device, or the GPU where there is one.
+
+    Raises:
+        BadInput: When torch has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(Fault("device", f"{name!r}: {reason}", "give cpu, cuda or cuda:N, or leave it out")) from None
+    return name
+
+
+def prompt_stream(
+    section: Calibrate | Accuracy,
+    config: CheckpointConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    skipped: Skipped,
+    max_length: int | None = None,
+) -> Iterator[Prompt]:
+    """The section's samples as prompts, built as they are asked for; the first is built at once.
+
+    Raises:
+        BadInput: At once for a source that is not there, is empty or begins with a sample that cannot be used; later
+            when more samples are bad than `skipped` allows.
+    """
+    parts = [(_read(source, section, skipped), source.weight) for source in section.sources]
+    prompts = build_prompts(
+        mixed(parts, seed=section.seed),
+        config,
+        tokenizer,
+        count=section.samples,
+        skipped=skipped,
+        max_length=max_length or config.max_length,
+    )
+    first = next(prompts, None)
+    if first is None:
+        raise BadInput(Fault("calibration sources", "hold no usable sample", "look at the samples skipped above"))
+    return itertools.chain([first], prompts)
+
+
+def _read(source: Source, section: Calibrate | Accuracy, skipped: Skipped) -> Iterable[Sample]:
+    match source:
+        case SyntheticSource():
+            return synthetic(source.kinds or tuple(KINDS), section.samples, section.seed)
+        case JsonlSource():
+            return _begun(read_jsonl(source.path, skipped))
+        case HubSource():
+            return _begun(read_hub(source.name, split=source.split, subset=source.subset, skipped=skipped))
+
+
+def _begun(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """Take the first sample now, so that a source that is not there is found before weights are loaded."""
+    return itertools.chain(list(itertools.islice(samples, 1)), samples)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def recipe_path(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
+    """Split a command line into the recipe and its `key=value` overrides."""
+    if arguments and "=" not in arguments[0]:
+        return Path(arguments[0]), arguments[1:]
+    return default, arguments

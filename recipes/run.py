@@ -1,0 +1,96 @@
+"""Runs a recipe: BF16 checkpoint in, verified and measured quantized checkpoint out; quantize/ has the front doors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from accuracy.agreement import compare, final_states
+from accuracy.gate import Thresholds, judge, show
+from calibrate.forward import forward_loop
+from calibrate.samples import Skipped
+from checkpoint.faults import main as exit_with
+from checkpoint.files import check_weights
+from checkpoint.layout import language_model_linears
+from checkpoint.native import load_model, load_tokenizer
+from export.load import load_exported
+from export.manifest import Manifest, write_manifest
+from export.verify import show_faults, verify
+from export.write import check_output, output_specs, spec_bytes, write_checkpoint
+from quantize.policy import Rule, make_policy
+from quantize.ptq import packed_linears, quantize_model
+from recipes.inputs import open_checkpoint, pick_device, prompt_stream, recipe_path, versions
+from recipes.schema import Recipe, load_recipe
+
+_say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
+
+
+def run(recipe: Recipe) -> int:
+    """Run a recipe; returns 0 when everything is done and the gate passed, 1 for a fault or a missed gate.
+
+    Raises:
+        BadInput: With everything that is wrong with the input; nothing is left at the output.
+    """
+    # Check everything before the first weight is loaded.
+    config = open_checkpoint(recipe)
+    rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
+    policy = make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache)
+    source = check_weights(config, finite=False)
+    size = spec_bytes(output_specs(config, policy, source.specs))
+    check_output(recipe.output, size)
+    tokenizer, device, skipped = (
+        load_tokenizer(config),
+        pick_device(recipe.device),
+        Skipped(recipe.calibrate.max_skipped),
+    )
+    samples = prompt_stream(recipe.calibrate, config, tokenizer, skipped, recipe.calibrate.max_length)
+    held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer)
+    formats = ", ".join(f"{count} {format}" for format, count in policy.counts().items())
+    _say(f"{config.directory}: {source.total_bytes / 1e9:.3f} GB → {recipe.output}: {size / 1e9:.3f} GB, {formats}")
+    check_weights(config)
+
+    # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
+    model = load_model(config, device)
+    states = functools.partial(final_states, config=config, pruning_rate=recipe.serve.video_pruning_rate)
+    reference = states(model, held_out(Skipped()), describe="BF16 answers")
+    loop = functools.partial(forward_loop, model, samples, config, recipe.calibrate.video_pruning_rate)
+    counts = quantize_model(model.language_model, policy, lambda: loop(total=recipe.calibrate.samples))
+    _say(f"calibrated on {counts.samples} samples, {counts.tokens} tokens, skipped {skipped.samples}")
+    for fault in skipped.faults:
+        _say(f"skipped: {fault}")
+    calibration = dataclasses.asdict(counts) | {"skipped": skipped.samples}
+    recorded = recipe.model_dump(mode="json")
+    manifest = Manifest(recorded, versions(), policy.counts(), calibration, recorded["serve"])
+    packed = packed_linears(model.language_model, policy)
+    write_checkpoint(config, source, policy, packed, recipe.output, manifest)
+    del model, packed
+
+    # What is on disk is verified and measured, not what was in memory.
+    faults = verify(recipe.output, config.directory)
+    show_faults(recipe.output, faults)
+    gate: dict[str, object] = {"passed": False, "missed": [str(fault) for fault in faults]}
+    if not faults:
+        exported = load_exported(dataclasses.replace(config, directory=recipe.output), device)
+        answers = states(exported, held_out(Skipped()), describe="quantized answers")
+        measured = compare(reference, answers, exported.language_model.lm_head, config.image_token_id)
+        accuracy = recipe.accuracy
+        verdict = judge(measured, Thresholds(accuracy.max_kl, accuracy.min_top1, accuracy.max_perplexity_ratio))
+        show(verdict)
+        gate = verdict.as_dict()
+    write_manifest(recipe.output, dataclasses.replace(manifest, gate=gate))
+    _say(f"{recipe.output}: {'done; next: python -m serve ' + str(recipe.output) if gate['passed'] else 'FAILED'}")
+    return 0 if gate["passed"] else 1
+
+
+def front_door(doc: str, default: str) -> None:
+    """Run the recipe of the command line, `[RECIPE] [key=value …]`, and exit; `doc` is printed for `--help`."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(doc.strip())
+        sys.exit(0)
+    path, overrides = recipe_path(arguments, Path(__file__).parent / default)
+    exit_with(lambda: run(load_recipe(path, overrides)))

@@ -1,0 +1,198 @@
+"""What a recipe may say: each field's type, range and default; an unknown key is an error that names the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SyntheticSource(_Section):
+    """Documents, tables, charts, clips and texts drawn from a seed."""
+
+    type: Literal["synthetic"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    kinds: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of each kind; all kinds alike by default."""
+
+
+class JsonlSource(_Section):
+    """A JSON Lines file of OpenAI chat messages with local images and videos."""
+
+    type: Literal["jsonl"]
+    path: Path
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class HubSource(_Section):
+    """A Hugging Face dataset by name, streamed, or a local dataset directory."""
+
+    type: Literal["hub"]
+    name: str
+    split: str = "train"
+    subset: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+Source = Annotated[SyntheticSource | JsonlSource | HubSource, Field(discriminator="type")]
+_DEFAULT_SOURCES: tuple[Source, ...] = (SyntheticSource(type="synthetic"),)
+
+
+class Calibrate(_Section):
+    """What the activation ranges are taken from."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
+    samples: Annotated[int, Field(ge=1)] = 1024
+    seed: int = 0
+    max_length: Annotated[int, Field(ge=16)] = 16384
+    """Longest prompt in tokens, before EVS; longer samples are skipped."""
+    video_pruning_rate: Rate = 0.75
+    """EVS rate of the clips: give what serving will use."""
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    """Bad samples to skip and count before the run stops."""
+
+
+class LayerRule(_Section):
+    """One rule of the layer policy; what is not given matches everything, the last rule that matches wins."""
+
+    format: str
+    kind: str | None = None
+    layers: tuple[int, ...] | None = None
+    name: str | None = None
+
+
+class Quantize(_Section):
+    """Which layer gets which format."""
+
+    layers: Annotated[tuple[LayerRule, ...], Field(min_length=1)]
+    kv_cache: Literal["fp8"] | None = None
+    algorithm: Literal["max"] = "max"
+
+
+class Accuracy(_Section):
+    """What is measured against BF16 before a checkpoint counts as done, and what is demanded."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
+    samples: Annotated[int, Field(ge=1)] = 64
+    seed: int = 1_000_003
+    """Another seed than calibration's, so that the samples are held out."""
+    max_kl: Annotated[float, Field(gt=0)] | None = None
+    min_top1: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+
+
+class Serve(_Section):
+    """How `python -m serve` starts vLLM on the result."""
+
+    video_pruning_rate: Rate = 0.75
+    max_model_len: Annotated[int, Field(ge=256)] | None = None
+
+
+class Recipe(_Section):
+    """One product: what to load, calibrate, quantize, demand and serve."""
+
+    model: str
+    """Directory of the BF16 checkpoint, or `embedded` for the tiny one that comes with this repository."""
+    output: Path
+    device: str | None = None
+    """A torch device; the GPU if there is one by default."""
+    calibrate: Calibrate = Calibrate()
+    quantize: Quantize
+    accuracy: Accuracy = Accuracy()
+    serve: Serve = Serve()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides by dotted name.
+
+    Raises:
+        BadInput: With every fault: no such file, not YAML, unknown or misspelt keys, wrong types, out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = sorted(str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p) for p in _shipped())
+        raise BadInput(Fault(str(path), "no such recipe", nearest(str(path), shipped))) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(Fault(str(path), f"cannot be read as YAML: {_one_line(error)}", "mend the file")) from None
+    if not isinstance(raw, dict):
+        raise BadInput(Fault(str(path), "holds no mapping of fields", "start from recipes/tiny/fp8.yaml"))
+    raise_if_any([fault for text in overrides for fault in _override(raw, text)])
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(*(_fault(path, detail) for detail in error.errors())) from None
+
+
+def _shipped() -> list[Path]:
+    return list(Path(__file__).parent.rglob("*.yaml"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _override(raw: dict[str, Any], text: str) -> list[Fault]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return [Fault(text, "is no recipe and no key=value", "for example calibrate.samples=64")]
+    *parents, last = key.split(".")
+    section: Any = raw
+    for parent in parents:
+        if isinstance(section, list) and parent.isdigit() and int(parent) < len(section):
+            section = section[int(parent)]
+        elif isinstance(section, dict):
+            section = section.setdefault(parent, {})
+        else:
+            return [Fault(text, f"{parent} is no section of the recipe", "write the field's dotted name")]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return [Fault(text, f"the value is no YAML: {_one_line(error)}", "quote it")]
+    if isinstance(section, list) and last.isdigit() and int(last) < len(section):
+        section[int(last)] = parsed
+    elif isinstance(section, dict):
+        section[last] = parsed
+    else:
+        return [Fault(text, f"{last} is no field there", "write the field's dotted name")]
+    return []
+
+
+def _fault(path: Path, detail: Any) -> Fault:
+    """A pydantic error as field, value, what is allowed, what to do."""
+    location = [part for part in detail["loc"] if part not in ("synthetic", "jsonl", "hub")]
+    where = f"{path}: {'.'.join(map(str, location)) or 'recipe'}"
+    if detail["type"] == "extra_forbidden":
+        valid = _fields_at(detail["loc"][:-1])
+        return Fault(where, "unknown field", nearest(str(location[-1]), valid) if valid else "remove it")
+    if detail["type"] == "missing":
+        return Fault(where, "is missing", "add it")
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return Fault(where, f"{detail['input']!r:.80}: {message}", "mend the recipe or the override")
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a pydantic error location."""
+    by_tag: dict[Any, Any] = {"synthetic": SyntheticSource, "jsonl": JsonlSource, "hub": HubSource}
+    model: Any = Recipe
+    for part in location:
+        if part in by_tag:
+            model = by_tag[part]
+        elif part == "layers":
+            model = LayerRule
+        elif isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)
