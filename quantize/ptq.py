@@ -73,8 +73,13 @@ def quantize_model(
     """
     language_model.eval()
     results: list[Result] = []
-    with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
-        mtq.quantize(language_model, modelopt_config(policy, algorithm), lambda _: results.append(forward_loop()))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
+            mtq.quantize(language_model, modelopt_config(policy, algorithm), lambda _: results.append(forward_loop()))
+    except AssertionError as error:  # how ModelOpt's calibrator meets a NaN
+        if "nan" not in str(error):
+            raise
+        raise BadInput(_first_nan(language_model, policy)) from None
     raise_if_any(calibration_faults(language_model, policy))
     return results[-1]
 
@@ -99,6 +104,15 @@ def calibration_faults(language_model: nn.Module, policy: Policy) -> list[Fault]
             if k_scale is None or v_scale is None:
                 faults.append(Fault(name, "has no range for the KV cache after calibration", remedy))
     return faults
+
+
+def _first_nan(language_model: nn.Module, policy: Policy) -> Fault:
+    """The first linear of the model that had seen no finite input when calibration stopped."""
+    for name in policy.quantized:
+        quantizer = language_model.get_submodule(module_name(name)).input_quantizer
+        if quantizer.amax is None and quantizer._calibrator.compute_amax() is None:
+            return Fault(f"{name}.input_quantizer", "was given NaN in calibration", "are the weights before it sound?")
+    return Fault("calibration", "met NaN", "are the weights sound?")
 
 
 def packed_linears(language_model: nn.Module, policy: Policy) -> Iterator[PackedLinear]:

@@ -1,0 +1,67 @@
+"""Fixtures every room shares: the embedded checkpoint, its config and model, one FP8 export of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.native import load_model
+from checkpoint.tiny import write_tiny
+
+DATA = Path(__file__).parent / "data"
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The embedded checkpoint; do not change it, take `tiny_copy`."""
+    out = tmp_path_factory.mktemp("bf16") / "tiny"
+    write_tiny(out)
+    return out
+
+
+@pytest.fixture
+def tiny_copy(tiny, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny) -> CheckpointConfig:
+    return read_config(tiny)
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    return load_model(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def full12b() -> CheckpointConfig:
+    """The 12B's configuration."""
+    folder = DATA / "full12b"
+    return CheckpointConfig(folder, json.loads((folder / "config.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def fp8_run(tiny, tmp_path_factory) -> tuple[int, Path]:
+    """Exit status and output of the shipped tiny FP8 recipe, run once on few samples."""
+    from recipes.run import run
+    from recipes.schema import load_recipe
+
+    output = tmp_path_factory.mktemp("fp8") / "tiny-fp8"
+    few = ["calibrate.samples=7", "accuracy.samples=7", f"model={tiny}", f"output={output}"]
+    return run(load_recipe(Path("recipes/tiny/fp8.yaml"), few)), output
+
+
+@pytest.fixture(scope="session")
+def fp8(fp8_run) -> Path:
+    """The FP8 export; do not change it, take `fp8_copy`."""
+    return fp8_run[1]
+
+
+@pytest.fixture
+def fp8_copy(fp8, tmp_path) -> Path:
+    return Path(shutil.copytree(fp8, tmp_path / "fp8"))
