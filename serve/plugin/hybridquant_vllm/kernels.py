@@ -22,19 +22,29 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
     """
 
     @classmethod
-    def is_supported(cls, compute_capability=None):
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         """Run on any CPU."""
         return True, None
 
-    def input_quant_key(self):
+    def input_quant_key(self) -> None:
         """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only."""
         return None
 
-    def get_output_padding(self):
+    def get_output_padding(self) -> None:
         """Pad nothing: the base class pads rows for the sake of cuBLAS."""
         return None
 
-    def apply_scaled_mm(self, *, A, B, out_dtype, As, Bs, bias, output_shape):
+    def apply_scaled_mm(
+        self,
+        *,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out_dtype: torch.dtype,
+        As: torch.Tensor,
+        Bs: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_shape: list[int],
+    ) -> torch.Tensor:
         """(A · As) @ (B · Bs) + bias, with A [tokens, in] and B [in, out] in E4M3, As and Bs scalars in float32."""
         # E4M3 is exact in float32, and the two scales apply to the finished sum, as in a GPU's epilogue.
         out = torch.mm(A.to(torch.float32), B.to(torch.float32)) * (As.reshape(()) * Bs.reshape(()))
@@ -44,14 +54,14 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
 
 
 def static_scaled_fp8_quant(
-    input,
-    scale=None,
-    num_token_padding=None,
-    scale_ub=None,
-    use_per_token_if_dynamic=False,
-    output=None,
-    group_shape=None,
-):
+    input: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    num_token_padding: int | None = None,
+    scale_ub: torch.Tensor | None = None,
+    use_per_token_if_dynamic: bool = False,
+    output: torch.Tensor | None = None,
+    group_shape: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand in for `vllm._custom_ops.scaled_fp8_quant` where its C++ operator is missing.
 
     Loading calls it to give the three fused q/k/v weights one scale, which needs a static scale for the whole tensor
@@ -69,7 +79,7 @@ def static_scaled_fp8_quant(
     return output, scale
 
 
-def add_missing():
+def add_missing() -> list[str]:
     """Add a kernel for each format that has none on this CPU, and return the formats' names. Safe to call again."""
     added = []
     if not any(_runs_here(kernel) for kernel in linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])):
@@ -86,5 +96,5 @@ def add_missing():
     return added
 
 
-def _runs_here(kernel):
-    return kernel.is_supported()[0]
+def _runs_here(kernel: type) -> bool:
+    return kernel.is_supported()[0]  # type: ignore[attr-defined]

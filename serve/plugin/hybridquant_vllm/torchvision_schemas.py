@@ -9,21 +9,20 @@ the transforms are plain torch and Pillow. Nothing is imported here until somebo
 import importlib.abc
 import sys
 
-_LIBRARIES = []
+_LIBRARIES: list[object] = []
 
 
 class DeclareBeforeImport(importlib.abc.MetaPathFinder):
     """Declares the missing operators on the first import of torchvision, then steps aside."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         """Find nothing: the import goes on to the real torchvision."""
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             declare()
-        return None
 
 
-def declare():
+def declare() -> None:
     """Declare `torchvision::nms` and `::qnms` where torch has no CUDA; do nothing elsewhere."""
     import torch
 
@@ -35,7 +34,7 @@ def declare():
     _LIBRARIES.append(library)  # a collected Library takes its operators with it
 
 
-def install():
+def install() -> None:
     """Put the finder in front, once."""
     if "torchvision" not in sys.modules and not any(isinstance(f, DeclareBeforeImport) for f in sys.meta_path):
         sys.meta_path.insert(0, DeclareBeforeImport())
