@@ -29,6 +29,8 @@ def retention_mask(embeddings: torch.Tensor, frames: int, rows: int, cols: int, 
 
     Each token is scored by its dissimilarity, 1 - cosine, to the same place in the frame before; the first frame is
     kept whole. The scores are those of the embeddings' own dtype: in BF16 many tie, and ties go to the earlier token.
+    So the mask is exact for given embeddings; two engines whose embeddings differ by rounding may swap a few tokens at
+    the cut (8 of 512 between transformers and vLLM on the embedded checkpoint), which shifts the positions after them.
 
     Args:
         embeddings: Projector output [frames * rows * cols, hidden], frame after frame, row after row.

@@ -91,8 +91,8 @@ def embed(
 def tile_embeddings(model: NemotronH_Omni_Reasoning_V3, tiles: torch.Tensor) -> torch.Tensor:
     """Return the projector's output [tiles, tokens, hidden] for normalised tiles [tiles, 3, size, size].
 
-    Whole tiles enter the tower in a dense batch. `get_image_features` packs them into one sequence with block-diagonal
-    attention, which is slower and, being another kernel, differs in the last bit.
+    Whole tiles enter the tower as one dense batch: bit-equal to `get_image_features`, which packs them into one
+    sequence and took 2.8 times as long for 16 tiles on a CPU. vLLM's own output differs by BF16 rounding.
     """
     weight = next(model.vision_model.parameters())
     side = tiles.shape[-1] // model.vision_model.patch_size

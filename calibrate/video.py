@@ -25,6 +25,8 @@ from checkpoint.faults import BadInput, Fault
 
 SAMPLE_FPS = 2.0
 MAX_FRAMES = 128
+# A playlist may name other files and addresses; the file given is the only one read.
+_OPTIONS = {"protocol_whitelist": "none"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def decode(data: bytes, where: str) -> Clip:
         BadInput: It is no video, its frame rate is unknown, its frames are too large or none can be decoded.
     """
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
             if not container.streams.video:
                 raise BadInput(Fault(where, "file has no video stream", "give MP4, WebM or GIF"))
             stream = container.streams.video[0]
@@ -90,7 +92,7 @@ def decode(data: bytes, where: str) -> Clip:
             raise BadInput(Fault(where, what, "write it again with a constant frame rate"))
         wanted = sample_indices(total, fps)
         # Opened a second time: not every container can seek back to its beginning after the count.
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
             taken = _read(container, set(wanted))
     except av.FFmpegError as error:
         raise BadInput(Fault(where, f"video cannot be read: {error}", "give MP4, WebM or GIF")) from None
@@ -103,10 +105,8 @@ def decode(data: bytes, where: str) -> Clip:
 
 
 def _frame_rate(stream: VideoStream) -> float:
-    """The average rate, else one over the time base, which is what OpenCV reports."""
-    if stream.average_rate:
-        return float(stream.average_rate)
-    return float(1 / stream.time_base) if stream.time_base else 0.0
+    """Frames a second as OpenCV reports them: on average, else FFmpeg's guess (a short MPEG-TS has no average)."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _frame_count(container: InputContainer, stream: VideoStream, fps: float) -> int:

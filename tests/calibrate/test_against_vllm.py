@@ -1,0 +1,235 @@
+"""Prompts, tiles, sampled frames and EVS masks against vLLM's own, in its own environment, in one subprocess."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calibrate_media import clip_bytes, image_part, picture, text, trimmed, user, video_part
+
+from calibrate.evs import retained_tokens, retention_mask
+from calibrate.prompts import build_prompt
+from calibrate.samples import Sample
+from calibrate.tiles import frame_tiles, tile_grid
+from calibrate.video import decode
+from serve.environment import find_python
+
+REFERENCE = Path(__file__).with_name("vllm_reference.py")
+TILED, EVERY = 4, 37  # as in vllm_reference.py
+MEDIA_IO_KWARGS = {"fps": 2, "num_frames": 128}  # what calibrate/video.py says and `python -m serve` passes
+
+SYSTEM = {"role": "system", "content": "Answer shortly. /no_think"}
+ASSISTANT = {"role": "assistant", "content": "A red line."}
+
+
+def _exif(image):
+    exif = image.getexif()
+    exif[0x0112] = 6
+    return image_part(image, "JPEG", quality=95, exif=exif.tobytes())
+
+
+def _palette():
+    image = picture(90, 60).quantize(16)
+    image.info["transparency"] = 3
+    return image_part(image, transparency=3)
+
+
+def _clip(frames, fps, **options):
+    return video_part(clip_bytes(frames, fps, **options))
+
+
+CHATS = {
+    "text": [user(text("What is it?"))],
+    "plain string": [{"role": "user", "content": "Read the table. 日本語 ñ 🙂"}],
+    "no_think": [SYSTEM, user(text("What is it?"))],
+    "think": [{"role": "system", "content": "/think"}, user(text("Count them."))],
+    "no_think in user": [user(text("Count them. /no_think"))],
+    "turns": [SYSTEM, user(text("Which?")), ASSISTANT, user(text("Why?"))],
+    "ends with assistant": [user(image_part(picture(40, 30)), text("Which?")), ASSISTANT],
+    "square": [user(image_part(picture(512, 512)), text("What is it?"))],
+    "portrait": [SYSTEM, user(image_part(picture(300, 900)), text("What is it?"))],
+    "one pixel": [user(image_part(picture(1, 1)), text("What is it?"))],
+    "panorama": [user(text("Before. "), image_part(picture(1500, 60)), text("After."))],
+    "tower": [user(image_part(picture(37, 900)), text("What is it?"))],
+    "odd size": [user(image_part(picture(641, 479)), text("What is it?"))],
+    "three images": [
+        user(image_part(picture(100, 100)), text("and"), image_part(picture(700, 300)), image_part(picture(9, 30)))
+    ],
+    "images in two turns": [
+        user(image_part(picture(50, 50)), text("A?")), ASSISTANT, user(text("B?"), image_part(picture(60, 20)))
+    ],
+    "grayscale": [user(image_part(picture(80, 50, "L")))],
+    "alpha": [user(image_part(picture(80, 50, "RGBA")))],
+    "gray and alpha": [user(image_part(picture(80, 50, "LA")))],
+    "palette": [user(_palette())],
+    "bilevel": [user(image_part(picture(80, 50, "1")))],
+    "sixteen bit": [user(image_part(picture(80, 50, "I;16")))],
+    "cmyk": [user(image_part(picture(80, 50, "CMYK"), "JPEG"))],
+    "exif": [user(_exif(picture(80, 50)))],
+    "webp": [user(image_part(picture(81, 50), "WEBP"))],
+    # Not a file of one frame: OpenCV 5 loses it, and the server refuses the clip.
+    "one frame of ten": [user(_clip(10, 30), text("What happened?"))],
+    "two frames": [user(_clip(2, 1), text("What happened?"))],
+    "ntsc": [user(_clip(100, "30000/1001"), text("What happened?"))],
+    "film": [user(_clip(70, "24000/1001"), text("What happened?"))],
+    "7 fps": [user(_clip(40, 7), text("What happened?"))],
+    "12.5 fps": [user(_clip(50, "25/2"), text("What happened?"))],
+    "130 frames": [user(_clip(130, 2), text("What happened?"))],
+    "image and video": [SYSTEM, user(image_part(picture(70, 30)), _clip(9, 3), text("Same?"))],
+    "video, image, video": [user(_clip(20, 10), text("x"), image_part(picture(20, 30)), _clip(5, 1, width=32))],
+    "webm": [user(video_part(clip_bytes(30, 10, form="webm", codec="libvpx-vp9"), "video/webm"))],
+    "gif": [user(video_part(clip_bytes(12, 4, form="gif", codec="gif"), "video/gif"))],
+}  # fmt: skip
+
+CLIPS = {
+    "h264": clip_bytes(90, 30, codec="libx264"),
+    "odd height": clip_bytes(20, 10, width=98, height=54),
+    "portrait": clip_bytes(20, 5, width=48, height=96),
+    "turned 90": clip_bytes(12, 4, rotation=90),
+    "turned 180": clip_bytes(12, 4, rotation=180),
+    "turned -90": clip_bytes(12, 4, rotation=-90),
+    "webm": clip_bytes(31, 10, form="webm", codec="libvpx-vp9"),
+    "gif": clip_bytes(12, 4, form="gif", codec="gif"),
+    "mkv": clip_bytes(33, 10, form="matroska"),
+    "avi": clip_bytes(33, 10, form="avi"),
+    "mpeg-ts": clip_bytes(40, 10, form="mpegts"),
+    "trimmed": trimmed(clip_bytes(60, 10, codec="libx264"), 17),
+    "trimmed by one": trimmed(clip_bytes(40, 10), 1),
+    "variable rate": clip_bytes(40, 30, codec="libx264", slow_from=20),
+    "100 s": clip_bytes(700, 7),
+    "63.5 s": clip_bytes(127, 2),
+    "64.5 s": clip_bytes(129, 2),
+}
+
+_RANDOM = np.random.RandomState(5)
+GRID_IMAGES = [(int(w), int(h)) for w, h in np.exp(_RANDOM.uniform(0, 9, (1500, 2))).astype(int).clip(1)] + [
+    (512 * cols, 512 * rows) for cols in range(1, 13) for rows in range(1, 13)
+]
+GRID_TILES = (128, 512)
+
+
+def _evs_inputs():
+    random = np.random.RandomState(7)
+    inputs = {}
+    for frames, rows, cols in ((1, 4, 4), (2, 4, 4), (7, 4, 4), (12, 16, 16)):
+        shape = (frames, rows * cols, 24)
+        still = np.repeat(random.standard_normal((1, *shape[1:])), frames, axis=0)
+        kinds = {
+            "random": random.standard_normal(shape),
+            "near-static": still + 0.003 * random.standard_normal(shape),
+            "all-tie": still,
+            "zero": np.zeros(shape),
+        }
+        for kind, values in kinds.items():
+            for dtype in ("bfloat16", "float32"):
+                for rate in (0.1, 0.5, 0.7, 0.75, 0.9, 0.99):
+                    name = f"{dtype}/{kind}/{frames}/{rows}/{cols}/{rate}"
+                    inputs[name] = values.reshape(frames * rows * cols, 24).astype(np.float32)
+    return inputs
+
+
+EVS = _evs_inputs()
+
+
+@pytest.fixture(scope="session")
+def reference(config, tmp_path_factory):
+    at = tmp_path_factory.mktemp("vllm")
+    paths = {}
+    for name, data in CLIPS.items():
+        paths[name] = str(at / name)
+        Path(paths[name]).write_bytes(data)
+    cases = {
+        "chats": {
+            name: {"messages": messages, "open_turn": messages[-1]["role"] != "assistant"}
+            for name, messages in CHATS.items()
+        },
+        "clips": paths,
+        "media_io_kwargs": MEDIA_IO_KWARGS,
+        "grid_images": GRID_IMAGES,
+        "grid_tiles": GRID_TILES,
+    }
+    (at / "cases.json").write_text(json.dumps(cases))
+    np.savez(at / "evs.npz", **EVS)
+    command = [find_python(), REFERENCE, config.directory, at / "cases.json", at / "evs.npz", at / "out.npz"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), cwd=at, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"vLLM's own side failed:\n{done.stderr[-4000:]}"
+    return np.load(at / "out.npz")
+
+
+@pytest.fixture(scope="module")
+def prompts(config, tokenizer):
+    """Each chat's prompt, built once for the tests of tokens and of tiles."""
+    held = {}
+
+    def build(name):
+        if name not in held:
+            held[name] = build_prompt(Sample(name, CHATS[name], "test"), config, tokenizer)
+        return held[name]
+
+    return build
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_prompt_tokens_equal_vllm(name, reference, prompts):
+    assert prompts(name).token_ids == reference[f"ids/{name}"].tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, chat in CHATS.items() if "image_url" in str(chat)])
+def test_image_tiles_equal_vllm(name, reference, prompts):
+    prompt = prompts(name)
+    images = [item for item in prompt.media if item.kind == "image"]
+    for number, item in enumerate(images):
+        expected = torch.from_numpy(reference[f"tiles/{name}/image/{number}"])
+        tiles = prompt.tiles[item.first_tile : item.first_tile + item.tiles].flatten(1)[:, ::EVERY]
+        # vLLM rounds the finished tile to BF16. The two are equal with one torch; another may round one step off.
+        torch.testing.assert_close(tiles.bfloat16().float(), expected, atol=1e-6, rtol=2**-7)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_sampled_frames_equal_vllm(name, reference):
+    clip = decode(CLIPS[name], name)
+    assert list(clip.indices) == reference[f"indices/{name}"].tolist()
+    assert clip.fps == pytest.approx(float(reference[f"fps/{name}"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_decoded_frames_close_to_vllm(name, reference):
+    frames, expected = decode(CLIPS[name], name).frames, reference[f"frames/{name}"]
+    assert frames.shape == expected.shape
+    # Equal with the two FFmpeg builds at hand; others may round chroma by a grey level or two.
+    assert np.abs(frames.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_frame_tiles_equal_vllm(name, reference, config):
+    tiles = frame_tiles(reference[f"frames/{name}"][:TILED], config).flatten(1)[:, ::EVERY]
+    expected = torch.from_numpy(reference[f"frame_tiles/{name}"])
+    torch.testing.assert_close(tiles, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", GRID_TILES)
+def test_tile_grids_equal_vllm(size, reference):
+    assert [list(tile_grid(*image, size)) for image in GRID_IMAGES] == reference[f"grids/{size}"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["random", "near-static", "all-tie", "zero"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_retention_masks_equal_vllm(dtype, kind, reference):
+    for name, values in EVS.items():
+        if name.startswith(f"{dtype}/{kind}/"):
+            *_, frames, rows, cols, rate = name.split("/")
+            embeddings = torch.from_numpy(values).to(getattr(torch, dtype))
+            mask = retention_mask(embeddings, int(frames), int(rows), int(cols), float(rate))
+            assert mask.tolist() == reference[f"mask/{name}"].tolist(), name
+
+
+def test_retained_counts_equal_vllm(reference):
+    for name in EVS:
+        *_, frames, rows, cols, rate = name.split("/")
+        count = retained_tokens(int(frames), int(rows) * int(cols), float(rate))
+        assert count == int(reference[f"retained/{name}"]), name
