@@ -47,13 +47,17 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
         BadInput: When either directory is no checkpoint of this architecture.
     """
     config = read_config(directory)
-    original = TensorFiles(read_config(source).directory) if source else None
+    source_config = read_config(source) if source else None
+    original = TensorFiles(source) if source else None
     try:
         tensors = TensorFiles(directory)
     except BadInput as bad:
         return list(bad.faults)
     section = quantization_section(config)
     faults = list(_section_faults(config, section))
+    if source_config and expected_tensors(source_config) != expected_tensors(config):
+        faults.append(Fault(str(source), "describes a model of other dimensions", "is this the right --source?"))
+        original = None
     formats = linear_formats(config, tensors.specs)
     kv_scales = isinstance(section.get("kv_cache_scheme"), dict)
     shapes = layout_faults(tensors.specs, quantized_layout(config, formats, kv_scales), str(directory))

@@ -153,7 +153,8 @@ def _kv_quantizers(language_model: nn.Module) -> dict[str, tuple[torch.Tensor | 
     for name, module in language_model.named_modules():
         if hasattr(module, "k_bmm_quantizer") and module.k_bmm_quantizer.is_enabled:
             key, value = (
-                None if scale is None else scale.float().reshape(()) for scale in get_kv_cache_scaling_factor(module)
+                None if scale is None else scale.float().reshape(())
+                for scale in get_kv_cache_scaling_factor(module, clamp_fp8_scales=False)
             )
             scales["language_model." + name.replace("model.", "backbone.", 1)] = (key, value)
     if not scales:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 
@@ -25,3 +26,8 @@ def truncate(path: Path, keep: float = 0.5) -> None:
     """Cut a file off."""
     with path.open("r+b") as file:
         file.truncate(int(path.stat().st_size * keep))
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, for comparisons that no rounding or NaN can blur."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,203 @@
+"""The verifier sees each kind of damage, and a sound directory has no faults. Every test damages one thing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from checkpoint.faults import Fault
+from export.verify import show_faults, verify
+from tests.editing import edit_json, edit_tensors, truncate
+
+LAYER = "language_model.backbone.layers.{}.mixer.{}"
+IN_PROJ = LAYER.format(0, "in_proj")
+
+
+@pytest.fixture
+def attention(tiny_config) -> str:
+    return f"language_model.backbone.layers.{tiny_config.pattern.index('*')}.mixer"
+
+
+def messages(directory, source=None) -> str:
+    return "\n".join(str(fault) for fault in verify(directory, source))
+
+
+def section(config):
+    return config["quantization_config"]
+
+
+def edit_both_lists(directory, change):
+    edit_json(directory / "config.json", lambda c: change(section(c)["ignore"]))
+    edit_json(directory / "hf_quant_config.json", lambda c: change(c["quantization"]["exclude_modules"]))
+
+
+def test_a_sound_directory_has_no_faults(fp8, tiny):
+    assert verify(fp8, tiny) == []
+
+
+def test_missing_tensor(fp8_copy):
+    edit_tensors(fp8_copy, lambda t: t.pop("mlp1.1.weight"))
+    assert "tensor mlp1.1.weight is missing" in messages(fp8_copy)
+
+
+def test_missing_scale(fp8_copy):
+    edit_tensors(fp8_copy, lambda t: t.pop(f"{IN_PROJ}.input_scale"))
+    assert f"tensor {IN_PROJ}.input_scale is missing" in messages(fp8_copy)
+
+
+def test_extra_tensor(fp8_copy):
+    edit_tensors(fp8_copy, lambda t: t.update({"mlp1.1.weight_scale": torch.ones(())}))
+    assert "tensor mlp1.1.weight_scale is not part of" in messages(fp8_copy)
+
+
+def test_wrong_shape_and_dtype(fp8_copy):
+    def change(tensors):
+        tensors[f"{IN_PROJ}.weight_scale"] = torch.ones(1)
+        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].half()
+
+    edit_tensors(fp8_copy, change)
+    found = messages(fp8_copy)
+    assert f"{IN_PROJ}.weight_scale is F32 [1], not F32 []" in found
+    assert "mlp1.0.weight is F16" in found
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_and_positive(fp8_copy, value):
+    edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.input_scale"].fill_(value))
+    assert f"{IN_PROJ}.input_scale: has 1 values that are zero, negative or not finite" in messages(fp8_copy)
+
+
+def test_nan_in_a_packed_weight(fp8_copy):
+    edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[0].fill_(0x7F))
+    assert f"{IN_PROJ}.weight: holds NaN" in messages(fp8_copy)
+
+
+def test_nan_in_an_unquantized_weight(fp8_copy):
+    edit_tensors(fp8_copy, lambda t: t["mlp1.1.weight"][0].fill_(float("nan")))
+    assert "mlp1.1.weight: holds NaN" in messages(fp8_copy)
+
+
+def test_qkv_inputs_that_differ_cannot_be_fused(fp8_copy, attention):
+    edit_tensors(fp8_copy, lambda t: t[f"{attention}.k_proj.input_scale"].mul_(2))
+    assert f"{attention} input_scale: differs" in messages(fp8_copy)
+
+
+def test_a_quantized_linear_that_the_list_excludes(fp8_copy):
+    """Upstream trap: a glob such as language_model* makes vLLM take the whole language model for BF16."""
+    edit_both_lists(fp8_copy, lambda entries: entries.append("language_model*"))
+    assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(fp8_copy)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "conv1d"])
+def test_an_unquantized_module_that_the_list_does_not_exclude(fp8_copy, module):
+    def change(entries):
+        entries[:] = [entry for entry in entries if module not in entry]
+
+    edit_both_lists(fp8_copy, change)
+    assert f"{module}: has no scales, but vLLM takes it for quantized" in messages(fp8_copy)
+
+
+def test_a_corrupted_exclude_list(fp8_copy):
+    """Upstream trap: ModelOpt 0.47's entries for this model end in a NUL and a sentinel."""
+
+    def corrupt(entries):
+        entries[:] = [f"{entry}.\0backbone.pt_name_sentinel" for entry in entries]
+
+    edit_both_lists(fp8_copy, corrupt)
+    found = messages(fp8_copy)
+    assert "is no module name" in found
+    assert "lm_head: has no scales, but vLLM takes it for quantized" in found
+
+
+def test_the_two_config_files_must_agree(fp8_copy):
+    edit_json(fp8_copy / "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop())
+    assert "exclude_modules differs from ignore" in messages(fp8_copy)
+
+
+def test_a_directory_that_would_serve_as_bf16(fp8_copy, tiny):
+    edit_json(fp8_copy / "config.json", lambda c: c.pop("quantization_config"))
+    assert "has no quantization_config, so vLLM serves BF16" in messages(fp8_copy)
+    assert "has no quantization_config, so vLLM serves BF16" in messages(tiny)
+
+
+def test_null_quant_algo(fp8_copy):
+    edit_json(fp8_copy / "config.json", lambda c: section(c).update(quant_algo=None))
+    assert "quant_algo is None" in messages(fp8_copy)
+
+
+def test_an_algorithm_the_tensors_do_not_have(fp8_copy):
+    edit_json(fp8_copy / "config.json", lambda c: section(c).update(quant_algo="NVFP4"))
+    assert f"{IN_PROJ}: is FP8, config.json says NVFP4" in messages(fp8_copy)
+
+
+def test_an_unquantized_tensor_that_differs_from_the_source(fp8_copy, tiny):
+    edit_tensors(fp8_copy, lambda t: t["mlp1.1.weight"].view(torch.int16)[0, 0].add_(1))
+    assert "mlp1.1.weight: differs from the source" in messages(fp8_copy, tiny)
+    assert messages(fp8_copy) == ""
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.2, 2.0])
+def test_a_weight_scale_that_belongs_to_other_weights(fp8_copy, tiny, factor):
+    edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.weight_scale"].mul_(factor))
+    assert f"{IN_PROJ}.weight" in messages(fp8_copy, tiny)
+    assert "further from the source than fp8 rounding allows" in messages(fp8_copy, tiny)
+
+
+def test_one_flipped_weight_is_found(fp8_copy, tiny):
+    edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[3, 5].bitwise_xor_(0x20))
+    assert f"{IN_PROJ}.weight" in messages(fp8_copy, tiny)
+
+
+def test_swapped_layers_are_found(fp8_copy, tiny, tiny_config):
+    """Shapes, scales and names all fit; only the comparison with the source can tell."""
+    first, second = [i for i, kind in enumerate(tiny_config.pattern) if kind == "-"][:2]
+
+    def swap(tensors):
+        for suffix in ("weight", "weight_scale", "input_scale"):
+            a, b = (f"{LAYER.format(i, 'up_proj')}.{suffix}" for i in (first, second))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    edit_tensors(fp8_copy, swap)
+    assert messages(fp8_copy) == ""
+    assert LAYER.format(first, "up_proj") in messages(fp8_copy, tiny)
+
+
+def test_a_source_of_another_size_is_one_fault(fp8, tiny_copy):
+    edit_json(tiny_copy / "config.json", lambda c: c.update(projector_hidden_size=64))
+    assert [fault.what for fault in verify(fp8, tiny_copy)] == ["describes a model of other dimensions"]
+
+
+def test_truncated_weights(fp8_copy):
+    truncate(fp8_copy / "model.safetensors", 0.9)
+    assert "truncated or corrupt" in messages(fp8_copy)
+
+
+def run_verify(*arguments):
+    command = [sys.executable, "-m", "export.verify", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_table_shows_every_fault(tmp_path, capsys):
+    show_faults(tmp_path, [Fault("here", "is wrong", "mend it"), Fault("there", "is [wrong] too")])
+    table = " ".join(capsys.readouterr().err.split())
+    assert "2 faults" in table
+    assert all(word in table for word in ("here", "is wrong", "mend it", "there", "is [wrong] too"))
+
+
+def test_the_command_line_gives_all_faults_and_exits_1(fp8_copy, tiny):
+    edit_tensors(fp8_copy, lambda t: (t[f"{IN_PROJ}.input_scale"].fill_(0), t["mlp1.1.weight"].zero_()))
+    edit_json(fp8_copy / "hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="NVFP4"))
+    result = run_verify(fp8_copy, "--source", tiny, "--json")
+    found = json.loads(result.stdout)["faults"]
+    assert result.returncode == 1
+    assert {fault["where"].rpartition("/")[2] for fault in found} >= {f"{IN_PROJ}.input_scale", "mlp1.1.weight"}
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_line_exits_2_for_no_checkpoint(tmp_path):
+    result = run_verify(tmp_path / "nowhere")
+    assert result.returncode == 2
+    assert "no such directory" in result.stderr
+    assert "Traceback" not in result.stderr
