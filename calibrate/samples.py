@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -321,7 +321,7 @@ def _rows(name: str, split: str, subset: str | None, streaming: bool) -> Iterato
             data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         rows = data if isinstance(data, datasets.IterableDataset) else data.to_iterable_dataset()
         if rows.features is not None:
-            rows = rows.decode(False)
+            rows = rows.cast(_undecoded(rows.features))
         iterator = iter(rows)
         while True:
             try:
@@ -336,3 +336,14 @@ def _rows(name: str, split: str, subset: str | None, streaming: bool) -> Iterato
         raise BadInput(
             Fault(name, f"split {split} cannot be read: {reason}", "check name, split and network")
         ) from None
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same features with media left as bytes. `decode(False)` would leave JSON columns undecoded as well."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return type(feature)({key: _undecoded(value) for key, value in feature.items()})
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    return replace(feature, decode=False) if isinstance(feature, datasets.Image | datasets.Video) else feature

@@ -41,11 +41,13 @@ def load_image(data: bytes, where: str) -> Image.Image:
                 io.BytesIO(data), formats=[name for name in Image.OPEN if name not in _DENIED]
             )
         if image.width * image.height > MAX_PIXELS:
-            what = f"image has {image.width}x{image.height} pixels, at most {MAX_PIXELS} are served"
+            what = f"at most {MAX_PIXELS} pixels are served, the image has {image.width}x{image.height}"
             raise BadInput(Fault(where, what, "make it smaller"))
         image.load()
     except BadInput:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, the same number, comes first
+        raise BadInput(Fault(where, f"at most {MAX_PIXELS} pixels are served: {error}", "make it smaller")) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInput(Fault(where, f"image cannot be read: {error}", "give PNG, JPEG or WebP")) from None
     with contextlib.suppress(Exception):  # an unreadable EXIF block is ignored, as in serving

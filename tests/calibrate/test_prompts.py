@@ -1,0 +1,177 @@
+import struct
+import zlib
+
+import pytest
+import torch
+from calibrate_media import clip_bytes, data_url, image_bytes, image_part, picture, text, user, video_part
+
+from calibrate.prompts import build_prompt, build_prompts
+from calibrate.samples import Sample, Skipped
+from calibrate.tiles import load_image
+from checkpoint.faults import BadInput
+
+CLIP = clip_bytes(30, 10)
+
+
+def sample(*messages, name="s"):
+    return Sample(name, list(messages), "test")
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(len(data) - 4, data, zlib.crc32(data)) for data in (header, b"IDAT")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", n) + d + struct.pack(">I", c) for n, d, c in chunks)
+
+
+def test_visual_spans_cover_every_visual_token_and_nothing_else(config, tokenizer):
+    chat = user(text("a"), image_part(picture(700, 300)), video_part(CLIP), text("b"), image_part(picture(9, 9)))
+    prompt = build_prompt(sample(chat), config, tokenizer)
+    covered = {place for item in prompt.media for run in item.visual for place in range(run.start, run.end)}
+    assert covered == {place for place, token in enumerate(prompt.token_ids) if token == config.image_token_id}
+    assert [(item.kind, item.first_tile, item.tiles) for item in prompt.media] == [
+        ("image", 0, 11),
+        ("video", 11, 6),
+        ("image", 17, 1),
+    ]
+    assert prompt.tiles.shape == (18, 3, config.tile_size, config.tile_size)
+
+
+def test_media_span_holds_its_own_tokens(config, tokenizer):
+    prompt = build_prompt(sample(user(text("a"), video_part(CLIP), text("b"))), config, tokenizer)
+    (item,) = prompt.media
+    shown = tokenizer.decode([t for t in prompt.token_ids[item.span.start : item.span.end] if t != 131072])
+    shown = shown.replace(config.raw["img_context_token"], "")
+    assert shown.startswith("Frame 1 sampled at 0.00 seconds: <img></img>\nFrame 2 sampled at 0.50 seconds: <img>")
+    assert shown.endswith("Frame 6 sampled at 2.90 seconds: <img></img>")
+
+
+def test_sample_that_ends_with_the_assistant_gets_no_generation_prompt(config, tokenizer):
+    chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
+    shown = tokenizer.decode(build_prompt(sample(*chat), config, tokenizer).token_ids)
+    assert shown.rstrip().endswith("This.\n<SPECIAL_12>")
+
+
+def test_generation_prompt_can_be_left_out(config, tokenizer):
+    chat = sample({"role": "user", "content": "Which?"})
+    closed = build_prompt(chat, config, tokenizer, add_generation_prompt=False).token_ids
+    opened = build_prompt(chat, config, tokenizer).token_ids
+    assert opened[: len(closed)] == closed
+    assert len(opened) > len(closed)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.75, 0.9, 0.99])
+def test_served_length_counts_what_evs_leaves(rate, config, tokenizer):
+    prompt = build_prompt(sample(user(image_part(picture(9, 9)), video_part(CLIP))), config, tokenizer)
+    each = config.tokens_per_tile
+    left = max(each, int(6 * each * (1 - rate)))
+    assert prompt.served_length(rate) == len(prompt.token_ids) - 6 * each + left
+
+
+def broken_png():
+    return image_bytes(picture(60, 60))[:500]
+
+
+BAD = {
+    "<image> in text": (
+        user(text("where is <image> here"), image_part(picture(4, 4))),
+        "text holds the placeholder <image>",
+    ),
+    "<image> in plain text": ({"role": "user", "content": "<image>"}, "text holds the placeholder <image>"),
+    "<video> in text": (user(text("<video>")), "text holds the placeholder <video>"),
+    "image missing": (user({"type": "image_url", "image_url": {"url": "/nowhere/a.png"}}), "cannot be read: No such"),
+    "image is text": (
+        user({"type": "image_url", "image_url": {"url": data_url(b"hello", "image/png")}}),
+        "image cannot",
+    ),
+    "image cut off": (
+        user({"type": "image_url", "image_url": {"url": data_url(broken_png(), "image/png")}}),
+        "image cannot",
+    ),
+    "image too large": (
+        user({"type": "image_url", "image_url": {"url": data_url(png_header(20_000, 20_000), "image/png")}}),
+        "at most 178956970 pixels are served",
+    ),
+    "image without width": (
+        user({"type": "image_url", "image_url": {"url": data_url(png_header(0, 5), "image/png")}}),
+        "image",
+    ),
+    "postscript": (
+        user({"type": "image_url", "image_url": {"url": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/eps")}}),
+        "image cannot be read",
+    ),
+    "video is an mp4 cut off": (user(video_part(CLIP[:400])), "video cannot be read"),
+    "remote": (user({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}), "nothing is fetched"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sample_is_a_fault_that_names_it(name, config, tokenizer):
+    message, what = BAD[name]
+    with pytest.raises(BadInput) as caught:
+        build_prompt(sample(message, name="s7"), config, tokenizer)
+    assert what in str(caught.value)
+    assert "test: sample s7" in str(caught.value)
+
+
+def test_prompt_longer_than_the_limit_is_a_fault(config, tokenizer):
+    with pytest.raises(BadInput, match="at most 200 fit"):
+        build_prompt(sample(user(image_part(picture(9, 9)))), config, tokenizer, max_length=200)
+
+
+def test_length_is_counted_after_pruning(config, tokenizer):
+    chat = sample(user(video_part(CLIP)))
+    with pytest.raises(BadInput, match="at most 1000 fit"):
+        build_prompt(chat, config, tokenizer, max_length=1000)
+    assert build_prompt(chat, config, tokenizer, max_length=1000, pruning_rate=0.75).served_length(0.75) <= 1000
+
+
+def test_template_that_refuses_is_a_fault(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(BadInput, match="roles must alternate"):
+        build_prompt(sample({"role": "user", "content": "x"}), config, tokenizer)
+
+
+def test_template_that_drops_an_image_is_a_fault(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].role }}")
+    with pytest.raises(BadInput, match="renders media \\[\\], expected \\['image'\\]"):
+        build_prompt(sample(user(image_part(picture(4, 4)))), config, tokenizer)
+
+
+def test_skipped_samples_do_not_count(config, tokenizer):
+    bad, good = user(text("<image>")), {"role": "user", "content": "x"}
+    samples = [sample(bad, name="0"), sample(good, name="1"), sample(good, name="2"), sample(good, name="3")]
+    skipped = Skipped(limit=1)
+    prompts = list(build_prompts(samples, config, tokenizer, count=2, skipped=skipped))
+    assert [prompt.sample_id for prompt in prompts] == ["test: sample 1", "test: sample 2"]
+    assert skipped.samples == 1
+
+
+def test_too_many_bad_samples_end_with_every_name_and_reason(config, tokenizer):
+    samples = [sample(user(text("<image>")), name=str(number)) for number in range(5)]
+    with pytest.raises(BadInput) as caught:
+        list(build_prompts(samples, config, tokenizer, skipped=Skipped(limit=2)))
+    assert [f"sample {number}" in str(caught.value) for number in range(5)] == [True, True, True, False, False]
+
+
+def test_nothing_to_build_is_a_fault(config, tokenizer):
+    with pytest.raises(BadInput, match="no sample can be used"):
+        list(build_prompts([], config, tokenizer))
+
+
+def test_pruning_rate_out_of_range_is_a_fault(config, tokenizer):
+    with pytest.raises(BadInput, match="video_pruning_rate"):
+        list(build_prompts([sample({"role": "user", "content": "x"})], config, tokenizer, pruning_rate=1.0))
+
+
+def test_transparency_is_laid_on_white():
+    image = picture(4, 4).convert("RGBA")
+    image.putalpha(0)
+    assert load_image(image_bytes(image), "x").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_text_prompt_has_no_tiles(config, tokenizer):
+    prompt = build_prompt(sample({"role": "user", "content": "x"}), config, tokenizer)
+    assert prompt.tiles.shape == (0, 3, config.tile_size, config.tile_size)
+    assert prompt.tiles.dtype == torch.float32
+    assert prompt.media == ()
