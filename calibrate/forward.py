@@ -19,6 +19,8 @@ from checkpoint.config import CheckpointConfig
 
 # Tiles through the vision tower at once. 128 frames in one batch would need several GB beside the 12B.
 TILES_AT_ONCE = 16
+# tqdm's own format, but always samples a second, never seconds a sample.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,10 @@ def forward_loop(
     samples = tokens = kept = pruned = 0
     length = len(prompts) if total is None and isinstance(prompts, Sized) else total
     # Not inference_mode: ranges recorded under it would be inference tensors, which distillation cannot train with.
-    with torch.no_grad(), tqdm(prompts, desc=describe, total=length, unit="sample", disable=None) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(prompts, describe, length, unit="sample", disable=None, bar_format=_BAR) as bar,
+    ):
         for item in bar:
             embedded = item if isinstance(item, Embedded) else embed(model, item, config, pruning_rate)
             # The head at the last position only: 132,096 float32 logits a token are 17 GB at full length.
@@ -143,5 +148,5 @@ def forward_loop(
             kept += embedded.video_tokens_kept
             pruned += embedded.video_tokens_pruned
             elapsed = bar.format_dict["elapsed"] if not bar.disable else 0
-            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
+            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
     return Counts(samples, tokens, kept, pruned)
