@@ -31,12 +31,4 @@ def register() -> None:
             "hybridquant: this vLLM takes no reference kernels (%s): FP8 and NVFP4 may not run on this CPU.", error
         )
         return
-    added = kernels.add_missing()
-    # EngineCore and its worker start from the API server with the same environment: only the first one speaks.
-    if added and not os.environ.get("HYBRIDQUANT_REFERENCE_KERNELS_SAID"):
-        os.environ["HYBRIDQUANT_REFERENCE_KERNELS_SAID"] = "1"
-        logger.warning(
-            "hybridquant: this CPU has no %s linear kernel. Quantized layers run on REFERENCE kernels: the values are "
-            "right, the speed is not worth measuring. BF16 layers are not touched.",
-            " or ".join(added),
-        )
+    kernels.add_missing()

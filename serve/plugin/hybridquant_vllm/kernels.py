@@ -1,7 +1,10 @@
 """Reference linear kernels and where they go in vLLM's lists of candidates (written for vLLM 0.32 and 0.33)."""
 
+from typing import Any
+
 import torch
 from vllm import _custom_ops
+from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear import (
     EmulationNvFp4LinearKernel,
@@ -9,6 +12,9 @@ from vllm.model_executor.kernels.linear import (
     register_linear_kernel,
 )
 from vllm.platforms import PlatformEnum
+
+# Below "vllm", so that vLLM's own log handler prints it.
+logger = init_logger("vllm.hybridquant")
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -20,6 +26,10 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
     The activation is quantized by vLLM's own `QuantFP8` (PyTorch path, saturating at 448) with the checkpoint's
     `input_scale`, so the values that enter the product are those of a GPU; only the order of the sum differs.
     """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _say_slow("FP8 (W8A8)")
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -53,6 +63,21 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
         return out.to(out_dtype).view(*output_shape)
 
 
+class ReferenceNvFp4Kernel(EmulationNvFp4LinearKernel):
+    """NVFP4 W4A4 by vLLM's own emulation: both sides rounded to E2M1 with their block scales, multiplied in BF16."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _say_slow("NVFP4 (W4A4)")
+
+
+def _say_slow(format: str) -> None:
+    logger.warning_once(
+        f"hybridquant: {format} layers run on a REFERENCE kernel, as vLLM has none for this CPU. "
+        "The values are right; the speed is not worth measuring."
+    )
+
+
 def static_scaled_fp8_quant(
     input: torch.Tensor,
     scale: torch.Tensor | None = None,
@@ -79,21 +104,23 @@ def static_scaled_fp8_quant(
     return output, scale
 
 
-def add_missing() -> list[str]:
-    """Add a kernel for each format that has none on this CPU, and return the formats' names. Safe to call again."""
-    added = []
+def add_missing() -> None:
+    """Add a kernel for each format that has none on this CPU. Safe to call again."""
     if not any(_runs_here(kernel) for kernel in linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])):
-        register_linear_kernel(EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
-        added.append("NVFP4")
+        register_linear_kernel(ReferenceNvFp4Kernel, PlatformEnum.CPU, "nvfp4")
     candidates = linear._POSSIBLE_FP8_KERNELS.setdefault(PlatformEnum.CPU, [])
     w8a8 = [kernel for kernel in candidates if "W8A8" in kernel.__name__ or kernel is ReferenceFp8Kernel]
     if not any(_runs_here(kernel) for kernel in w8a8):
-        # vLLM takes the first that says it can. PerTensorTorch says so on every CPU, and cannot: see the tests.
+        # vLLM takes the first that says it can, and one of its own always does; register_linear_kernel appends.
         candidates.insert(0, ReferenceFp8Kernel)
-        added.append("FP8 W8A8")
-    if not hasattr(torch.ops._C, "static_scaled_fp8_quant"):
+    if not _has_fp8_quant():
         _custom_ops.scaled_fp8_quant = static_scaled_fp8_quant
-    return added
+
+
+def _has_fp8_quant() -> bool:
+    # CPU builds declare the operator, but as `static_scaled_fp8_quant() -> ()`, for GPU passes that look it up by name.
+    packet = getattr(torch.ops._C, "static_scaled_fp8_quant", None)
+    return packet is not None and len(packet.default._schema.arguments) > 0
 
 
 def _runs_here(kernel: type) -> bool:
