@@ -10,7 +10,7 @@ RECIPE is recipes/tiny/fp8.yaml by default; key=value reaches any of its fields.
 passed, 1 a verification or the gate failed, 2 bad input.
 """
 
-from recipes.run import front_door
+from recipes.command import front_door
 
 if __name__ == "__main__":
     front_door(__doc__, "tiny/fp8.yaml")

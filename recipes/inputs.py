@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -100,10 +99,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def recipe_path(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
-    """Split a command line into the recipe and its `key=value` overrides."""
-    if arguments and "=" not in arguments[0]:
-        return Path(arguments[0]), arguments[1:]
-    return default, arguments

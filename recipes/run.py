@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -13,7 +11,6 @@ from accuracy.agreement import compare, final_states
 from accuracy.gate import Thresholds, judge, show
 from calibrate.forward import forward_loop
 from calibrate.samples import Skipped
-from checkpoint.faults import main as exit_with
 from checkpoint.files import check_weights
 from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model, load_tokenizer
@@ -23,8 +20,8 @@ from export.verify import show_faults, verify
 from export.write import check_output, output_specs, spec_bytes, write_checkpoint
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
-from recipes.inputs import open_checkpoint, pick_device, prompt_stream, recipe_path, versions
-from recipes.schema import Recipe, load_recipe
+from recipes.inputs import open_checkpoint, pick_device, prompt_stream, versions
+from recipes.schema import Recipe
 
 _say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
 
@@ -84,13 +81,3 @@ def run(recipe: Recipe) -> int:
     write_manifest(recipe.output, dataclasses.replace(manifest, gate=gate))
     _say(f"{recipe.output}: {'done; next: python -m serve ' + str(recipe.output) if gate['passed'] else 'FAILED'}")
     return 0 if gate["passed"] else 1
-
-
-def front_door(doc: str, default: str) -> None:
-    """Run the recipe of the command line, `[RECIPE] [key=value …]`, and exit; `doc` is printed for `--help`."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(doc.strip())
-        sys.exit(0)
-    path, overrides = recipe_path(arguments, Path(__file__).parent / default)
-    exit_with(lambda: run(load_recipe(path, overrides)))
