@@ -52,6 +52,7 @@ def prompt_stream(
     config: CheckpointConfig,
     tokenizer: PreTrainedTokenizerFast,
     skipped: Skipped,
+    pruning_rate: float,
     max_length: int | None = None,
 ) -> Iterator[Prompt]:
     """The section's samples as prompts, built as they are asked for; the first is built at once.
@@ -67,7 +68,8 @@ def prompt_stream(
         tokenizer,
         count=section.samples,
         skipped=skipped,
-        max_length=max_length or config.max_length,
+        max_length=min(max_length or config.max_length, config.max_length),
+        pruning_rate=pruning_rate,
     )
     first = next(prompts, None)
     if first is None:

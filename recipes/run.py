@@ -44,17 +44,18 @@ def run(recipe: Recipe) -> int:
         pick_device(recipe.device),
         Skipped(recipe.calibrate.max_skipped),
     )
-    samples = prompt_stream(recipe.calibrate, config, tokenizer, skipped, recipe.calibrate.max_length)
-    held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer)
+    rate, served_rate = recipe.calibrate.video_pruning_rate, recipe.serve.video_pruning_rate
+    samples = prompt_stream(recipe.calibrate, config, tokenizer, skipped, rate, recipe.calibrate.max_length)
+    held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer, pruning_rate=served_rate)
     formats = ", ".join(f"{count} {format}" for format, count in policy.counts().items())
     _say(f"{config.directory}: {source.total_bytes / 1e9:.3f} GB → {recipe.output}: {size / 1e9:.3f} GB, {formats}")
     check_weights(config)
 
     # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
     model = load_model(config, device)
-    states = functools.partial(final_states, config=config, pruning_rate=recipe.serve.video_pruning_rate)
-    reference = states(model, held_out(Skipped()), describe="BF16 answers")
-    loop = functools.partial(forward_loop, model, samples, config, recipe.calibrate.video_pruning_rate)
+    states = functools.partial(final_states, config=config, pruning_rate=served_rate)
+    reference = states(model, held_out(skipped=Skipped()), describe="BF16 answers")
+    loop = functools.partial(forward_loop, model, samples, config, rate)
     counts = quantize_model(model.language_model, policy, lambda: loop(total=recipe.calibrate.samples))
     _say(f"calibrated on {counts.samples} samples, {counts.tokens} tokens, skipped {skipped.samples}")
     for fault in skipped.faults:
@@ -72,7 +73,7 @@ def run(recipe: Recipe) -> int:
     gate: dict[str, object] = {"passed": False, "missed": [str(fault) for fault in faults]}
     if not faults:
         exported = load_exported(dataclasses.replace(config, directory=recipe.output), device)
-        answers = states(exported, held_out(Skipped()), describe="quantized answers")
+        answers = states(exported, held_out(skipped=Skipped()), describe="quantized answers")
         measured = compare(reference, answers, exported.language_model.lm_head, config.image_token_id)
         accuracy = recipe.accuracy
         verdict = judge(measured, Thresholds(accuracy.max_kl, accuracy.min_top1, accuracy.max_perplexity_ratio))

@@ -56,7 +56,7 @@ class Calibrate(_Section):
     samples: Annotated[int, Field(ge=1)] = 1024
     seed: int = 0
     max_length: Annotated[int, Field(ge=16)] = 16384
-    """Longest prompt in tokens, before EVS; longer samples are skipped."""
+    """Longest prompt in tokens, after EVS; longer samples are skipped."""
     video_pruning_rate: Rate = 0.75
     """EVS rate of the clips: give what serving will use."""
     max_skipped: Annotated[int, Field(ge=0)] = 0
