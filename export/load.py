@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -44,13 +46,12 @@ def load_exported(
     for linear, format in formats.items():
         module = model.language_model.get_submodule(module_name(linear))
         amax = FORMATS[format].input_amax(tensors.read(f"{linear}.input_scale"))
-        _quantize_input(module, format, amax.to(device))
+        _quantize_input(module, FORMATS[format].quantizer("input_quantizer", device), amax.to(device))
     return model
 
 
-def _quantize_input(module: nn.Module, format: str, amax: torch.Tensor) -> None:
-    settings = QuantizerAttributeConfig(**FORMATS[format].input_quantizer)
-    quantizer = TensorQuantizer(settings, amax=amax)
+def _quantize_input(module: nn.Module, settings: dict[str, Any], amax: torch.Tensor) -> None:
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**settings), amax=amax)
 
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (quantizer(inputs[0]), *inputs[1:])

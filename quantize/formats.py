@@ -25,6 +25,7 @@ from modelopt.torch.export.quant_utils import (
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from checkpoint.layout import TensorSpec
+from quantize.nvfp4_reference import BACKEND as NVFP4_REFERENCE
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -51,6 +52,7 @@ class Format:
         unpack: The float32 weight [out, in] that packed tensors stand for.
         error_bound: Largest |unpacked − source| that rounding can cause, element by element, float32 [out, in].
         input_amax: The input range that a stored `input_scale` stands for.
+        cpu_backend: ModelOpt backend that fake-quantizes where there is no CUDA; None where ModelOpt's own does.
     """
 
     name: str
@@ -65,6 +67,14 @@ class Format:
     unpack: Callable[[Tensors], torch.Tensor]
     error_bound: Callable[[torch.Tensor, Tensors], torch.Tensor]
     input_amax: Callable[[torch.Tensor], torch.Tensor]
+    cpu_backend: str | None = None
+
+    def quantizer(self, name: str, device: str) -> dict[str, Any]:
+        """ModelOpt's settings of the `weight_quantizer` or `input_quantizer` for a model on `device`."""
+        settings = copy.deepcopy(dict(getattr(self, name)))
+        if self.cpu_backend and not device.startswith("cuda"):
+            settings["backend"] = self.cpu_backend
+        return settings
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -170,6 +180,7 @@ FORMATS: dict[str, Format] = {
         unpack=_nvfp4_unpack,
         error_bound=_nvfp4_error_bound,
         input_amax=lambda input_scale: input_scale * E4M3_MAX * E2M1_MAX,
+        cpu_backend=NVFP4_REFERENCE,
     ),
 }
 

@@ -35,7 +35,7 @@ class PackedLinear:
     tensors: dict[str, torch.Tensor]
 
 
-def modelopt_config(policy: Policy, algorithm: str | dict[str, Any] = "max") -> dict[str, Any]:
+def modelopt_config(policy: Policy, algorithm: str | dict[str, Any] = "max", device: str = "cpu") -> dict[str, Any]:
     """The `mtq.quantize` configuration of a policy: everything off, then each linear by its full name.
 
     Full names rather than patterns, so that what ModelOpt enables is what the policy says and nothing besides.
@@ -43,7 +43,7 @@ def modelopt_config(policy: Policy, algorithm: str | dict[str, Any] = "max") -> 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, format in policy.quantized.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
-            settings = dict(getattr(FORMATS[format], quantizer))
+            settings = FORMATS[format].quantizer(quantizer, device)
             entries.append({"quantizer_name": f"{module_name(name)}.{quantizer}", "cfg": settings, "enable": True})
     if policy.kv_cache == "fp8":
         entries += [dict(entry) for entry in mtq.FP8_KV_CFG["quant_cfg"]]
@@ -72,10 +72,13 @@ def quantize_model(
         BadInput: When quantizers that should be enabled have no finite positive range, with their names.
     """
     language_model.eval()
+    device = next(language_model.parameters()).device.type
     results: list[Result] = []
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
-            mtq.quantize(language_model, modelopt_config(policy, algorithm), lambda _: results.append(forward_loop()))
+            mtq.quantize(
+                language_model, modelopt_config(policy, algorithm, device), lambda _: results.append(forward_loop())
+            )
     except AssertionError as error:  # how ModelOpt's calibrator meets a NaN
         if "nan" not in str(error):
             raise

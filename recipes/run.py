@@ -11,6 +11,7 @@ from accuracy.agreement import compare, final_states
 from accuracy.gate import Thresholds, judge, show
 from calibrate.forward import forward_loop
 from calibrate.samples import Skipped
+from checkpoint.config import read_config
 from checkpoint.files import check_weights
 from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model, load_tokenizer
@@ -72,7 +73,7 @@ def run(recipe: Recipe) -> int:
     show_faults(recipe.output, faults)
     gate: dict[str, object] = {"passed": False, "missed": [str(fault) for fault in faults]}
     if not faults:
-        exported = load_exported(dataclasses.replace(config, directory=recipe.output), device)
+        exported = load_exported(read_config(recipe.output), device)
         answers = states(exported, held_out(skipped=Skipped()), describe="quantized answers")
         measured = compare(reference, answers, exported.language_model.lm_head, config.image_token_id)
         accuracy = recipe.accuracy

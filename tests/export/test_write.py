@@ -35,9 +35,9 @@ def write(model, config, policy, output, **options):
     return TensorFiles(output)
 
 
-@pytest.mark.parametrize("kv_cache", [None, "fp8"])
-def test_fp8_scales_and_packed_bytes_equal_modelopts_exporter(tiny_model, tiny_config, tmp_path, kv_cache):
-    policy = quantized(tiny_model, tiny_config, [Rule("fp8")], kv_cache)
+@pytest.mark.parametrize(("format", "kv_cache"), [("fp8", None), ("fp8", "fp8"), ("nvfp4", None)])
+def test_scales_and_packed_bytes_equal_modelopts_exporter(tiny_model, tiny_config, tmp_path, format, kv_cache):
+    policy = quantized(tiny_model, tiny_config, [Rule(format)], kv_cache)
     ours = write(tiny_model, tiny_config, policy, tmp_path / "ours")
     export_hf_checkpoint(tiny_model.language_model, dtype=torch.bfloat16, export_dir=tmp_path / "theirs")
     assert_same_language_model(ours, TensorFiles(tmp_path / "theirs"))

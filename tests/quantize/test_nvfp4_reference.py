@@ -1,0 +1,77 @@
+"""NVFP4 fake quantization without CUDA: ModelOpt's own asserts there, so ours stands in, with ModelOpt's rounding."""
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+
+from quantize.formats import FORMATS
+from quantize.nvfp4_reference import fake_quantize
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trap is of machines without CUDA")
+def test_modelopts_own_fake_quantization_asserts_without_cuda():
+    """Upstream trap: if this ever passes, the reference backend can go."""
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**FORMATS["nvfp4"].input_quantizer), amax=torch.tensor(6.0))
+    with pytest.raises(AssertionError, match="must be a CUDA tensor"):
+        quantizer(torch.randn(2, 32))
+
+
+def test_every_result_is_a_value_of_the_format():
+    inputs, amax = torch.randn(64, 256), torch.tensor(5.0)
+    outputs = fake_quantize(inputs, amax)
+    scale_2 = amax / (6 * 448)
+    blocks = inputs.abs().unflatten(-1, (-1, 16)).amax(-1, keepdim=True)
+    scale = (blocks / 6 / scale_2).clamp(max=448).to(torch.float8_e4m3fn).float() * scale_2
+    steps = outputs.abs().unflatten(-1, (-1, 16)) / scale
+    assert (steps[..., None] - VALUES).abs().amin(-1).max() < 1e-5
+
+
+def test_it_equals_packing_and_unpacking_by_the_exporter():
+    """For blocks that are not tiny, fake quantization and the exported bytes say the same weight."""
+    weight = torch.randn(128, 256, dtype=torch.bfloat16)
+    linear = torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
+    linear.weight.data.copy_(weight)
+    settings = {q: FORMATS["nvfp4"].quantizer(q, "cpu") for q in ("weight_quantizer", "input_quantizer")}
+    entries = [{"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()]
+    model = torch.nn.Sequential(linear)
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, lambda m: m(torch.randn(4, 256).bfloat16()))
+    unpacked = FORMATS["nvfp4"].unpack(FORMATS["nvfp4"].pack(model[0]))
+    assert torch.equal(model[0].weight_quantizer(weight), unpacked.to(torch.bfloat16))
+
+
+def test_blocks_above_the_calibrated_range_saturate():
+    assert float(fake_quantize(torch.full((1, 16), 100.0), torch.tensor(6.0)).max()) == 6.0
+
+
+def test_zeros_and_tiny_blocks_stay_finite():
+    inputs = torch.zeros(2, 32)
+    inputs[0, :16] = 1e-9
+    assert torch.equal(fake_quantize(inputs, torch.tensor(6.0)), torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shape_and_dtype_are_kept_and_the_gradient_passes_through(dtype):
+    quantizer = TensorQuantizer(
+        QuantizerAttributeConfig(**FORMATS["nvfp4"].quantizer("input_quantizer", "cpu")), amax=torch.tensor(4.0)
+    )
+    inputs = torch.randn(2, 3, 32, dtype=dtype, requires_grad=True)
+    outputs = quantizer(inputs)
+    outputs.sum().backward()
+    assert outputs.shape == inputs.shape
+    assert outputs.dtype == dtype
+    assert torch.equal(inputs.grad, torch.ones_like(inputs))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs ModelOpt's Triton kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_it_equals_modelopts_triton_kernel_bit_for_bit(dtype):
+    settings = QuantizerAttributeConfig(**FORMATS["nvfp4"].input_quantizer)
+    for magnitude in (1e-3, 1.0, 100.0):
+        inputs = magnitude * torch.randn(512, 1024, device="cuda", dtype=dtype)
+        for amax in (inputs.abs().amax().float(), inputs.abs().amax().float() / 4):
+            theirs = TensorQuantizer(settings, amax=amax)(inputs)
+            assert torch.equal(fake_quantize(inputs, amax), theirs)
