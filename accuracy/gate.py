@@ -72,10 +72,10 @@ def show(verdict: Verdict) -> None:
     """Print the table and what was missed."""
     table = Table(title="agreement with BF16 on held-out samples", title_justify="left")
     for column in ("samples", "prompts", "tokens", "KL (nats)", "top-1", "perplexity", "ratio"):
-        table.add_column(column, justify="left" if column == "samples" else "right")
+        table.add_column(column, justify="left" if column == "samples" else "right", no_wrap=True)
     for name, a in verdict.measured.items():
         figures = (f"{a.kl:.5f}", f"{a.top1:.2%}", f"{a.perplexity:.3f}", f"{a.perplexity_ratio:.4f}")
-        table.add_row(name, str(a.prompts), str(a.tokens), *figures)
+        table.add_row(name.removeprefix("synthetic "), str(a.prompts), str(a.tokens), *figures)
     console = Console()
     console.print(table)
     for sentence in verdict.missed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from checkpoint.config import CheckpointConfig
@@ -44,6 +45,28 @@ class Linear:
     def short(self) -> str:
         """The last part of the name: `in_proj`, `q_proj`, `up_proj`, …"""
         return self.name.rsplit(".", 1)[1]
+
+
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
+
+
+def spec_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the tensors that `specs` describe."""
+    return sum(_BYTES[spec.dtype] * math.prod(spec.shape) for spec in specs.values())
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
+    """Tensor names by shard, in order, none over `shard_bytes` unless one tensor is."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        own = spec_bytes({name: spec})
+        if shards[-1] and size + own > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += own
+    return shards
 
 
 def language_model_linears(config: CheckpointConfig) -> list[Linear]:

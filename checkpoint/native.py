@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
 # transformers would report that projection, and tensor parallelism we do not use, at every load; what is really missing
 # is raised below.
 logging.set_verbosity_error()
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
 
 
 def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Config:

@@ -1,9 +1,10 @@
 """Writes the embedded checkpoint: the released layout and schema at a few MB, deterministic byte for byte.
 
-    python -m checkpoint.tiny OUT
+    python -m checkpoint.tiny OUT [--untrained]
 
 OUT then loads in transformers and in vLLM like the 12B: all three mixer kinds, two attention layers, RADIO tower,
-projector, tokenizer with the special tokens, chat template with /think and /no_think. Its weights are untrained.
+projector, tokenizer with the special tokens, chat template with /think and /no_think. Its weights do the six tasks of
+`accuracy.tasks`; embedded/training/ says how they were trained.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ _TOKENIZER_CONFIG = {
     "eos_token": "<SPECIAL_12>",
     "unk_token": "<unk>",
     "clean_up_tokenization_spaces": False,
-    "model_max_length": 65536,
 }
 
 
-def write_tiny(out: str | Path, seed: int = 0) -> CheckpointConfig:
-    """Write the embedded checkpoint with untrained weights drawn from `seed`, and return its configuration.
+def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> CheckpointConfig:
+    """Write the embedded checkpoint and return its configuration.
+
+    Args:
+        out: Directory to write.
+        seed: Of the untrained weights.
+        trained: Take the weights that `accuracy.train_tiny` made, where they are there.
 
     Raises:
         BadInput: When `out` exists.
@@ -50,19 +55,25 @@ def write_tiny(out: str | Path, seed: int = 0) -> CheckpointConfig:
     config = CheckpointConfig(out, read_json(EMBEDDED / "config.json"))
     with finished_directory(out) as partial:
         for file in sorted(EMBEDDED.iterdir()):
-            if file.is_file():
+            if file.is_file() and (trained or file.name != SINGLE):
                 shutil.copyfile(file, partial / file.name)
-        build_tokenizer(config.text["vocab_size"]).save(str(partial / "tokenizer.json"))
-        template = (EMBEDDED / "chat_template.jinja").read_text(encoding="utf-8")
-        settings = _TOKENIZER_CONFIG | {"chat_template": template}
-        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        generation = {"bos_token_id": 1, "eos_token_id": 12, "do_sample": False}
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        # RandomState's streams are frozen by NumPy's policy, so the bytes are the same on every machine.
-        random = np.random.RandomState(seed)
-        tensors = {name: _untrained(name, spec, random) for name, spec in expected_tensors(config).items()}
-        save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+        write_tokenizer(partial, config)
+        if not (partial / SINGLE).exists():
+            # RandomState's streams are frozen by NumPy's policy, so the bytes are the same on every machine.
+            random = np.random.RandomState(seed)
+            tensors = {name: _untrained(name, spec, random) for name, spec in expected_tensors(config).items()}
+            save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
     return config
+
+
+def write_tokenizer(directory: Path, config: CheckpointConfig) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json for a config's vocabulary."""
+    build_tokenizer(config.text["vocab_size"], config.image_token_id).save(str(directory / "tokenizer.json"))
+    template = (EMBEDDED / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = _TOKENIZER_CONFIG | {"chat_template": template, "model_max_length": config.max_length}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    generation = {"bos_token_id": 1, "eos_token_id": 12, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def embedded_checkpoint(directory: Path) -> CheckpointConfig:
@@ -102,7 +113,9 @@ def _untrained(name: str, spec: TensorSpec, random: np.random.RandomState) -> to
 def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoint.tiny", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="directory to write; must not exist")
-    config = write_tiny(parser.parse_args().out)
+    parser.add_argument("--untrained", action="store_true", help="random weights instead of the trained ones")
+    given = parser.parse_args()
+    config = write_tiny(given.out, trained=not given.untrained)
     size = (config.directory / SINGLE).stat().st_size / 1e6
     print(f"{config.directory}: {len(config.pattern)} layers, {size:.1f} MB")
     return 0

@@ -18,11 +18,13 @@ _WORDS = """
 """.split()
 
 
-def build_tokenizer(vocab_size: int) -> Tokenizer:
+def build_tokenizer(vocab_size: int, first_visual: int | None = None) -> Tokenizer:
     """Build the tokenizer.
 
     Args:
-        vocab_size: Upper bound; the four visual tokens take the ids right after the text tokens.
+        vocab_size: Upper bound.
+        first_visual: Id of `<image>`; the other visual tokens follow. Right after the text tokens by default; a larger
+            one leaves fillers between that no text becomes.
 
     Raises:
         ValueError: When the tokens do not fit.
@@ -38,6 +40,8 @@ def build_tokenizer(vocab_size: int) -> Tokenizer:
             if left + right not in vocab:
                 vocab[left + right] = len(vocab)
                 merges.append((left, right))
+    for index in range(len(vocab), first_visual or 0):
+        vocab[f"<filler_{index}>"] = index
     if len(vocab) + len(VISUAL) > vocab_size:
         raise ValueError(f"{len(vocab) + len(VISUAL)} tokens do not fit a vocabulary of {vocab_size}")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))

@@ -8,6 +8,29 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpoint.faults import BadInput, Fault
+
+
+def check_output(output: Path, needed: int) -> None:
+    """Refuse an output that exists, cannot be written, or whose disk is too small.
+
+    Args:
+        output: The directory to be written.
+        needed: Bytes of weights to come.
+
+    Raises:
+        BadInput: With what to do.
+    """
+    if output.exists():
+        raise BadInput(Fault(str(output), "exists already", "remove it, or give another output"))
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise BadInput(Fault(str(existing), "is a file, not a directory", "give another output"))
+    free = shutil.disk_usage(existing).free
+    if free < needed * 1.01 + 2**20:
+        what = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise BadInput(Fault(str(output), what, "free some space, or give an output on another disk"))
+
 
 @contextlib.contextmanager
 def finished_directory(target: Path) -> Iterator[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +15,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault
 from checkpoint.files import INDEX, SINGLE, TensorFiles
-from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears
-from checkpoint.writing import finished_directory
+from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, plan_shards, spec_bytes
+from checkpoint.writing import check_output, finished_directory
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.matching import exclude_list
 from quantize.formats import FORMATS, NVFP4_BLOCK, UNQUANTIZED
@@ -27,7 +25,6 @@ from quantize.policy import Policy
 from quantize.ptq import PackedLinear
 
 SHARD_BYTES = 5_000_000_000
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
 _OURS = ("config.json", "hf_quant_config.json", MANIFEST, INDEX)
 
 
@@ -53,32 +50,6 @@ def output_specs(config: CheckpointConfig, policy: Policy, source: Mapping[str, 
         if policy.kv_cache and kinds.get(linear) in ("k_proj", "v_proj"):
             specs[f"{linear}.{kinds[linear][0]}_scale"] = TensorSpec((), "F32")
     return specs
-
-
-def spec_bytes(specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of the tensors that `specs` describe."""
-    return sum(_BYTES[spec.dtype] * math.prod(spec.shape) for spec in specs.values())
-
-
-def check_output(output: Path, needed: int) -> None:
-    """Refuse an output that exists, cannot be written, or whose disk is too small.
-
-    Args:
-        output: The directory to be written.
-        needed: Bytes of weights to come.
-
-    Raises:
-        BadInput: With what to do.
-    """
-    if output.exists():
-        raise BadInput(Fault(str(output), "exists already", "remove it, or give another output=…"))
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise BadInput(Fault(str(existing), "is a file, not a directory", "give another output=…"))
-    free = shutil.disk_usage(existing).free
-    if free < needed * 1.01 + 2**20:
-        what = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise BadInput(Fault(str(output), what, "free some space, or give an output=… on another disk"))
 
 
 def write_checkpoint(
@@ -107,7 +78,7 @@ def write_checkpoint(
     """
     specs = output_specs(config, policy, source.specs)
     check_output(output, spec_bytes(specs))
-    shards = _plan(specs, shard_bytes)
+    shards = plan_shards(specs, shard_bytes)
     with finished_directory(output) as partial:
         _copy_other_files(config.directory, partial)
         tensors = _output_tensors(specs, source, packed)
@@ -163,20 +134,6 @@ def _output_tensors(
         if tuple(tensor.shape) != spec.shape:
             raise AssertionError(f"{name} has shape {tuple(tensor.shape)}, planned {spec.shape}")
         yield name, tensor
-
-
-def _plan(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
-    """Tensor names by shard, in order, none over `shard_bytes` unless one tensor is."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in specs.items():
-        own = spec_bytes({name: spec})
-        if shards[-1] and size + own > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += own
-    return shards
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

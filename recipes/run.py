@@ -13,12 +13,13 @@ from calibrate.forward import forward_loop
 from calibrate.samples import Skipped
 from checkpoint.config import read_config
 from checkpoint.files import check_weights
-from checkpoint.layout import language_model_linears
+from checkpoint.layout import language_model_linears, spec_bytes
 from checkpoint.native import load_model, load_tokenizer
+from checkpoint.writing import check_output
 from export.load import load_exported
 from export.manifest import Manifest, write_manifest
 from export.verify import show_faults, verify
-from export.write import check_output, output_specs, spec_bytes, write_checkpoint
+from export.write import output_specs, write_checkpoint
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
 from recipes.inputs import open_checkpoint, pick_device, prompt_stream, versions

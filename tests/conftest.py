@@ -1,14 +1,14 @@
 """Fixtures every room shares: the embedded checkpoint, its config and model, one FP8 export of it."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.native import load_model
+from checkpoint.synthetic import RELEASED
 from checkpoint.tiny import write_tiny
 
 DATA = Path(__file__).parent / "data"
@@ -41,8 +41,7 @@ def tiny_model(tiny_config):
 @pytest.fixture(scope="session")
 def full12b() -> CheckpointConfig:
     """The 12B's configuration."""
-    folder = DATA / "full12b"
-    return CheckpointConfig(folder, json.loads((folder / "config.json").read_text()))
+    return CheckpointConfig(RELEASED, read_json(RELEASED / "config.json"))
 
 
 @pytest.fixture(scope="session")

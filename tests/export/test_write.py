@@ -10,9 +10,10 @@ from modelopt.torch.export import export_hf_checkpoint
 
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles, check_weights
-from checkpoint.layout import LANGUAGE_MODEL, language_model_linears
+from checkpoint.layout import LANGUAGE_MODEL, language_model_linears, spec_bytes
+from checkpoint.writing import check_output
 from export.manifest import MANIFEST, Manifest, read_manifest
-from export.write import check_output, output_specs, quantization_config, spec_bytes, write_checkpoint
+from export.write import output_specs, quantization_config, write_checkpoint
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
 from tests.editing import raw_bytes

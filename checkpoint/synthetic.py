@@ -1,0 +1,127 @@
+"""Writes a random-weight checkpoint of the released architecture at full or medium size, shard by shard.
+
+    python -m checkpoint.synthetic OUT --size full      # 760 tensors, 26.36 GB: the 12B's own configuration
+    python -m checkpoint.synthetic OUT --size medium    # the same kinds of layers at about 1.4 GB
+
+For measuring time, memory and disk without the released weights. Activations stay finite through all layers; answers
+mean nothing. Weights are drawn on the GPU where there is one; the same seed gives the same bytes on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.faults import main
+from checkpoint.files import INDEX
+from checkpoint.layout import TensorSpec, expected_tensors, plan_shards, spec_bytes
+from checkpoint.tiny import EMBEDDED, write_tokenizer
+from checkpoint.writing import check_output, finished_directory
+
+RELEASED = Path(__file__).parent / "released"
+SIZES = ("full", "medium")
+SHARD_BYTES = 4_900_000_000
+
+_MEDIUM_TEXT = {
+    "hidden_size": 1536,
+    "hybrid_override_pattern": "M-M-M*-M-M-M*-",
+    "num_hidden_layers": 14,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 48,
+}
+
+
+def synthetic_config(size: str) -> dict[str, Any]:
+    """The configuration of a size: `full` is the released one."""
+    config = copy.deepcopy(read_json(RELEASED / "config.json"))
+    if size == "medium":
+        config["llm_config"].update(_MEDIUM_TEXT)
+        config["projector_hidden_size"] = 6144
+        config["vision_config"]["args"] |= {"num_hidden_layers": 4}
+    return config
+
+
+def write_synthetic(out: Path, size: str, seed: int = 0, device: str | None = None) -> CheckpointConfig:
+    """Write a random-weight checkpoint and return its configuration.
+
+    Args:
+        out: Directory to write; appears whole at the end.
+        size: `full` or `medium`.
+        seed: Of the weights.
+        device: Where they are drawn; the GPU if there is one by default.
+
+    Raises:
+        BadInput: When `out` exists or the disk is too small.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = CheckpointConfig(out, synthetic_config(size))
+    specs = expected_tensors(config)
+    shards, total = plan_shards(specs, SHARD_BYTES), spec_bytes(specs)
+    check_output(out, total)
+    with finished_directory(out) as partial:
+        for file in ("configuration.py", "chat_template.jinja"):
+            shutil.copyfile(EMBEDDED / file, partial / file)
+        (partial / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(partial, config)
+        weight_map: dict[str, str] = {}
+        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
+            for number, names in enumerate(shards, start=1):
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                tensors = {name: _drawn(name, specs[name], seed, device) for name in names}
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(names, file))
+                progress.update(spec_bytes({name: specs[name] for name in names}))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return config
+
+
+def _drawn(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
+    """One tensor; its stream depends on the name, so the order of writing does not matter."""
+    if spec.dtype == "I64":
+        return torch.arange(spec.shape[0])
+    generator = torch.Generator(device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if last == "A_log":
+        values = torch.empty(spec.shape, device=device).uniform_(1, 16, generator=generator).log()
+    elif last == "dt_bias":
+        step = torch.empty(spec.shape, device=device).uniform_(-6.9, -2.3, generator=generator).exp()
+        values = step + torch.log(-torch.expm1(-step))  # inverse of softplus
+    else:
+        values = torch.randn(spec.shape, device=device, generator=generator, dtype=torch.bfloat16)
+        if last == "D" or (len(spec.shape) == 1 and not last.endswith("bias")):
+            values = 1 + 0.1 * values
+        elif last in ("token", "pos_embed", "embeddings"):
+            values = 0.5 * values
+        else:
+            fan_in = torch.Size(spec.shape[1:]).numel() if len(spec.shape) > 1 else 2500
+            values = values / fan_in**0.5
+    return values.to(torch.bfloat16).cpu()
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint.synthetic", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    config = write_synthetic(arguments.out, arguments.size, arguments.seed)
+    print(f"{config.directory}: {len(config.pattern)} layers, {len(expected_tensors(config))} tensors")
+    return 0
+
+
+if __name__ == "__main__":
+    main(_run)
