@@ -1,0 +1,70 @@
+"""Asks the items of the tasks through an OpenAI-compatible endpoint; what goes wrong is counted, never scored right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+from tqdm import tqdm
+
+from calibrate.samples import Sample
+from checkpoint.faults import BadInput, Fault
+
+MAX_ANSWER_TOKENS = 24
+_AT_ONCE = 8
+
+
+def ask_endpoint(
+    url: str, samples: Mapping[str, Sequence[Sample]], max_failed: float = 0.02, timeout: float = 600.0
+) -> dict[str, list[str | None]]:
+    """Ask every item, greedily.
+
+    Args:
+        url: Base URL of the server, with or without `/v1`.
+        samples: Items by task.
+        max_failed: Share of requests that may fail; their answers are None.
+        timeout: Seconds for one request.
+
+    Returns:
+        Answers by task in the order of the items.
+
+    Raises:
+        BadInput: When the server cannot be reached, serves no model, or too many requests fail.
+    """
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    client = openai.OpenAI(base_url=base, api_key="none", timeout=timeout, max_retries=2)
+    try:
+        models = client.models.list().data
+    except (openai.OpenAIError, ValueError, AttributeError) as error:
+        what = f"does not answer as an OpenAI endpoint: {_one_line(error)}"
+        raise BadInput(Fault(url, what, "is `python -m serve DIR` running there?")) from None
+    if not models:
+        raise BadInput(Fault(url, "serves no model", "look at its log"))
+    model, reasons = models[0].id, list[str]()
+
+    def answer(sample: Sample) -> str | None:
+        try:
+            reply = client.chat.completions.create(
+                model=model,
+                messages=sample.messages,  # type: ignore[arg-type]
+                temperature=0.0,
+                max_tokens=MAX_ANSWER_TOKENS,
+            )
+            return reply.choices[0].message.content
+        except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
+            reasons.append(f"{sample.id}: {_one_line(error)}")
+            return None
+
+    flat = [sample for items in samples.values() for sample in items]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        answers = iter(list(tqdm(pool.map(answer, flat), total=len(flat), desc="asking", unit="item", disable=None)))
+    if len(reasons) > max_failed * len(flat):
+        faults = [Fault(url, reason) for reason in reasons[:5]]
+        what = f"{len(reasons)} of {len(flat)} requests failed, at most {max_failed:.0%} may"
+        raise BadInput(Fault(url, what, "look at the server's log"), *faults)
+    return {task: [next(answers) for _ in items] for task, items in samples.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
