@@ -1,0 +1,164 @@
+"""Post-training quantization, ours beside stock ModelOpt: calibration, export and verification of one checkpoint.
+
+    python -m benchmarks.ptq MODEL --work DIR --json benchmarks/results/ptq_fp8.json [--format fp8] [--samples 64]
+    python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full --work /data --json …
+
+One process, one GPU, one set of prompts: random token ids of one length, so that the forward rate means something. Each
+stage is timed once after a warm-up of the kernels; ratios are between stages of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.export import export_hf_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from checkpoint.config import read_config
+from checkpoint.faults import main
+from checkpoint.files import TensorFiles, check_weights
+from checkpoint.layout import language_model_linears
+from checkpoint.native import load_model
+from export.manifest import Manifest
+from export.verify import verify
+from export.write import write_checkpoint
+from quantize.policy import Rule, make_policy
+from quantize.ptq import packed_linears, quantize_model
+from recipes.inputs import versions
+
+_STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
+
+
+class Clock:
+    """Seconds and peak GPU memory of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak: dict[str, float] = {}
+
+    def time(self, name: str, work: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        self.seconds[name] = time.perf_counter() - start
+        self.peak[name] = torch.cuda.max_memory_allocated() / 1e9
+        print(f"{name}: {self.seconds[name]:.1f} s, {self.peak[name]:.1f} GB", flush=True)
+        return result
+
+
+def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
+    """GB/s of writing and syncing one file."""
+    block = os.urandom(1 << 26)
+    path = folder / "rate.bin"
+    start = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(int(gigabytes * 1e9) >> 26):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    size = path.stat().st_size
+    path.unlink()
+    return size / 1e9 / seconds
+
+
+def measure(model_directory: Path, work: Path, format: str, samples: int, tokens: int) -> dict[str, Any]:
+    config, clock = read_config(model_directory), Clock()
+    linears = language_model_linears(config)
+    policy = make_policy([Rule(format)], linears)
+    ours, stock = work / "ours", work / "stock"
+    for folder in (ours, stock):
+        shutil.rmtree(folder, ignore_errors=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).cuda()
+
+    def forward(language_model: Any, count: int = samples) -> None:
+        with torch.no_grad():
+            for sample in ids[:count]:
+                language_model(sample, use_cache=False, logits_to_keep=1)
+
+    source = clock.time("check BF16 weights", lambda: check_weights(config))
+    model = clock.time("load", lambda: load_model(config, "cuda"))
+    clock.time("warm up kernels", lambda: forward(model.language_model, 2))
+    clock.time("raw forward", lambda: forward(model.language_model))
+    language_model = model.language_model
+    clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
+    manifest = Manifest({}, versions(), policy.counts(), {}, {})
+    packed = packed_linears(language_model, policy)
+    clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, ours, manifest))
+    faults = clock.time("ours: verify", lambda: verify(ours, model_directory))
+    rate = sequential_write_rate(work)
+
+    del model, language_model, packed
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = clock.time("stock: load", lambda: load_model(config, "cuda"))
+    clock.time("stock: calibrate", lambda: mtq.quantize(model.language_model, _STOCK[format], forward))
+    clock.time(
+        "stock: export",
+        lambda: export_hf_checkpoint(model.language_model, dtype=torch.bfloat16, export_dir=stock),
+    )
+    seconds, total = clock.seconds, samples * tokens
+    written = TensorFiles(ours).total_bytes / 1e9
+    end_to_end = {
+        side: sum(seconds[f"{side}: {stage}"] for stage in ("calibrate", "export")) for side in ("ours", "stock")
+    }
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "format": format,
+        "samples": samples,
+        "tokens_per_sample": tokens,
+        "seconds": seconds,
+        "peak_gpu_gb": clock.peak,
+        "faults": [str(fault) for fault in faults],
+        "forward_tokens_per_s": total / seconds["raw forward"],
+        "calibration_tokens_per_s": {s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")},
+        "calibration_share_of_forward": seconds["raw forward"] / seconds["ours: calibrate"],
+        "written_gb": written,
+        "export_gb_per_s": written / seconds["ours: export"],
+        "disk_gb_per_s": rate,
+        "stock_written_gb": TensorFiles(stock).total_bytes / 1e9,
+        "calibrate_and_export_times_faster": end_to_end["stock"] / end_to_end["ours"],
+    }
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ptq", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the exports, on the disk to be measured")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--format", choices=sorted(_STOCK), default="fp8")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=2048)
+    arguments = parser.parse_args()
+    result = measure(arguments.model, arguments.work, arguments.format, arguments.samples, arguments.tokens)
+    result["command"] = f"python -m benchmarks.ptq MODEL --format {arguments.format} --samples {arguments.samples}"
+    table = Table(title=f"{arguments.format} on {result['gpu']}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak GPU, GB", justify="right")
+    for stage, seconds in result["seconds"].items():
+        table.add_row(stage, f"{seconds:.1f}", f"{result['peak_gpu_gb'][stage]:.1f}")
+    Console().print(table)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print({key: value for key, value in result.items() if key not in ("seconds", "peak_gpu_gb", "versions")})
+    return 0
+
+
+if __name__ == "__main__":
+    main(_run)
