@@ -64,3 +64,13 @@ def fp8(fp8_run) -> Path:
 @pytest.fixture
 def fp8_copy(fp8, tmp_path) -> Path:
     return Path(shutil.copytree(fp8, tmp_path / "fp8"))
+
+
+@pytest.fixture(scope="session")
+def server(tiny):
+    """The embedded checkpoint on a real vLLM, EVS on at the default rate, shared by every test that needs a server."""
+    from serve.process import running_server
+    from serve.settings import ServeSettings
+
+    with running_server(tiny, ServeSettings(port=0)) as running:
+        yield running
