@@ -25,7 +25,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from checkpoint.config import read_config
+from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import main
 from checkpoint.files import TensorFiles, check_weights
 from checkpoint.layout import language_model_linears
@@ -48,6 +48,7 @@ class Clock:
         self.peak: dict[str, float] = {}
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run `work` under a name and return what it returns."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -76,9 +77,8 @@ def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
 
 
 def measure(model_directory: Path, work: Path, format: str, samples: int, tokens: int) -> dict[str, Any]:
+    """Run every stage once and return the figures; seconds, GB (1e9 bytes) and ratios."""
     config, clock = read_config(model_directory), Clock()
-    linears = language_model_linears(config)
-    policy = make_policy([Rule(format)], linears)
     ours, stock = work / "ours", work / "stock"
     for folder in (ours, stock):
         shutil.rmtree(folder, ignore_errors=True)
@@ -90,27 +90,10 @@ def measure(model_directory: Path, work: Path, format: str, samples: int, tokens
             for sample in ids[:count]:
                 language_model(sample, use_cache=False, logits_to_keep=1)
 
-    source = clock.time("check BF16 weights", lambda: check_weights(config))
-    model = clock.time("load", lambda: load_model(config, "cuda"))
-    clock.time("warm up kernels", lambda: forward(model.language_model, 2))
-    clock.time("raw forward", lambda: forward(model.language_model))
-    language_model = model.language_model
-    clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
-    manifest = Manifest({}, versions(), policy.counts(), {}, {})
-    packed = packed_linears(language_model, policy)
-    clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, ours, manifest))
+    _measure_ours(config, clock, format, forward, ours)
     faults = clock.time("ours: verify", lambda: verify(ours, model_directory))
     rate = sequential_write_rate(work)
-
-    del model, language_model, packed
-    gc.collect()
-    torch.cuda.empty_cache()
-    model = clock.time("stock: load", lambda: load_model(config, "cuda"))
-    clock.time("stock: calibrate", lambda: mtq.quantize(model.language_model, _STOCK[format], forward))
-    clock.time(
-        "stock: export",
-        lambda: export_hf_checkpoint(model.language_model, dtype=torch.bfloat16, export_dir=stock),
-    )
+    _measure_stock(config, clock, format, forward, stock)
     seconds, total = clock.seconds, samples * tokens
     written = TensorFiles(ours).total_bytes / 1e9
     end_to_end = {
@@ -134,6 +117,28 @@ def measure(model_directory: Path, work: Path, format: str, samples: int, tokens
         "stock_written_gb": TensorFiles(stock).total_bytes / 1e9,
         "calibrate_and_export_times_faster": end_to_end["stock"] / end_to_end["ours"],
     }
+
+
+def _measure_ours(config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path) -> None:
+    policy = make_policy([Rule(format)], language_model_linears(config))
+    source = clock.time("check BF16 weights", lambda: check_weights(config))
+    language_model = clock.time("load", lambda: load_model(config, "cuda")).language_model
+    clock.time("warm up kernels", lambda: forward(language_model, 2))
+    clock.time("raw forward", lambda: forward(language_model))
+    clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
+    manifest = Manifest({}, versions(), policy.counts(), {}, {})
+    packed = packed_linears(language_model, policy)
+    clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest))
+
+
+def _measure_stock(
+    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path
+) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = clock.time("stock: load", lambda: load_model(config, "cuda")).language_model
+    clock.time("stock: calibrate", lambda: mtq.quantize(model, _STOCK[format], forward))
+    clock.time("stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out))
 
 
 def _run() -> int:
