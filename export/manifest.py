@@ -25,6 +25,7 @@ class Manifest:
         calibration: Samples, tokens, skipped samples.
         serve: Settings for `python -m serve`, such as `video_pruning_rate`.
         gate: `passed` (None until measured), the measured figures and the thresholds they missed.
+        distillation: `trained`, the linears whose weights are no longer the source's, and how it went; empty for PTQ.
     """
 
     recipe: dict[str, Any]
@@ -33,6 +34,7 @@ class Manifest:
     calibration: dict[str, Any]
     serve: dict[str, Any]
     gate: dict[str, Any] = field(default_factory=lambda: {"passed": None})
+    distillation: dict[str, Any] = field(default_factory=dict)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
     python -m export.verify DIR [--source BF16_DIR] [--json]
 
 All faults are shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is no checkpoint at all.
+Weights that distillation trained (hybridquant.json names them) are not held to the source; it says how many.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.layout import expected_tensors, language_model_linears
 from export.layout import kv_scale_name, linear_formats, quantization_section, quantized_layout
 from export.load import packed_tensors
+from export.manifest import read_manifest
 from export.matching import FUSED, is_excluded, vllm_name
 from quantize.formats import FORMATS
 
@@ -64,8 +66,18 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
     faults += shapes
     faults += _exclusion_faults(config, section, formats)
     if not shapes:  # with tensors missing or mis-shaped there is nothing to compare
-        faults += _value_faults(config, tensors, formats, kv_scales, original)
+        faults += _value_faults(config, tensors, formats, kv_scales, original, trained_linears(directory))
     return faults
+
+
+def trained_linears(directory: Path) -> frozenset[str]:
+    """Linears whose weights distillation has moved away from the source, by the directory's own manifest."""
+    try:
+        manifest = read_manifest(directory)
+    except BadInput:
+        return frozenset()
+    named = manifest.distillation.get("trained") if manifest and isinstance(manifest.distillation, dict) else None
+    return frozenset(name for name in named if isinstance(name, str)) if isinstance(named, list) else frozenset()
 
 
 def _section_faults(config: CheckpointConfig, section: Mapping[str, Any]) -> Iterator[Fault]:
@@ -153,6 +165,7 @@ def _value_faults(
     formats: Mapping[str, str],
     kv_scales: bool,
     original: TensorFiles | None,
+    trained: frozenset[str],
 ) -> Iterator[Fault]:
     shared: dict[str, dict[str, float]] = {}
     linears = {linear.name: linear for linear in language_model_linears(config)}
@@ -160,7 +173,8 @@ def _value_faults(
         linear = linears.get(name.removesuffix(".weight"))
         if linear is not None and linear.name in formats:
             packed = packed_tensors(tensors, linear.name, formats[linear.name])
-            yield from _packed_faults(linear.name, formats[linear.name], packed, original)
+            source = None if linear.name in trained else original
+            yield from _packed_faults(linear.name, formats[linear.name], packed, source)
             if linear.short in FUSED["qkv_proj"]:
                 for suffix in ("input_scale", "weight_scale_2"):
                     if suffix in packed:
@@ -229,6 +243,9 @@ def _packed_faults(
 def show_faults(directory: Path, faults: list[Fault]) -> None:
     """Print all faults in one table, or that there are none."""
     console = Console(stderr=bool(faults))
+    if trained := trained_linears(directory):
+        note = "linears were trained: how far their weights are from the source's is not checked"
+        console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return

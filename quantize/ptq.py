@@ -123,7 +123,7 @@ def packed_linears(language_model: nn.Module, policy: Policy) -> Iterator[Packed
 
     Nothing is kept: a consumer that writes each as it comes never holds a second copy of the model.
     """
-    _share_fused_scales(language_model, policy)
+    share_fused_scales(language_model, policy)
     kv_scales = _kv_quantizers(language_model) if policy.kv_cache else {}
     for name, format in policy.formats.items():
         tensors: dict[str, torch.Tensor] = {}
@@ -138,7 +138,8 @@ def packed_linears(language_model: nn.Module, policy: Policy) -> Iterator[Packed
             yield PackedLinear(name, format, {key: value.cpu().contiguous() for key, value in tensors.items()})
 
 
-def _share_fused_scales(language_model: nn.Module, policy: Policy) -> None:
+def share_fused_scales(language_model: nn.Module, policy: Policy) -> None:
+    """Give the q, k and v that vLLM fuses the ranges it wants them to share; a second call changes nothing."""
     groups: dict[str, list[nn.Module]] = {}
     for name, format in policy.quantized.items():
         attention, _, short = name.rpartition(".")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from calibrate.prompts import Prompt, build_prompts
-from calibrate.samples import Sample, Skipped, mixed, read_hub, read_jsonl
+from calibrate.samples import Sample, Skipped, mixed, read_hub, read_jsonl, shuffled
 from calibrate.synthetic import KINDS, synthetic
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault
 from checkpoint.tiny import embedded_checkpoint
-from recipes.schema import Accuracy, Calibrate, HubSource, JsonlSource, Recipe, Source, SyntheticSource
+from quantize.distill import Plan, Settings, plan_distillation
+from quantize.policy import Policy
+from recipes.schema import Accuracy, Calibrate, Distill, HubSource, JsonlSource, Recipe, Source, SyntheticSource
 
 EMBEDDED = "embedded"
 _PACKAGES = ("nvidia-modelopt", "torch", "transformers", "safetensors", "datasets", "hybridquant")
@@ -38,6 +41,9 @@ def pick_device(name: str | None) -> str:
         BadInput: When torch has no such device.
     """
     if name is None:
+        if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # one of several under accelerate launch
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            return f"cuda:{os.environ['LOCAL_RANK']}"
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
@@ -77,7 +83,34 @@ def prompt_stream(
     return itertools.chain([first], prompts)
 
 
-def _read(source: Source, section: Calibrate | Accuracy, skipped: Skipped) -> Iterable[Sample]:
+def distillation(
+    recipe: Recipe, config: CheckpointConfig, policy: Policy, tokenizer: PreTrainedTokenizerFast, device: str
+) -> Plan | None:
+    """The recipe's distillation, checked; None for a recipe without one.
+
+    Raises:
+        BadInput: As `quantize.distill.plan_distillation`, and for a source that is not there or is empty.
+    """
+    section = recipe.distill
+    if section is None:
+        return None
+
+    def in_order() -> Iterator[Sample]:
+        skipped = Skipped(section.max_skipped)
+        return mixed(
+            [(_read(source, section, skipped), source.weight) for source in section.sources], seed=section.seed
+        )
+
+    def samples() -> Iterator[Sample]:
+        return shuffled(in_order(), section.seed)
+
+    next(in_order())
+    decides = recipe.model_dump(mode="json", include={"model", "calibrate", "quantize", "distill"})
+    settings = Settings(**section.model_dump(exclude={"sources"}))
+    return plan_distillation(settings, samples, config, tokenizer, policy, recipe.output, decides, device)
+
+
+def _read(source: Source, section: Calibrate | Accuracy | Distill, skipped: Skipped) -> Iterable[Sample]:
     match source:
         case SyntheticSource():
             return synthetic(source.kinds or tuple(KINDS), section.samples, section.seed)

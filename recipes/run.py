@@ -20,9 +20,10 @@ from export.load import load_exported
 from export.manifest import Manifest, write_manifest
 from export.verify import show_faults, verify
 from export.write import output_specs, write_checkpoint
+from quantize.distill import distill, frozen_copy
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
-from recipes.inputs import open_checkpoint, pick_device, prompt_stream, versions
+from recipes.inputs import distillation, open_checkpoint, pick_device, prompt_stream, versions
 from recipes.schema import Recipe
 
 _say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
@@ -46,6 +47,7 @@ def run(recipe: Recipe) -> int:
         pick_device(recipe.device),
         Skipped(recipe.calibrate.max_skipped),
     )
+    plan = distillation(recipe, config, policy, tokenizer, device)
     rate, served_rate = recipe.calibrate.video_pruning_rate, recipe.serve.video_pruning_rate
     samples = prompt_stream(recipe.calibrate, config, tokenizer, skipped, rate, recipe.calibrate.max_length)
     held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer, pruning_rate=served_rate)
@@ -57,6 +59,7 @@ def run(recipe: Recipe) -> int:
     model = load_model(config, device)
     states = functools.partial(final_states, config=config, pruning_rate=served_rate)
     reference = states(model, held_out(skipped=Skipped()), describe="BF16 answers")
+    teacher = frozen_copy(model.language_model) if plan else None
     loop = functools.partial(forward_loop, model, samples, config, rate)
     counts = quantize_model(model.language_model, policy, lambda: loop(total=recipe.calibrate.samples))
     _say(f"calibrated on {counts.samples} samples, {counts.tokens} tokens, skipped {skipped.samples}")
@@ -65,9 +68,17 @@ def run(recipe: Recipe) -> int:
     calibration = dataclasses.asdict(counts) | {"skipped": skipped.samples}
     recorded = recipe.model_dump(mode="json")
     manifest = Manifest(recorded, versions(), policy.counts(), calibration, recorded["serve"])
+    if plan and teacher:
+        distilled = distill(plan, model, teacher)
+        _say(f"distilled: {distilled}")
+        manifest = dataclasses.replace(manifest, distillation=dataclasses.asdict(distilled))
+        if not plan.exports:
+            return 0
     packed = packed_linears(model.language_model, policy)
     write_checkpoint(config, source, policy, packed, recipe.output, manifest)
-    del model, packed
+    del model, packed, teacher
+    if plan:
+        plan.finish()
 
     # What is on disk is verified and measured, not what was in memory.
     faults = verify(recipe.output, config.directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,6 +80,46 @@ class Quantize(_Section):
     algorithm: Literal["max"] = "max"
 
 
+class Distill(_Section):
+    """Distillation of the quantized model from BF16; the defaults are the published run of the 12B.
+
+    Sources: arXiv 2511.03929 (batch, steps, optimizer, warm-up, loss over prompt tokens too) and arXiv 2601.20088,
+    Table 7 (learning rate).
+    """
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
+    steps: Annotated[int, Field(ge=1)] = 240
+    """Optimizer steps."""
+    batch: Annotated[int, Field(ge=1)] = 128
+    """Samples a step, over all processes; they run one by one and are accumulated."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-6
+    """At its peak: a tenth of fine-tuning's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps over which the rate rises; then it falls as a cosine."""
+    train: str = "*"
+    """Which quantized linears train: a shell pattern on the full name or its last part."""
+    video_pruning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.75,)
+    """EVS rates of the clips: one for a fixed rate; of several, each sample draws one."""
+    max_length: Annotated[int, Field(ge=16)] = 16384
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    held_out: Annotated[int, Field(ge=1)] = 32
+    """Samples kept apart from the sources, by which the best step is chosen."""
+    save_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two checkpoints, each with an evaluation."""
+    patience: Annotated[int, Field(ge=1)] = 4
+    """Evaluations in a row worse than PTQ after which the run stops."""
+    gradient_checkpointing: bool = False
+    """Compute each layer twice rather than keep its activations."""
+    seed: int = 2_000_003
+    """A third seed, so that synthetic samples are neither calibration's nor accuracy's."""
+
+    @property
+    def samples(self) -> int:
+        """Samples one pass needs."""
+        return self.held_out + self.steps * self.batch
+
+
 class Accuracy(_Section):
     """What is measured against BF16 before a checkpoint counts as done, and what is demanded."""
 
@@ -109,6 +149,8 @@ class Recipe(_Section):
     """A torch device; the GPU if there is one by default."""
     calibrate: Calibrate = Calibrate()
     quantize: Quantize
+    distill: Distill | None = None
+    """Without it, a recipe is PTQ."""
     accuracy: Accuracy = Accuracy()
     serve: Serve = Serve()
 
@@ -193,6 +235,7 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
             model = LayerRule
         elif isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
+            for choice in (annotation, *get_args(annotation)):  # a section, or one that may be left out
+                if isinstance(choice, type) and issubclass(choice, BaseModel):
+                    model = choice
     return list(model.model_fields)

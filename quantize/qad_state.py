@@ -1,0 +1,151 @@
+"""What a distillation leaves on disk while it runs, each piece written beside its name and renamed when it is whole.
+
+.NAME.qad/run.json              what the run must agree with to be taken up again
+.NAME.qad/checkpoint-N/         weights, optimizer, schedule, random states, position in the samples
+.NAME.qad/best.safetensors      the weights with the lowest held-out KL so far
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from checkpoint.config import read_json
+from checkpoint.faults import Fault
+
+WEIGHTS = "trained.safetensors"
+BEST = "best.safetensors"
+_RUN = "run.json"
+
+
+def identity_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as dotted names with JSON's values, so that a difference can be named."""
+
+    def leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            yield prefix, json.loads(json.dumps(value, default=str))
+
+    return dict(leaves(parts, ""))
+
+
+def state_faults(directory: Path, identity: Mapping[str, Any]) -> Iterator[Fault]:
+    """Every difference between this run and the one whose state is in `directory`; none where there is no state."""
+    if not (directory / _RUN).exists():
+        return
+    before = read_json(directory / _RUN)
+    remedy = f"go back to it to take the run up again, or remove {directory} to start anew"
+    for name in sorted({*before, *identity}):
+        if before.get(name) != identity.get(name):
+            yield Fault(name, f"was {before.get(name)} when {directory} was begun, is {identity.get(name)}", remedy)
+
+
+def begin(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Make the directory and write down what it belongs to."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / _RUN, json.dumps(dict(identity), indent=2) + "\n")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def amax_of(linears: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Ranges of the linears' quantizers by name; they are buffers, so neither optimizer nor FSDP touches them."""
+    return {
+        f"{name}.{quantizer}._amax": getattr(module, quantizer)._amax.detach()
+        for name, module in linears.items()
+        for quantizer in ("weight_quantizer", "input_quantizer")
+    }
+
+
+def weight_of(linear: nn.Module) -> nn.Parameter:
+    """The parameter itself: `.weight` is an attribute of ModelOpt's, quantized while the linear runs."""
+    parameter = linear._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
+def save_weights(linears: Mapping[str, nn.Module], path: Path, step: int, here: bool) -> None:
+    """Write the float32 weights of the trained linears and the ranges of their quantizers.
+
+    Args:
+        linears: By checkpoint name, whole or sharded; every process must call this, for each holds a part.
+        path: The file.
+        step: The step they are of.
+        here: Whether this is the process that writes.
+    """
+    state = {}
+    for name, module in linears.items():
+        weight = whole(weight_of(module).detach())
+        if here:
+            state[f"{name}.weight"] = weight.cpu()
+    if here:
+        state |= {name: amax.cpu() for name, amax in amax_of(linears).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(state, partial, metadata={"step": str(step)})
+        flush(partial)
+        os.replace(partial, path)
+
+
+@torch.no_grad()
+def load_weights(linears: Mapping[str, nn.Module], path: Path) -> int:
+    """Load what `save_weights` wrote into whole or sharded linears; returns the step it is of."""
+    with safe_open(path, framework="pt") as file:
+        for name, module in linears.items():
+            weight = weight_of(module)
+            full: torch.Tensor = file.get_tensor(f"{name}.weight").to(weight.device)
+            if isinstance(weight, DTensor):
+                full = distribute_tensor(full, weight.device_mesh, weight.placements)
+            weight.copy_(full)
+        for name, amax in amax_of(linears).items():
+            amax.copy_(file.get_tensor(name))
+        return int(file.metadata()["step"])
+
+
+@torch.no_grad()
+def gather(model: nn.Module, here: bool) -> None:
+    """Make a sharded model whole again, on the CPU of the process that exports; the others only take part."""
+    sharded = False
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                sharded, full = True, whole(parameter).cpu()
+                if here:
+                    module._parameters[key] = nn.Parameter(full, requires_grad=False)
+    if sharded and here:
+        model.to("cpu")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of it where this process holds a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    os.replace(partial, path)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or all files of a directory, onto the disk before they are renamed."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
