@@ -56,7 +56,7 @@ def generate(
         for batch in _equal_lengths(enumerate(embedded)):
             tokens = _decode(model.language_model, torch.stack([item.inputs_embeds for _, item in batch]), config)
             for (index, _), row in zip(batch, tokens, strict=True):
-                answers[index] = tokenizer.decode(row, skip_special_tokens=True)
+                answers[index] = str(tokenizer.decode(row, skip_special_tokens=True))
             progress.update(len(batch))
     return [answers[index] for index in range(len(samples))]
 
