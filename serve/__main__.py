@@ -26,7 +26,7 @@ from checkpoint.faults import main
 from serve.command import adopt, build_environment, quant_algo
 from serve.environment import ServeEnvironment, find_environment
 from serve.preflight import preflight
-from serve.process import ServerDied, full_command, running_server
+from serve.process import ServerDied, death_message, full_command, running_server
 from serve.settings import Served, ServeSettings, served
 
 
@@ -72,7 +72,9 @@ def _run(arguments: list[str] | None = None) -> int:
         print(_shell_line(options.directory, settings, environment, extra))
         return 0
     _say_gate(options.directory, found)
-    signal.signal(signal.SIGTERM, _stop)
+    # Also SIGINT: a shell starts background jobs with it ignored, and they would never stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         with running_server(options.directory, settings, extra, options.log, environment) as server:
             algo = quant_algo(read_config(options.directory)) or "BF16"
@@ -81,8 +83,7 @@ def _run(arguments: list[str] | None = None) -> int:
             print(f"{server.model} ({algo}, {evs}) at {server.url}")
             print(f"log: {server.log}   stop with Ctrl-C", flush=True)
             status = server.process.wait()
-            print(f"error: vLLM ended with status {status}; see {server.log}", file=sys.stderr)
-            return 1
+            raise ServerDied(death_message(server.log, f"vLLM ended with status {status}"))
     except ServerDied as died:
         print(f"error: {died}", file=sys.stderr)
         return 1
@@ -92,7 +93,7 @@ def _run(arguments: list[str] | None = None) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    # SIGTERM goes the way of Ctrl-C, so that the with blocks take vLLM down.
+    # The way of Ctrl-C, so that the with blocks take vLLM down.
     raise KeyboardInterrupt
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings
 
 GUARD = Path(__file__).with_name("guard.py")
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 10.0
 READY_SECONDS = 1800.0
 LAST_LINES = 12
 
@@ -112,8 +113,11 @@ class ServerProcess:
         try:
             return self._guard.wait(GRACE_SECONDS + 10)
         except subprocess.TimeoutExpired:
-            self._guard.kill()  # a guard that hangs; the API server dies with it
+            self._guard.kill()
             return self._guard.wait()
+        finally:
+            # Whoever kills the guard itself takes the API server with it, and leaves EngineCore holding the GPU.
+            _kill_session(self._guard.pid)
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -122,6 +126,15 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _kill_session(leader: int) -> None:
+    """SIGKILL to every process of the session that the guard led (Linux; elsewhere nothing is left to find)."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold spaces
+            if int(fields[3]) == leader:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -157,7 +170,7 @@ def running_server(
     with ServerProcess(command, build_environment(config, environment.device), log or new_log(settings)) as process:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
         url = f"http://{host}:{settings.port}"
-        wait_until_ready(process, url)
+        wait_until_ready(process, url, READY_SECONDS)
         yield Server(f"{url}/v1", served_name(url), process.log, settings, process)
 
 
@@ -176,7 +189,7 @@ def new_log(settings: ServeSettings) -> Path:
     return Path(name)
 
 
-def wait_until_ready(process: ServerProcess, url: str, seconds: float = READY_SECONDS) -> None:
+def wait_until_ready(process: ServerProcess, url: str, seconds: float) -> None:
     """Wait for `url`/health, showing how far vLLM is.
 
     Raises:

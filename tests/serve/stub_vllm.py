@@ -1,0 +1,44 @@
+"""Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and ways to go wrong.
+
+STUB_MODE: `serve` answers; `die` prints two errors and ends; `stubborn` answers and ignores SIGTERM; `silent` never
+answers. STUB_PIDS names a file for the process ids of the server and its child.
+"""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+mode = os.environ["STUB_MODE"]
+arguments = sys.argv[1:]
+port = int(arguments[arguments.index("--port") + 1])
+print("Resolved architecture", flush=True)
+if mode == "die":
+    print("(EngineCore pid=7) ERROR 11-22 12:00:00 [core.py:1] ValueError: the root cause", flush=True)
+    print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+    sys.exit(3)
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(os.environ["STUB_PIDS"], "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b"" if self.path == "/health" else json.dumps({"data": [{"id": "stub"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+if mode == "silent":
+    time.sleep(600)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()

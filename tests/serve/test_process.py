@@ -1,0 +1,185 @@
+"""The guard and the waiting, on a stub; then one real vLLM that dies and one whose parent is killed."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from editing import edit_tensors
+
+from serve import process
+from serve.environment import CPU, VARIABLE, ServeEnvironment
+from serve.process import ServerDied, death_message, running_server
+from serve.settings import ServeSettings
+
+STUB = Path(__file__).with_name("stub_vllm.py")
+ANY_PORT = ServeSettings(port=0)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """An environment whose interpreter is the stub, by mode; `.pids()` are the server's and its child's."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STUB))} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("STUB_PIDS", str(tmp_path / "pids"))
+
+    def environment(mode):
+        monkeypatch.setenv("STUB_MODE", mode)
+        return ServeEnvironment(script, (0, 32, 0), CPU, "0.1.0")
+
+    environment.pids = lambda: [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    return environment
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def gone(pids):
+    # While it starts, vLLM does not answer SIGTERM: the grace period passes first.
+    return wait_until(lambda: not any(map(alive, pids)), process.GRACE_SECONDS + 10)
+
+
+def test_a_server_lives_as_long_as_its_block(tiny, stub):
+    with running_server(tiny, ANY_PORT, environment=stub("serve")) as server:
+        assert server.model == "stub"
+        assert server.settings.port != 0
+        assert urllib.request.urlopen(f"{server.url}/models").status == 200
+        pids = stub.pids()
+        assert all(map(alive, pids))
+    assert not any(map(alive, pids))
+
+
+def test_an_error_in_the_block_takes_the_server_down(tiny, stub):
+    with pytest.raises(ZeroDivisionError), running_server(tiny, ANY_PORT, environment=stub("serve")):
+        1 / 0  # noqa: B018
+    assert gone(stub.pids())
+
+
+def test_a_server_that_ignores_sigterm_is_killed_with_its_child(tiny, stub, monkeypatch):
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.5)
+    with running_server(tiny, ANY_PORT, environment=stub("stubborn")):
+        pass
+    assert gone(stub.pids())
+
+
+def test_a_killed_guard_leaves_nothing(tiny, stub):
+    with running_server(tiny, ANY_PORT, environment=stub("serve")) as server:
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    assert gone(stub.pids())
+
+
+def test_a_dying_server_is_reported_with_its_first_error_and_the_end_of_its_log(tiny, stub):
+    with pytest.raises(ServerDied) as died, running_server(tiny, ANY_PORT, environment=stub("die")):
+        pass
+    first, *rest = str(died.value).splitlines()
+    assert first.startswith("vLLM ended with status 3 after")
+    assert first.endswith("ValueError: the root cause")
+    assert rest[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
+
+
+def test_a_server_that_never_answers_is_given_up(tiny, stub, monkeypatch):
+    monkeypatch.setattr(process, "READY_SECONDS", 1.5)
+    with pytest.raises(ServerDied, match="did not answer within"):
+        with running_server(tiny, ANY_PORT, environment=stub("silent")):
+            pass
+    assert gone(stub.pids())
+
+
+def test_an_empty_log_makes_no_message_worse(tmp_path):
+    (tmp_path / "log").touch()
+    assert death_message(tmp_path / "log", "vLLM ended") == "vLLM ended"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, -1), (signal.SIGKILL, -9)]
+)
+def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status):
+    environment = stub("serve")
+    # The query of the environment runs `python -c`, which the stub is not: so the command is built in here.
+    code = (
+        "import sys; from pathlib import Path; import serve.__main__ as m; from serve.environment import *;"
+        f"m.find_environment = lambda: ServeEnvironment(Path({str(environment.python)!r}), (0, 32, 0), CPU, 'x');"
+        f"sys.exit(m._run([{str(tiny)!r}, '--port', '0']))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert "stub (BF16, EVS drops 75%" in parent.stdout.readline()
+    pids = stub.pids()
+    parent.send_signal(number)
+    assert parent.wait(20) == status
+    assert gone(pids)
+
+
+def test_real_vllm_dying_says_why(tiny_copy):
+    """A tensor of the wrong shape passes every cheap check and kills vLLM half a minute later."""
+
+    def shorten(tensors):
+        tensors["language_model.backbone.norm_f.weight"] = torch.ones(128, dtype=torch.bfloat16)
+
+    edit_tensors(tiny_copy, shorten)
+    command = [sys.executable, "-m", "serve", str(tiny_copy), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Error: " in error.removeprefix("error: ")
+    assert "128" in error, error
+    assert "last lines of" in done.stderr
+    assert "Traceback" not in done.stderr.split("last lines of")[0]
+
+
+def test_real_vllm_does_not_outlive_a_killed_parent(tiny):
+    environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
+    command = [sys.executable, "-m", "serve", str(tiny), "--port", "0"]
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tree: list[int] = []
+
+    def engine_runs():
+        tree[:] = descendants(parent.pid)
+        return any("EngineCore" in command_line(pid) for pid in tree)
+
+    assert wait_until(engine_runs, 90), "EngineCore did not start"
+    assert len(tree) >= 3
+    parent.kill()
+    parent.wait()
+    assert gone(tree)
+
+
+def descendants(root):
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+    found, edge = [], [root]
+    while edge:
+        edge = [pid for pid, parent in parents.items() if parent in edge]
+        found += edge
+    return found
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
