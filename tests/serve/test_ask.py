@@ -1,0 +1,121 @@
+"""Questions to a real vLLM, EVS on."""
+
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+from calibrate.prompts import build_prompt
+from calibrate.samples import Sample
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput
+from checkpoint.native import load_tokenizer
+from serve import demo
+from serve.ask import ask, connect, content_parts, first_model
+from serve.demo import demonstrate, draw_image, draw_video, questions
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    images = [folder / "red.png", folder / "blue.png"]
+    for path in images:
+        draw_image(path, path.stem, path.stem[0])
+    draw_video(folder / "clip.mp4")
+    return images, folder / "clip.mp4"
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return connect(server.url)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "serve.ask", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_server_is_healthy_and_lists_its_name(server, client):
+    assert urllib.request.urlopen(server.url.removesuffix("/v1") + "/health").status == 200
+    assert first_model(client) == server.model == "tiny"
+
+
+@pytest.mark.parametrize("title", ["text", "image", "two images", "video"])
+def test_prompts_have_the_length_we_count(title, server, client, media, tiny):
+    """The client's messages, built by our prompt builder at the server's pruning rate, and vLLM's own count."""
+    parts = questions(*media)[title]
+    messages = [{"role": "system", "content": "/no_think"}, {"role": "user", "content": parts}]
+    config = read_config(tiny)
+    prompt = build_prompt(Sample(title, messages, "test"), config, load_tokenizer(config))
+    answer = ask(client, server.model, parts, max_tokens=4)
+    assert answer.prompt_tokens == prompt.served_length(server.settings.video_pruning_rate)
+    assert 1 <= answer.completion_tokens <= 4
+    if title == "video":  # 8 s at 2 fps, so EVS must have dropped something
+        assert answer.prompt_tokens < len(prompt.token_ids)
+
+
+def test_the_same_question_gets_the_same_answer(server, client, media):
+    parts = questions(*media)["image"]
+    first, second = (ask(client, server.model, parts, max_tokens=8).text for _ in range(2))
+    assert first == second
+
+
+def test_the_command_prints_answer_counts_and_time(server, media):
+    (image, _), video = media
+    done = run(server.url.removesuffix("/v1"), "--image", image, "--video", video, "--text", "What?", "--max-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert " prompt tokens, " in done.stdout.splitlines()[-1]
+
+
+def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for parts in (content_parts(["long " * 80_000]), content_parts(images=[tmp_path / "broken.png"])):
+        with pytest.raises(BadInput, match="request: "):
+            ask(client, server.model, parts)
+    done = run(server.url, "--image", tmp_path / "broken.png")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: request: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_and_misnamed_files_are_all_named(tmp_path):
+    (tmp_path / "note.txt").write_text("x")
+    with pytest.raises(BadInput) as caught:
+        content_parts(images=[tmp_path / "none.png", tmp_path / "note.txt"], videos=[tmp_path / "none.mp4"])
+    assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["http://127.0.0.1:9", "--text", "x"], "no server answers"),
+        (["http://127.0.0.1:9"], "nothing to ask"),
+        (["http://127.0.0.1:9", "--text", "x", "--video-pruning-rate", "0.5"], "cannot be changed"),
+        (["nowhere", "--text", "x"], "no such directory"),
+    ],
+)
+def test_bad_questions_end_with_status_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_urls_go_through_as_they_are():
+    (part,) = content_parts(images=["https://example.org/a.png"])
+    assert part == {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+
+
+def test_the_demo_asks_all_and_says_when_evs_saved_nothing(server, media, tiny, monkeypatch, capsys):
+    @contextmanager
+    def same_server(directory, settings):
+        yield server
+
+    monkeypatch.setattr(demo, "running_server", same_server)
+    assert demonstrate(tiny, server.settings, *media, max_tokens=2) == 1
+    printed = capsys.readouterr().out
+    for title in ("text", "image", "two images", "video"):
+        assert f"\n{title}\n" in printed
+    assert "(0% fewer)" in printed
