@@ -190,6 +190,8 @@ class DistillationTrainer(QADTrainer):
         total, count = self.accelerator.reduce(sums).tolist()
         self.history[self.state.global_step] = total / count
         self.log({"eval_loss": total / count})
+        # Without this the request stands, and transformers evaluates the last step twice.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         self._judge()
         if all(kl > total / count for step, kl in self.history.items() if step != self.state.global_step):
             self._write_weights(Path(self.args.output_dir) / BEST)

@@ -1,4 +1,4 @@
-"""Distillation: the loss it starts from, what it changes and what it leaves, and each guard with what it guards from."""
+"""Distillation: the loss it starts from, what it changes and leaves, and each guard with what it guards from."""
 
 import itertools
 import math
@@ -164,7 +164,7 @@ def test_nan_stops_the_run_with_advice(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         DistillationTrainer, "_kl_sum", lambda self, *a: kl(self, *a) * (math.nan if self.model.training else 1)
     )
-    with pytest.raises(BadInput, match="loss is nan after 0 steps.*learning_rate first"):
+    with pytest.raises(BadInput, match=r"loss is nan after 0 steps.*learning_rate first"):
         Small(tiny_config, tmp_path, steps=1).run()
 
 

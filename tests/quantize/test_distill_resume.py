@@ -1,0 +1,115 @@
+"""A distillation killed at any moment goes on with the same command and ends with the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.faults import BadInput
+from export.manifest import read_manifest
+from export.verify import trained_linears, verify
+from recipes.run import run
+from recipes.schema import load_recipe
+from tests.editing import edit_json, edit_tensors
+
+RECIPE = Path("recipes/tiny/nvfp4_qad.yaml")
+TEXT = "[{type: synthetic, kinds: {text: 1}}]"
+QUICK = ["quantize.layers=[{format: fp8}]", "calibrate.samples=2", "accuracy.samples=1", "distill.steps=4"]
+QUICK += ["distill.batch=2", "distill.save_every=1", "distill.held_out=2", "distill.learning_rate=3.0e-5"]
+QUICK += [f"{section}.sources={TEXT}" for section in ("calibrate", "accuracy", "distill")]
+
+
+def overrides(tiny, output, *more):
+    return [*QUICK, f"model={tiny}", f"output={output}", *more]
+
+
+def begin(tiny, output) -> subprocess.Popen:
+    command = [sys.executable, "-m", "quantize.qad", str(RECIPE), *overrides(tiny, output)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, stderr=subprocess.PIPE)
+
+
+def kill_when(process: subprocess.Popen, path: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(load_recipe(RECIPE, overrides(tiny, output))) in (0, 1)
+    return output
+
+
+def test_killed_between_and_in_mid_checkpoint_and_taken_up_again_it_ends_with_the_same_bytes(
+    tiny, uninterrupted, tmp_path
+):
+    output, state = tmp_path / "out", tmp_path / ".out.qad"
+    kill_when(begin(tiny, output), state / ".partial" / "checkpoint-2")  # its weights are being written
+    assert not output.exists()
+    with pytest.raises(BadInput) as caught:
+        load_and_run(tiny, output, "distill.learning_rate=1.0e-5", "distill.steps=5")
+    faults = {fault.where: fault.what for fault in caught.value.faults}
+    assert set(faults) == {"distill.learning_rate", "distill.steps"}
+    assert faults["distill.learning_rate"].startswith("was 3e-05 when")
+    kill_when(begin(tiny, output), state / "checkpoint-3")
+    assert load_and_run(tiny, output) in (0, 1)
+    assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    ours, theirs = (read_manifest(directory).distillation for directory in (output, uninterrupted))
+    assert ours == theirs
+    assert [step for step, _ in ours["losses"]] == [1, 2, 3, 4]
+    assert not state.exists()
+
+
+def load_and_run(tiny, output, *more):
+    return run(load_recipe(RECIPE, overrides(tiny, output, *more)))
+
+
+def test_killed_while_exporting_it_does_not_train_again(tiny, uninterrupted, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.run.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            load_and_run(tiny, output)
+    monkeypatch.setattr("quantize.qad_trainer.DistillationTrainer.training_step", None)
+    load_and_run(tiny, output)
+    assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert read_manifest(output).distillation == read_manifest(uninterrupted).distillation
+
+
+def test_a_source_that_has_changed_is_refused(tiny_copy, tmp_path):
+    state = tmp_path / ".out.qad"
+    kill_when(begin(tiny_copy, tmp_path / "out"), state / "run.json")
+    edit_tensors(tiny_copy, lambda tensors: tensors["mlp1.1.weight"].add_(0.01))
+    with pytest.raises(BadInput, match=rf"source\.model\.safetensors: was .* remove {state} to start anew"):
+        load_and_run(tiny_copy, tmp_path / "out")
+
+
+def test_the_export_passes_verification_but_for_nothing_it_says(uninterrupted, tiny, tmp_path, capsys):
+    assert verify(uninterrupted, tiny) == []
+    trained = read_manifest(uninterrupted).distillation["trained"]
+    assert trained_linears(uninterrupted) == set(trained) != set()
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", uninterrupted, copy], check=True)
+    edit_tensors(copy, lambda tensors: tensors["language_model.backbone.norm_f.weight"].mul_(1.1))
+    assert ["norm_f" in str(fault) for fault in verify(copy, tiny)] == [True]  # what was not trained is still compared
+    edit_json(copy / "hybridquant.json", lambda manifest: manifest["distillation"].update(trained=[]))
+    assert any("further from the source" in str(fault) for fault in verify(copy, tiny))
+    result = subprocess.run(
+        [sys.executable, "-m", "export.verify", str(uninterrupted), "--source", str(tiny)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    assert f"{len(trained)} linears were trained" in result.stdout
+    assert json.loads((uninterrupted / "hybridquant.json").read_text())["distillation"]["steps"] == 4
