@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from calibrate.drawing import stream
 from calibrate.samples import Sample
-from calibrate.scenes import text
-from calibrate.synthetic import draw, messages, stream
+from calibrate.scenes import Scene, text
+from calibrate.synthetic import compose, messages
 from checkpoint.faults import BadInput, Fault, nearest
 
 TASKS = {
@@ -19,7 +20,7 @@ TASKS = {
     "images": "say which of two to four pictures shows something",
     "video_event": "name the digit or the colour of what stands in a clip for one to three frames",
     "video_static": "read a code that stands still in a clip where other things move",
-    "text": "recall a value from a list of 4 to 340 pairs",
+    "text": "recall a value from a list of 4 to 360 pairs",
 }
 SPLITS = ("train", "calibration", "test")
 TEST_ITEMS = 300
@@ -70,10 +71,19 @@ def series(split: str, seed: int) -> str:
     return f"{split}-{seed}"
 
 
+def scene(task: str, name: str, index: int) -> Scene:
+    """Item number `index` of a task in a series, before encoding.
+
+    Every fourth item of `text` is a list of over 2,000 tokens (300 to 360 pairs), however few are asked for.
+    """
+    if task == "text" and index % 4 == 3:
+        random = stream("long text", name, index)
+        return text(random, pairs=int(random.randint(300, 361)))
+    return compose(task, name, index)
+
+
 def items(task: str, split: str = "test", count: int = TEST_ITEMS, seed: int = 0) -> list[Sample]:
     """The first `count` items of a task.
-
-    Every fourth item of `text` is a list of over 2,000 tokens (270 to 340 pairs), whatever `count` is.
 
     Raises:
         BadInput: For an unknown task or split, or a count under 1.
@@ -82,15 +92,9 @@ def items(task: str, split: str = "test", count: int = TEST_ITEMS, seed: int = 0
     name = series(split, seed)
     if count < 1:
         raise BadInput(Fault("items", f"count is {count}", "give at least 1"))
-    if task == "text":
-        return [_long_text(name, index) if index % 4 == 3 else draw(task, name, index) for index in range(count)]
-    return [draw(task, name, index) for index in range(count)]
-
-
-def _long_text(name: str, index: int) -> Sample:
-    random = stream("long text", name, index)
-    scene = text(random, pairs=int(random.randint(270, 341)))
-    return Sample(f"text-{name}-{index}", messages(scene), "synthetic", scene.answer)
+    scenes = (scene(task, name, index) for index in range(count))
+    return [Sample(f"{task}-{name}-{index}", messages(drawn), "synthetic", drawn.answer)
+            for index, drawn in enumerate(scenes)]  # fmt: skip
 
 
 def score(answer: object, sample: Sample) -> bool:

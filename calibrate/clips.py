@@ -16,7 +16,7 @@ SIDE = 256
 """Pixels of a clip's frame; the model sees it scaled up to a 512-pixel tile."""
 FPS = 2
 LENGTHS = (4, 6, 8, 12, 16)
-_LENGTH_SHARES = (0.28, 0.26, 0.24, 0.12, 0.10)
+_LENGTH_SHARES = (0.30, 0.28, 0.24, 0.10, 0.08)
 
 
 def video_event(random: np.random.RandomState, frames: int | None = None) -> Scene:
@@ -32,17 +32,15 @@ def video_event(random: np.random.RandomState, frames: int | None = None) -> Sce
     for page in pages[start : start + length]:
         page.shape("square", (x, y, x + side, y + side), color)
         page.text(x + (side - text_width(digit, size)) / 2, y + side / 2, digit, size, ink, word=True, link=color)
-    if random.rand() < 0.6:
-        question, answer = "Which digit appears?", digit
-    else:
-        question, answer = "What color is the digit's box?", color
-    return Scene(question, answer, tuple(finished(page) for page in pages), moving=True)
+    questions = [("Which digit appears?", digit), ("What color is the digit's box?", color)]
+    first, second = questions if random.rand() < 0.6 else questions[::-1]
+    return Scene(*first, tuple(finished(page) for page in pages), moving=True, more=(second,))
 
 
 def video_static(random: np.random.RandomState, frames: int | None = None) -> Scene:
-    """A code of four or five characters stands on a plate that never moves."""
+    """A code of four characters stands on a plate that never moves."""
     pages = _background(random, frames)
-    answer = code(random, 4, 5)
+    answer = code(random, 4, 4)
     size = int(random.randint(22, 37))
     width = text_width(answer, size)
     x, y = random.uniform(4, SIDE - width - 12), random.uniform(4, SIDE - 1.5 * size - 4)

@@ -47,12 +47,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Scene:
-    """One item before encoding: `pictures` are images, or the frames of a clip when `moving`; text has none."""
+    """One item before encoding: `pictures` are images, or the frames of a clip when `moving`; text has none.
+
+    `more` are further questions about the same pictures or list, with their answers. Training asks them in later turns;
+    a sample asks the first alone.
+    """
 
     question: str
     answer: str
     pictures: tuple[Picture, ...] = ()
     moving: bool = False
+    more: tuple[tuple[str, str], ...] = ()
 
 
 SceneMaker = Callable[[np.random.RandomState], Scene]
@@ -96,7 +101,7 @@ def document(random: np.random.RandomState) -> Scene:
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
     answer = code(random, 5, 6)
-    size = int(random.randint(28, 57))
+    size = int(random.randint(30, 57))
     if width > 800 and random.rand() < 0.7:
         size = int(random.randint(44, 65))
     stacked = random.rand() < 0.3
@@ -151,8 +156,32 @@ def table(random: np.random.RandomState) -> Scene:
         page.pen.line((left - 12, y - step / 2, right + 100, y - step / 2), fill=ink, width=2)
         page.text(left, y, str(label), size, ink, word=True)
         page.text(right, y, str(value), size, ink, word=True, link=str(label))
-    asked = int(random.randint(rows))
-    return Scene(f"What is the value of item {labels[asked]}?", str(values[asked]), (finished(page),))
+    pairs = zip(labels, values, strict=True)
+    questions = [(f"What is the value of item {label}?", str(value)) for label, value in pairs]
+    return asking([questions[place] for place in random.permutation(rows)], page)
+
+
+def asking(questions: list[tuple[str, str]], page: Page) -> Scene:
+    """A scene of one page that asks the first of `questions`."""
+    (question, answer), *more = questions
+    return Scene(question, answer, (finished(page),), more=tuple(more))
+
+
+def form(random: np.random.RandomState) -> Scene:
+    """Lines of a letter and a code; the question names a line. Training alone draws it, to read more codes a page."""
+    paper, ink = paper_and_ink(random)
+    page = blank(512, 512, paper)
+    lines = int(random.randint(3, 7))
+    labels = random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), lines, replace=False)
+    step, questions = 512 / lines, []
+    for line, label in enumerate(labels):
+        size, word = int(random.randint(30, min(57, int(step / 1.3)))), code(random, 4, 6)
+        y, gap = step * (line + 0.5) + random.uniform(-0.1, 0.1) * step, text_width(f"{label}: ", size)
+        left = random.uniform(6, max(7.0, 506 - gap - text_width(word, size)))
+        page.text(left, y, str(label), size, ink, word=True)
+        page.text(left + gap, y, word, size, ink, word=True, link=str(label))
+        questions.append((f"What is the code of {label}?", word))
+    return asking([questions[place] for place in random.permutation(lines)], page)
 
 
 def chart(random: np.random.RandomState) -> Scene:
@@ -178,10 +207,12 @@ def chart(random: np.random.RandomState) -> Scene:
         page.text(middle - text_width(label, size) / 2, base + 0.75 * size, str(label), size, ink, word=True)
         number = str(value)
         page.text(middle - text_width(number, size) / 2, high - 0.6 * size, number, size, ink, True, str(label))
-    if random.rand() < 0.4:
-        return Scene("Which bar is the largest?", str(labels[int(np.argmax(values))]), (finished(page),))
-    asked = int(random.randint(bars))
-    return Scene(f"What is the value of bar {labels[asked]}?", str(values[asked]), (finished(page),))
+    largest = ("Which bar is the largest?", str(labels[int(np.argmax(values))]))
+    pairs = zip(labels, values, strict=True)
+    questions = [(f"What is the value of bar {label}?", str(value)) for label, value in pairs]
+    questions = [questions[place] for place in random.permutation(bars)]
+    questions.insert(0 if random.rand() < 0.4 else 1, largest)
+    return asking(questions, page)
 
 
 def _apart(random: np.random.RandomState, count: int) -> np.ndarray:
@@ -200,11 +231,11 @@ def images(random: np.random.RandomState) -> Scene:
     lettered = random.rand() < 0.4
     if lettered:
         things: list[Any] = list(random.choice(list(CODE_LETTERS), count, replace=False))
-        question = f"Which image shows the letter {things[answer]}?"
+        questions = [f"Which image shows the letter {thing}?" for thing in things]
     else:
         wanted = (str(random.choice(SHAPES)), str(random.choice(list(COLORS))))
         things = [wanted if place == answer else _like(random, wanted) for place in range(count)]
-        question = f"Which image shows a {wanted[1]} {wanted[0]}?"
+        questions = [f"Which image shows a {color} {shape}?" for shape, color in things]
     pictures = []
     for thing in things:
         side = int(random.choice([512, 512, 384, 256]))
@@ -219,26 +250,29 @@ def images(random: np.random.RandomState) -> Scene:
             x, y = random.uniform(0, side - extent, 2)
             page.shape(thing[0], (x, y, x + extent, y + extent), thing[1])
         pictures.append(finished(page))
-    return Scene(question, str(answer + 1), tuple(pictures))
+    more = [(question, str(place + 1)) for place, question in enumerate(questions)
+            if place != answer and questions.count(question) == 1]  # fmt: skip
+    return Scene(questions[answer], str(answer + 1), tuple(pictures), more=tuple(more))
 
 
 def _like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, str]:
     """A coloured shape that shares the shape, the colour or nothing with `wanted`, never both."""
     while True:
         kind = random.rand()
-        shape = wanted[0] if kind < 0.35 else random.choice(SHAPES)
-        color = wanted[1] if 0.35 <= kind < 0.7 else random.choice(list(COLORS))
+        shape = wanted[0] if kind < 0.35 else str(random.choice(SHAPES))
+        color = wanted[1] if 0.35 <= kind < 0.7 else str(random.choice(list(COLORS)))
         if (shape, color) != wanted:
             return shape, color
 
 
 def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
-    """Recall from a list of `pairs` keys and values (4 to 340 when not given; 270 pairs are over 2,000 tokens)."""
+    """Recall from a list of `pairs` keys and values (4 to 360 when not given; 300 pairs are over 2,000 tokens)."""
     if pairs is None:
-        pairs = int(random.randint(270, 341)) if random.rand() < 0.25 else int(2 ** random.uniform(2, 7.5))
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    keys = list(dict.fromkeys("".join(word) for word in letters[random.randint(26, size=(2 * pairs, 3))]))[:pairs]
-    values = random.randint(100, 1000, len(keys))
-    asked = int(random.randint(len(keys)))
+        pairs = int(random.randint(300, 361)) if random.rand() < 0.25 else int(2 ** random.uniform(2, 7.5))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    keys = [letters[number // 26] + letters[number % 26] for number in random.permutation(26 * 26)[:pairs]]
+    values = random.randint(100, 1000, pairs)
     lines = "\n".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    return Scene(f"List:\n{lines}\nWhat is the value of {keys[asked]}?", str(values[asked]))
+    asked = random.permutation(pairs)[:12]
+    first, *more = [(f"What is the value of {keys[place]}?", str(values[place])) for place in asked]
+    return Scene(f"List:\n{lines}\n{first[0]}", first[1], more=tuple(more))

