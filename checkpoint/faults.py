@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+# What the system refuses for reasons that only the user can mend: disk full, quota, size limit, read-only, no right.
+_USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,6 @@ def main(run: Callable[[], int]) -> None:
     A full disk is the user's to mend, so it is bad input too. Any other exception is a defect of ours and keeps its
     traceback.
     """
-    import errno
-
     try:
         sys.exit(run())
     except BadInput as bad:
@@ -68,7 +70,7 @@ def main(run: Callable[[], int]) -> None:
             print(f"error: … and {len(bad.faults) - len(shown)} more", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _USERS_ERRORS:
             raise
         print(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}"
               " (free some space, or choose another output)", file=sys.stderr)  # fmt: skip

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from checkpoint.config import CheckpointConfig, read_json
@@ -26,7 +25,7 @@ from checkpoint.faults import main
 from checkpoint.files import INDEX
 from checkpoint.layout import TensorSpec, expected_tensors, plan_shards, spec_bytes
 from checkpoint.tiny import EMBEDDED, write_tokenizer
-from checkpoint.writing import check_output, finished_directory
+from checkpoint.writing import check_output, finished_directory, save_tensors
 
 RELEASED = Path(__file__).parent / "released"
 SIZES = ("full", "medium")
@@ -81,7 +80,7 @@ def write_synthetic(out: Path, size: str, seed: int = 0, device: str | None = No
             for number, names in enumerate(shards, start=1):
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 tensors = {name: _drawn(name, specs[name], seed, device) for name in names}
-                save_file(tensors, partial / file, metadata={"format": "pt"})
+                save_tensors(tensors, partial / file)
                 weight_map.update(dict.fromkeys(names, file))
                 progress.update(spec_bytes({name: specs[name] for name in names}))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import SINGLE
 from checkpoint.layout import TensorSpec, expected_tensors
 from checkpoint.tokenizer import build_tokenizer
-from checkpoint.writing import finished_directory
+from checkpoint.writing import finished_directory, save_tensors
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -62,7 +61,7 @@ def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> Checkpoi
             # RandomState's streams are frozen by NumPy's policy, so the bytes are the same on every machine.
             random = np.random.RandomState(seed)
             tensors = {name: _untrained(name, spec, random) for name, spec in expected_tensors(config).items()}
-            save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+            save_tensors(tensors, partial / SINGLE)
     return config
 
 

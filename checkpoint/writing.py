@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from checkpoint.faults import BadInput, Fault
 
@@ -30,6 +35,22 @@ def check_output(output: Path, needed: int) -> None:
     if free < needed * 1.01 + 2**20:
         what = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise BadInput(Fault(str(output), what, "free some space, or give an output on another disk"))
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: When the disk is full or the file cannot be written. safetensors reports both as a
+            `SafetensorError` whose text holds the system's error number.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 @contextlib.contextmanager

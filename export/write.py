@@ -11,13 +11,12 @@ from typing import Any
 import modelopt
 import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import INDEX, SINGLE, TensorFiles
 from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, plan_shards, spec_bytes
-from checkpoint.writing import check_output, finished_directory
+from checkpoint.writing import check_output, finished_directory, save_tensors
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.matching import exclude_list
 from quantize.formats import FORMATS, NVFP4_BLOCK, UNQUANTIZED
@@ -87,7 +86,7 @@ def write_checkpoint(
             for number, names in enumerate(shards, start=1):
                 file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 shard = dict(next(tensors) for _ in names)
-                save_file(shard, partial / file, metadata={"format": "pt"})
+                save_tensors(shard, partial / file)
                 weight_map.update(dict.fromkeys(names, file))
                 progress.update(spec_bytes({name: specs[name] for name in names}))
         if len(shards) > 1:

@@ -100,7 +100,7 @@ def test_tokenizer_of_another_release(tiny_copy):
     from checkpoint.native import load_tokenizer
 
     edit_json(tiny_copy / "config.json", lambda c: c.update(img_context_token_id=5))
-    with pytest.raises(BadInput, match="config.json says 5"):
+    with pytest.raises(BadInput, match=r"config\.json says 5"):
         load_tokenizer(read_config(tiny_copy))
     (tiny_copy / "tokenizer.json").unlink()
     with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
