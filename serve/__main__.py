@@ -27,7 +27,7 @@ from serve.command import adopt, build_environment, quant_algo
 from serve.environment import ServeEnvironment, find_environment
 from serve.preflight import preflight
 from serve.process import ServerDied, death_message, full_command, running_server
-from serve.settings import Served, ServeSettings, served
+from serve.settings import ServeSettings, served
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,10 +68,11 @@ def _run(arguments: list[str] | None = None) -> int:
     found = served(options.directory, {key: value for key, value in vars(options).items() if key in names})
     settings = adopt(found.settings, extra)
     environment = find_environment()
+    if found.gate_passed is False:
+        print(f"warning: {options.directory} failed its accuracy gate; serving it all the same", file=sys.stderr)
     if options.dry_run:
         print(_shell_line(options.directory, settings, environment, extra))
         return 0
-    _say_gate(options.directory, found)
     # Also SIGINT: a shell starts background jobs with it ignored, and they would never stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -101,11 +102,6 @@ def _shell_line(directory: Path, settings: ServeSettings, environment: ServeEnvi
     config = preflight(directory, dataclasses.replace(settings, port=0), environment)
     variables = [f"{key}={value}" for key, value in build_environment(config, environment.device).items()]
     return " ".join([*variables, shlex.join(full_command(directory, settings, environment, extra))])
-
-
-def _say_gate(directory: Path, found: Served) -> None:
-    if found.gate_passed is False:
-        print(f"warning: {directory} failed its accuracy gate; serving it all the same", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig, read_config, read_json
 from serve.environment import Device
 from serve.settings import ServeSettings
 
@@ -37,8 +37,14 @@ Flag = tuple[str, str | None]
 
 
 def quant_algo(config: CheckpointConfig) -> str | None:
-    """`FP8`, `NVFP4`, `MIXED_PRECISION` or what else config.json names; None for BF16."""
+    """`FP8`, `NVFP4`, `MIXED_PRECISION` or what else config.json names; None for BF16.
+
+    Without a section there vLLM looks into hf_quant_config.json, so we do too.
+    """
     section = config.raw.get("quantization_config")
+    legacy = config.directory / "hf_quant_config.json"
+    if section is None and legacy.exists():
+        section = read_json(legacy).get("quantization")
     if not isinstance(section, dict):
         return None
     return str(section.get("quant_algo") or "").upper() or "unnamed"
@@ -47,8 +53,9 @@ def quant_algo(config: CheckpointConfig) -> str | None:
 def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:
     """Tokens that one scheduler step must hold: one clip at the most frames, and the question about it.
 
-    A clip is best prefilled in one piece: vLLM up to 0.26 cannot cut it, later ones can. Its length follows from
-    the pruning rate q and the number of frames T alone: max(n, int(n · T · (1 − q))) visual tokens with n a frame
+    vLLM's source says of this model that a video cannot be prefilled in chunks; 0.32 can (equal log-probabilities with
+    2,048 tokens a step and with 49,152), older ones were not tried. A clip's length follows from the pruning rate q and
+    the number of frames T alone: max(n, int(n · T · (1 − q))) visual tokens with n a frame
     (vllm/multimodal/video_prune/evs.py), and the text before each frame, which EVS keeps.
     """
     per_frame, frames = config.tokens_per_tile, settings.max_frames

@@ -52,6 +52,12 @@ def test_precision_comes_from_config_json(tiny_copy, algo, name, version):
     assert value(build_command(quantized(tiny_copy, algo), ServeSettings(), version, H100), "--quantization") == name
 
 
+def test_precision_comes_from_hf_quant_config_when_config_json_is_silent(tiny_copy):
+    (tiny_copy / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    command = build_command(tiny_copy, ServeSettings(), (0, 32, 0), H100)
+    assert value(command, "--quantization") == "modelopt_fp4"
+
+
 def test_settings_become_flags(tiny, tmp_path):
     settings = ServeSettings(
         video_pruning_rate=0.0,

@@ -154,6 +154,13 @@ def test_dry_run_prints_a_line_a_shell_can_run(tiny):
     assert "VLLM_CPU_KVCACHE_SPACE=1 " in done.stdout
 
 
+def test_a_failed_gate_is_said_and_does_not_stop(tiny_copy):
+    (tiny_copy / "hybridquant.json").write_text(json.dumps({"gate": {"passed": False}}))
+    done = run(tiny_copy, "--dry-run")
+    assert done.returncode == 0
+    assert "failed its accuracy gate" in done.stderr
+
+
 def test_bad_input_ends_with_status_2_and_no_traceback(tiny_copy):
     (tiny_copy / "tokenizer.json").unlink()
     done = run(tiny_copy, "--port", "0", "--video-pruning-rate", "1.5")

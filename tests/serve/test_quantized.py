@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,26 +56,43 @@ def generate(directory):
         return answer, server.log.read_text()
 
 
-def test_our_fp8_export_generates(fp8):
-    answer, log = generate(fp8)
+def ask_directory(directory):
+    command = [sys.executable, "-m", "serve.ask", str(directory), "--text", "What is it?", "--max-tokens", "8"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def served(fp8, tiny, tmp_path_factory):
+    """Three servers at once: starting one is importing vLLM three times, and uses one core."""
+    folder = tmp_path_factory.mktemp("quantized")
+    mixed = write_export(tiny, folder / "mixed", {"mamba": "FP8", "mlp": "NVFP4"})
+    nvfp4 = write_export(tiny, folder / "nvfp4", {"mamba": "NVFP4", "mlp": "NVFP4", "attention": "NVFP4"})
+    with ThreadPoolExecutor() as pool:
+        started = {
+            "fp8": pool.submit(generate, fp8),
+            "mixed": pool.submit(generate, mixed),
+            "nvfp4": pool.submit(ask_directory, nvfp4),
+        }
+    return started
+
+
+def test_our_fp8_export_generates(served):
+    answer, log = served["fp8"].result()
     assert answer.completion_tokens >= 1
     assert "quantization=modelopt," in log
     assert log.count("FP8 (W8A8) layers run on a REFERENCE kernel") == 1
 
 
-def test_a_mixed_checkpoint_generates(tiny, tmp_path):
-    answer, log = generate(write_export(tiny, tmp_path / "mixed", {"mamba": "FP8", "mlp": "NVFP4"}))
+def test_a_mixed_checkpoint_generates(served):
+    answer, log = served["mixed"].result()
     assert answer.completion_tokens >= 1
     assert "quantization=modelopt_mixed," in log
     assert "Using ReferenceNvFp4Kernel" in log
     assert "Selected ReferenceFp8Kernel" in log
 
 
-def test_an_nvfp4_directory_is_served_for_one_question(tiny, tmp_path):
+def test_an_nvfp4_directory_is_served_for_one_question(served):
     """The whole of `python -m serve.ask DIR`: start, ask, stop."""
-    formats = {"mamba": "NVFP4", "mlp": "NVFP4", "attention": "NVFP4"}
-    directory = write_export(tiny, tmp_path / "nvfp4", formats)
-    command = [sys.executable, "-m", "serve.ask", str(directory), "--text", "What is it?", "--max-tokens", "8"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = served["nvfp4"].result()
     assert done.returncode == 0, done.stderr
     assert "prompt tokens, " in done.stdout.splitlines()[-1]
