@@ -18,14 +18,20 @@ from recipes.schema import load_recipe
 from tests.editing import edit_json, edit_tensors
 
 RECIPE = Path("recipes/tiny/nvfp4_qad.yaml")
-TEXT = "[{type: synthetic, kinds: {text: 1}}]"
 QUICK = ["quantize.layers=[{format: fp8}]", "calibrate.samples=2", "accuracy.samples=1", "distill.steps=4"]
 QUICK += ["distill.batch=2", "distill.save_every=1", "distill.held_out=2", "distill.learning_rate=3.0e-5"]
-QUICK += [f"{section}.sources={TEXT}" for section in ("calibrate", "accuracy", "distill")]
 
 
 def overrides(tiny, output, *more):
-    return [*QUICK, f"model={tiny}", f"output={output}", *more]
+    """Seven short samples, two of them held out, so that four steps of two go through the rest nearly twice."""
+    samples = tiny.parent / "samples.jsonl"
+    if not samples.exists():
+        turns = [{"role": "user", "content": f"Question {n}?"} for n in range(7)]
+        lines = [json.dumps({"messages": [turn], "answer": f"Answer {n}."}) for n, turn in enumerate(turns)]
+        samples.write_text("\n".join(lines))
+    sections = ("calibrate", "accuracy", "distill")
+    sources = [f"{section}.sources=[{{type: jsonl, path: {samples}}}]" for section in sections]
+    return [*QUICK, *sources, f"model={tiny}", f"output={output}", *more]
 
 
 def begin(tiny, output) -> subprocess.Popen:
