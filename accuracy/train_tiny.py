@@ -56,7 +56,6 @@ from accuracy.training_model import (
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.native import load_model, load_tokenizer
-from checkpoint.scan import use_grouped_scan
 from checkpoint.tiny import write_tiny
 
 PRUNING_RATES = (0.0, 0.5, 0.75, 0.9)
@@ -102,8 +101,6 @@ class Trainer:
         self.dense = nn.Linear(hidden, 4 * sum(LABEL_SIZES)).to(settings.device)
         if settings.compiled:
             fuse_elementwise()
-        if settings.device == "cpu":
-            use_grouped_scan()
         matrices, others = [], [*self.dense.parameters()]
         for name, parameter in self.model.named_parameters():
             if parameter.ndim == 2 and ("layers." in name or "encoder.layer." in name or "projector" in name):

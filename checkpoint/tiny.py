@@ -3,8 +3,8 @@
     python -m checkpoint.tiny OUT [--untrained]
 
 OUT then loads in transformers and in vLLM like the 12B: all three mixer kinds, two attention layers, RADIO tower,
-projector, tokenizer with the special tokens, chat template with /think and /no_think. Its weights do the six tasks of
-`accuracy.tasks`; embedded/training/ says how they were trained.
+projector, tokenizer with the special tokens, chat template with /think and /no_think. Its weights are those of
+checkpoint/embedded/model.safetensors, which `accuracy.train_tiny` trains; without that file they are random.
 """
 
 from __future__ import annotations
