@@ -16,7 +16,7 @@ def test_the_target_appears_only_at_the_end_with_readable_files(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), finished_directory(tmp_path / "out") as partial:
+    with pytest.raises(error), finished_directory(tmp_path / "out") as partial:  # noqa: PT012
         (partial / "file").write_text("half")
         raise error
     assert not list(tmp_path.iterdir())
