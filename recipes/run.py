@@ -42,11 +42,8 @@ def run(recipe: Recipe) -> int:
     source = check_weights(config, finite=False)
     size = spec_bytes(output_specs(config, policy, source.specs))
     check_output(recipe.output, size)
-    tokenizer, device, skipped = (
-        load_tokenizer(config),
-        pick_device(recipe.device),
-        Skipped(recipe.calibrate.max_skipped),
-    )
+    tokenizer, device = load_tokenizer(config), pick_device(recipe.device)
+    skipped = Skipped(recipe.calibrate.max_skipped)
     plan = distillation(recipe, config, policy, tokenizer, device)
     rate, served_rate = recipe.calibrate.video_pruning_rate, recipe.serve.video_pruning_rate
     samples = prompt_stream(recipe.calibrate, config, tokenizer, skipped, rate, recipe.calibrate.max_length)
