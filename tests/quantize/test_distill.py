@@ -1,6 +1,5 @@
 """Distillation: the loss it starts from, what it changes and leaves, and each guard with what it guards from."""
 
-import itertools
 import math
 
 import pytest
@@ -11,11 +10,10 @@ from calibrate.forward import embed
 from calibrate.prompts import build_prompt
 from checkpoint.faults import BadInput
 from checkpoint.native import load_model, module_name
-from export.load import load_exported  # noqa: F401  (the room to the right must stay importable beside the trainer)
 from quantize import distill as distilling
 from quantize.qad_trainer import DistillationTrainer
 from quantize.training_stream import with_answer
-from tests.quantize.distilling import Small, mixture, said
+from tests.quantize.distilling import Small, mixture, one_thread, said  # noqa: F401
 
 
 def sums(reference, student, small, samples):
@@ -34,7 +32,7 @@ def sums(reference, student, small, samples):
 
 
 @pytest.fixture(scope="module")
-def done(tiny_config, tmp_path_factory):
+def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     """A run over a clip, a picture and texts, with what was known before it."""
     small = Small(tiny_config, tmp_path_factory.mktemp("qad"), mixture, steps=2, learning_rate=3e-5)
     bf16, student = load_model(tiny_config).language_model, small.model.language_model
@@ -194,4 +192,3 @@ def test_the_answer_becomes_the_assistants_turn_once():
     sample = with_answer(said(1))
     assert sample.messages[-1] == {"role": "assistant", "content": "Answer 1."}
     assert with_answer(sample) == sample
-    assert len(list(itertools.islice(mixture(), 3))) == 3

@@ -16,6 +16,7 @@ from export.verify import trained_linears, verify
 from recipes.run import run
 from recipes.schema import load_recipe
 from tests.editing import edit_json, edit_tensors
+from tests.quantize.distilling import one_thread  # noqa: F401
 
 RECIPE = Path("recipes/tiny/nvfp4_qad.yaml")
 QUICK = ["quantize.layers=[{format: fp8}]", "calibrate.samples=2", "accuracy.samples=1", "distill.steps=4"]
@@ -36,7 +37,7 @@ def overrides(tiny, output, *more):
 
 def begin(tiny, output) -> subprocess.Popen:
     command = [sys.executable, "-m", "quantize.qad", str(RECIPE), *overrides(tiny, output)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
 
 
 def kill_when(process: subprocess.Popen, path: Path) -> None:
@@ -51,7 +52,7 @@ def kill_when(process: subprocess.Popen, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny, tmp_path_factory):
+def uninterrupted(one_thread, tiny, tmp_path_factory):  # noqa: F811
     output = tmp_path_factory.mktemp("whole") / "out"
     assert run(load_recipe(RECIPE, overrides(tiny, output))) in (0, 1)
     return output
