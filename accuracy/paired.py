@@ -78,7 +78,7 @@ def pair(
 def paired_table(rows: Sequence[Paired], reference: str, variant: str) -> Table:
     """The rows as a table for the console; accuracies in percent, differences in points."""
     table = Table(title=f"{variant} against {reference}", title_justify="left")
-    for column in ("task", "items", reference, variant, "difference", "95 % interval", "empty"):
+    for column in ("task", "items", "reference", "variant", "points", "95 % interval", "empty"):
         table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     for row in rows:
         interval = f"{100 * row.low:+.1f} … {100 * row.high:+.1f}"
