@@ -44,8 +44,8 @@ def test_kl_equals_torchs_and_the_perplexity_is_of_the_next_token(lm_head):
     p, q = (lm_head(s.hidden[:-1][keep]).log_softmax(-1) for s in (ours, theirs))
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
     nll = torch.nn.functional.nll_loss(p, ours.token_ids[1:][keep])
-    assert agreement.kl == pytest.approx(float(expected), rel=1e-4)
-    assert agreement.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
+    assert agreement.kl == pytest.approx(expected.item(), rel=1e-4)
+    assert agreement.perplexity == pytest.approx(math.exp(nll.item()), rel=1e-4)
 
 
 def test_more_noise_is_worse_on_every_figure(lm_head):
