@@ -213,10 +213,17 @@ def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module) 
         raise RuntimeError(f"distillation moved the ranges of {', '.join(moved)}, which were to stay as calibrated")
     best = load_weights(linears, plan.directory / BEST) if plan.exports else 0
     losses = tuple((entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    return Distilled(
-        plan.trained if best else (), trainer.state.global_step, best, trainer.tokens,
-        tuple(trainer.history.items()), losses,
-    )  # fmt: skip
+    result = Distilled(
+        trained=plan.trained if best else (),
+        steps=trainer.state.global_step,
+        best_step=best,
+        tokens=trainer.tokens,
+        held_out=tuple(trainer.history.items()),
+        losses=losses,
+    )
+    del trainer
+    gc.collect()  # it refers to itself, and holds gradients and moments that the export's memory is wanted for
+    return result
 
 
 def _trainer(

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint.config import read_json
@@ -119,15 +120,18 @@ def load_weights(linears: Mapping[str, nn.Module], path: Path) -> int:
 @torch.no_grad()
 def gather(model: nn.Module, here: bool) -> None:
     """Make a sharded model whole again, on the CPU of the process that exports; the others only take part."""
-    sharded = False
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                sharded, full = True, whole(parameter).cpu()
+                full = whole(parameter).cpu()
                 if here:
                     module._parameters[key] = nn.Parameter(full, requires_grad=False)
-    if sharded and here:
-        model.to("cpu")
+    if here and isinstance(model, FSDPModule):
+        # Not model.to("cpu"): FSDP2's hook in it looks for the shards that are no longer there.
+        for module in model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    tensor.data = tensor.data.cpu()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

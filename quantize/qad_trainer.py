@@ -46,6 +46,9 @@ class DistillationTrainer(QADTrainer):
         history: Held-out KL in nats by step; step 0 is the PTQ model's.
     """
 
+    control: Any
+    _teacher_prepared: bool
+
     def __init__(
         self,
         student: nn.Module,
@@ -104,6 +107,15 @@ class DistillationTrainer(QADTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs({key: inputs[key] for key in ("inputs_embeds", "labels")})
         return prepared | {"use_cache": False}
+
+    def _ensure_teacher_prepared(self) -> None:
+        # Only sharding needs accelerate: on CPU processes it would wrap the teacher in DDP, which refuses a model
+        # without gradients.
+        if self.is_fsdp_enabled:
+            super()._ensure_teacher_prepared()
+        elif not self._teacher_prepared:
+            self._teacher_prepared = True
+            self._teacher_model.to(self.args.device)
 
     # Loss.
 

@@ -67,10 +67,10 @@ def run(recipe: Recipe) -> int:
     manifest = Manifest(recorded, versions(), policy.counts(), calibration, recorded["serve"])
     if plan and teacher:
         distilled = distill(plan, model, teacher)
+        if not plan.exports:  # one of several processes: the first goes on
+            return 0
         _say(f"distilled: {distilled}")
         manifest = dataclasses.replace(manifest, distillation=dataclasses.asdict(distilled))
-        if not plan.exports:
-            return 0
     packed = packed_linears(model.language_model, policy)
     write_checkpoint(config, source, policy, packed, recipe.output, manifest)
     del model, packed, teacher

@@ -20,6 +20,7 @@ def test_a_shipped_recipe_is_sound_and_its_policy_fits_its_model(path, tiny_conf
     rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
     assert make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache).quantized
     assert recipe.accuracy.seed != recipe.calibrate.seed
+    assert recipe.distill is None or recipe.distill.seed not in (recipe.accuracy.seed, recipe.calibrate.seed)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
@@ -39,6 +40,12 @@ def test_the_12b_recipe_is_the_published_one():
     assert [rule.model_dump(exclude_none=True) for rule in recipe.quantize.layers] == [{"format": "fp8"}]
 
 
+def test_the_12bs_distillation_is_the_published_one():
+    distill = load_recipe(Path("recipes/nvfp4_qad.yaml")).distill
+    assert (distill.learning_rate, distill.weight_decay, distill.warmup) == (2e-6, 0.05, 0.1)
+    assert (distill.batch, distill.max_length, distill.steps) == (128, 16384, 240)
+
+
 def test_overrides_reach_any_field_by_its_dotted_name():
     overrides = ["calibrate.samples=64", "quantize.layers.0.kind=mlp", "serve.video_pruning_rate=0.5", "model=a b"]
     recipe = load_recipe(TINY, overrides)
@@ -52,6 +59,7 @@ def test_overrides_reach_any_field_by_its_dotted_name():
     ("override", "message"),
     [
         ("calibrate.sample=64", "calibrate.sample: unknown field .did you mean samples"),
+        ("distill.learning_rat=1", "distill.learning_rat: unknown field .did you mean learning_rate"),
         ("calibrat.samples=64", "calibrat: unknown field .did you mean calibrate"),
         ("quantize.layers.0.formt=fp8", "formt: unknown field .did you mean format"),
         ("calibrate.sources.0.paths=x", r"sources\.0\.paths: unknown field"),
