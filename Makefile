@@ -45,7 +45,7 @@ demo: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy accuracy calibrate checkpoint export quantize recipes serve
+	.venv/bin/mypy accuracy benchmarks calibrate checkpoint export quantize recipes serve
 
 test: lint
 	.venv/bin/python -m pytest

@@ -1,4 +1,4 @@
-"""Calibration samples: OpenAI chat messages with pictures and clips, read, checked and mixed from several sources.
+"""Calibration samples: OpenAI chat messages with pictures and clips, read from files and datasets, and checked.
 
 Whatever a source calls its media, a `Sample` names them in one way only: `image_url` and `video_url` parts whose URL is
 a `file://` or a base64 `data:` URL. So one sample feeds the forward loop and, unchanged, a vLLM server.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from checkpoint.faults import BadInput, Fault
 
+Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant")
 _MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _PARTS = ("text", *_MEDIA)
@@ -88,21 +88,15 @@ def read_jsonl(path: str | Path, skipped: Skipped | None = None) -> Iterator[Sam
         file = path.open(encoding="utf-8")
     except OSError as error:
         raise BadInput(Fault(str(path), f"cannot be read: {error.strerror}", "give a JSON Lines file")) from None
-    found, before = 0, skipped.samples
     with file:
-        for number, line in _numbered_lines(file, path):
-            if not line.strip():
-                continue
-            try:
-                sample = _sample(_json_object(line, f"{path}: line {number}"), str(path), str(number), path.parent)
-            except BadInput as bad:
-                skipped.add(*bad.faults)
-                continue
-            found += 1
-            yield sample
-    if not found:
-        faults = skipped.faults if skipped.samples > before else []
-        raise BadInput(Fault(str(path), "holds no usable sample", 'one {"messages": […]} a line'), *faults)
+        lines = ((number, line) for number, line in _numbered_lines(file, path) if line.strip())
+        none = Fault(str(path), "holds no usable sample", 'one {"messages": […]} a line')
+        yield from _usable(
+            lines,
+            lambda n, line: _sample(_json_object(line, f"{path}: line {n}"), str(path), str(n), path.parent),
+            skipped,
+            none,
+        )
 
 
 def read_hub(
@@ -131,70 +125,9 @@ def read_hub(
     """
     skipped = skipped if skipped is not None else Skipped()
     base = Path(name) if Path(name).is_dir() else Path.cwd()
-    found, before = 0, skipped.samples
-    for number, row in enumerate(_rows(name, split, subset, streaming)):
-        try:
-            sample = _sample(row, name, str(number), base)
-        except BadInput as bad:
-            skipped.add(*bad.faults)
-            continue
-        found += 1
-        yield sample
-    if not found:
-        faults = skipped.faults if skipped.samples > before else []
-        raise BadInput(Fault(name, f"split {split} holds no usable sample", "it needs a messages column"), *faults)
-
-
-def mixed(
-    sources: Sequence[tuple[Iterable[Sample], float]], samples: int | None = None, seed: int = 0
-) -> Iterator[Sample]:
-    """Interleave sources in proportion to their weights, the same way for the same `seed`.
-
-    After any n samples each source has given its share of n to within one. A source that runs out is not repeated, as
-    a second look at a sample changes no amax: the others go on in their proportions, and the mix ends with the last of
-    them, or after `samples`.
-
-    Args:
-        sources: Iterables of samples, each with its weight > 0.
-        samples: How many to yield at most; None for all.
-        seed: Decides which source begins.
-
-    Raises:
-        BadInput: There is no source, a weight is not positive, or the sources together hold no sample.
-    """
-    if not sources or any(not weight > 0 for _, weight in sources):
-        weights = [weight for _, weight in sources]
-        raise BadInput(Fault("calibration sources", f"weights are {weights}", "give at least one, all above 0"))
-    draw = random.Random(seed)
-    credit = {index: draw.random() * weight for index, (_, weight) in enumerate(sources)}
-    open_sources = {index: iter(source) for index, (source, _) in enumerate(sources)}
-    total = 0
-    while open_sources and (samples is None or total < samples):
-        whole = sum(sources[index][1] for index in open_sources)
-        for index in open_sources:
-            credit[index] += sources[index][1]
-        turn = max(open_sources, key=lambda index: (credit[index], -index))
-        try:
-            sample = next(open_sources[turn])
-        except StopIteration:
-            del open_sources[turn]
-            continue
-        credit[turn] -= whole
-        total += 1
-        yield sample
-    if not total and samples != 0:
-        raise BadInput(Fault("calibration sources", "hold no samples", "give at least one that does"))
-
-
-def shuffled(samples: Iterable[Sample], seed: int, buffer: int = 256) -> Iterator[Sample]:
-    """Yield `samples` in an order drawn from `seed`, through a buffer, so that a stream need not be read to its end."""
-    draw, held = random.Random(seed), list[Sample]()
-    for sample in samples:
-        held.append(sample)
-        if len(held) > buffer:
-            yield held.pop(draw.randrange(len(held)))
-    draw.shuffle(held)
-    yield from held
+    none = Fault(name, f"split {split} holds no usable sample", "it needs a messages column")
+    rows = enumerate(_rows(name, split, subset, streaming))
+    yield from _usable(rows, lambda number, row: _sample(row, name, str(number), base), skipped, none)
 
 
 def media_bytes(url: str, where: str) -> bytes:
@@ -217,6 +150,23 @@ def media_bytes(url: str, where: str) -> bytes:
     if not data:
         raise BadInput(Fault(where, f"{url[:60]} is empty", "copy the file again"))
     return data
+
+
+def _usable(
+    rows: Iterable[tuple[int, Row]], build: Callable[[int, Row], Sample], skipped: Skipped, none: Fault
+) -> Iterator[Sample]:
+    """The samples that can be built; the others go to `skipped`. Raises `none` when there is not one."""
+    found, before = 0, skipped.samples
+    for number, row in rows:
+        try:
+            sample = build(number, row)
+        except BadInput as bad:
+            skipped.add(*bad.faults)
+            continue
+        found += 1
+        yield sample
+    if not found:
+        raise BadInput(none, *(skipped.faults if skipped.samples > before else []))
 
 
 def _local_url(url: object, base: Path, where: str) -> str:

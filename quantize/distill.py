@@ -1,9 +1,7 @@
 """Quantization-aware distillation: the quantized language model learns the BF16 model's next-token distributions.
 
-Weights train in float32 under ModelOpt's fake quantization, with straight-through gradients; ranges stay as calibrated
-(NVFP4's block scales follow the weights, as its format has them). The run can be killed at any moment and started again
-with the same command: its state is `.NAME.qad` beside the output. Several processes under `accelerate launch` work as
-one; only the first goes on to export.
+Weights train in float32 under ModelOpt's fake quantization; ranges stay as calibrated (NVFP4's block scales follow the
+weights). A killed run goes on with the same command: its state is `.NAME.qad` beside the output.
 """
 
 from __future__ import annotations

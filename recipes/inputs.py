@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from calibrate.mixing import mixed, shuffled
 from calibrate.prompts import Prompt, build_prompts
-from calibrate.samples import Sample, Skipped, mixed, read_hub, read_jsonl, shuffled
+from calibrate.samples import Sample, Skipped, read_hub, read_jsonl
 from calibrate.synthetic import KINDS, synthetic
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault

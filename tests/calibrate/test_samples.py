@@ -4,7 +4,8 @@ import json
 import pytest
 from calibrate_media import data_url, image_bytes, image_part, picture, text, user
 
-from calibrate.samples import Sample, Skipped, media_bytes, mixed, read_hub, read_jsonl, shuffled
+from calibrate.mixing import mixed, shuffled
+from calibrate.samples import Sample, Skipped, media_bytes, read_hub, read_jsonl
 from checkpoint.faults import BadInput
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
