@@ -42,7 +42,6 @@ class Format:
     Attributes:
         name: As recipes write it.
         algo: vLLM's and ModelOpt's name, `quant_algo`.
-        bits: Bits a weight, scales included.
         weight_quantizer: ModelOpt's settings of the weight quantizer.
         input_quantizer: ModelOpt's settings of the input quantizer.
         shares_scales: Whether q, k and v must carry equal input and global weight scales for vLLM to fuse them.
@@ -57,7 +56,6 @@ class Format:
 
     name: str
     algo: str
-    bits: float
     weight_quantizer: Mapping[str, Any]
     input_quantizer: Mapping[str, Any]
     shares_scales: bool
@@ -156,7 +154,6 @@ FORMATS: dict[str, Format] = {
     "fp8": Format(
         name="fp8",
         algo="FP8",
-        bits=8,
         weight_quantizer=_settings(mtq.FP8_DEFAULT_CFG, "weight_quantizer"),
         input_quantizer=_settings(mtq.FP8_DEFAULT_CFG, "input_quantizer"),
         shares_scales=False,
@@ -170,7 +167,6 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Format(
         name="nvfp4",
         algo="NVFP4",
-        bits=4.5,
         weight_quantizer=_settings(mtq.NVFP4_DEFAULT_CFG, "weight_quantizer"),
         input_quantizer=_settings(mtq.NVFP4_DEFAULT_CFG, "input_quantizer"),
         shares_scales=True,

@@ -12,7 +12,8 @@ from accuracy.gate import Thresholds, judge, show
 from calibrate.forward import forward_loop
 from calibrate.samples import Skipped
 from checkpoint.config import read_config
-from checkpoint.files import check_weights
+from checkpoint.faults import raise_if_any
+from checkpoint.files import check_weights, nonfinite_faults
 from checkpoint.layout import language_model_linears, spec_bytes
 from checkpoint.native import load_model, load_tokenizer
 from checkpoint.writing import check_output
@@ -50,7 +51,7 @@ def run(recipe: Recipe) -> int:
     held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer, pruning_rate=served_rate)
     formats = ", ".join(f"{count} {format}" for format, count in policy.counts().items())
     _say(f"{config.directory}: {source.total_bytes / 1e9:.3f} GB → {recipe.output}: {size / 1e9:.3f} GB, {formats}")
-    check_weights(config)
+    raise_if_any(nonfinite_faults(source))
 
     # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
     model = load_model(config, device)
