@@ -21,7 +21,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum with Nesterov's look-ahead; the update scaled by 0.2 sqrt(max(rows, columns))."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float | torch.Tensor,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
     ) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -41,10 +45,11 @@ class Muon(torch.optim.Optimizer):
             for place, parameter in enumerate(moved):
                 by_shape[parameter.shape].append(place)
             for shape, places in by_shape.items():
-                updates = orthogonal(torch.stack([ahead[place] for place in places]))
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                scale = -0.2 * max(shape) ** 0.5 * group["lr"]
+                updates = orthogonal(torch.stack([ahead[place] for place in places])) * scale
+                # The rate may be a tensor, which a CUDA graph reads anew each time.
                 torch._foreach_mul_([moved[place] for place in places], 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_([moved[place] for place in places], list(updates), alpha=-scale)
+                torch._foreach_add_([moved[place] for place in places], list(updates))
 
 
 def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

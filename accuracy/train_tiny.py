@@ -1,12 +1,12 @@
 """Trains the embedded checkpoint to do the six tasks, from a seed, on one GPU.
 
-    python -m accuracy.train_tiny OUT [--seed 0] [--minutes 20] [--pause-after 9] [--from DIR]
-    python -m accuracy.train_tiny OUT --steps 4 --tokens 3000 --workers 0 --device cpu    # a try without a GPU
+    python -m accuracy.train_tiny OUT [--seed 0] [--minutes 15] [--pause-after 9] [--from DIR]
+    python -m accuracy.train_tiny OUT --steps 4 --tokens 1500 --workers 0 --device cpu    # a try without a GPU
 
-OUT gets `log.jsonl` (loss and accuracy of the items as they are trained on, each seen once), `state.pt` and, at the
-end, `checkpoint/`, the released layout in BF16, with `evaluation.json`. A run ends after `--steps` updates or
-`--minutes` of training, whichever comes first, and the learning rate follows; the same command goes on where the last
-one stopped. It needs 20 GB of GPU memory and, for speed, mamba_ssm's Triton kernels (`pip install --no-deps`).
+OUT gets `log.jsonl` (loss, and accuracy of items when they are seen for the first time), `state.pt` and, at the end,
+`checkpoint/`, the released layout in BF16, with `evaluation.json`. A run ends after `--steps` updates or `--minutes` of
+training, whichever comes first, and the learning rate follows; the same command goes on where the last one stopped. It
+needs 40 GB of GPU memory and, for speed, mamba_ssm's Triton kernels (`pip install --no-deps`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +29,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from accuracy.graphed import GraphedSteps, Pool
 from accuracy.muon import Muon
-from accuracy.tasks import TASKS, TEST_ITEMS, scene, series
 from accuracy.training_data import (
     CHARACTERS,
     LABEL_SIZES,
     Batch,
     Batches,
-    Item,
     PromptBuilder,
     Seen,
-    collate,
-    make_item,
 )
+from accuracy.training_evaluation import PRUNING_RATES, evaluated
 from accuracy.training_model import (
     dense_losses,
     fuse_elementwise,
@@ -58,11 +54,14 @@ from checkpoint.faults import BadInput, Fault, main
 from checkpoint.native import load_model, load_tokenizer
 from checkpoint.tiny import write_tiny
 
-PRUNING_RATES = (0.0, 0.5, 0.75, 0.9)
 # Half of the clips whole: what is pruned away cannot be learned from.
 _RATE_SHARES = (0.6, 0.15, 0.15, 0.1)
-# Shares of the run: the tower alone learns to read glyphs; clips are not pruned yet; the learning rate stays level.
-_TOWER_ALONE, _WHOLE_CLIPS, _LEVEL = 0.1, 0.35, 0.5
+# Shares of the run: clips are not pruned yet; the learning rate stays level.
+_WHOLE_CLIPS, _LEVEL = 0.35, 0.5
+_WARM_UP = 300
+# Matrices that Muon moves.
+_INSIDE = ("layers.", "encoder.layer.", "projector", "patch_projection")
+_RATES = {"muon": 2e-3, "adam": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ class Settings:
     minutes: float
     pause_after: float
     tokens: int
-    accumulate: int
     workers: int
     device: str
     compiled: bool
@@ -103,19 +101,26 @@ class Trainer:
             fuse_elementwise()
         matrices, others = [], [*self.dense.parameters()]
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim == 2 and ("layers." in name or "encoder.layer." in name or "projector" in name):
+            if parameter.ndim == 2 and any(
+                part in name for part in ("layers.", "encoder.layer.", "projector", "patch_proj")
+            ):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-        self.rates = {"muon": 2e-3, "adam": 2e-3}
+        # What changes from step to step stands on the device, where a CUDA graph reads it.
+        on_gpu = settings.device == "cuda"
+        self.dense_weight = torch.ones((), device=settings.device)
+        self.rates = {name: torch.zeros((), device=settings.device) for name in _RATES}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(matrices, self.rates["muon"]),
-            "adam": torch.optim.AdamW(others, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
-        }
+            "adam": torch.optim.AdamW(others, self.rates["adam"], betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0,
+                                      fused=on_gpu, capturable=on_gpu),
+        }  # fmt: skip
         self.others = others
         self.characters = torch.tensor(
             [self.tokenizer.encode(c, add_special_tokens=False)[0] for c in CHARACTERS], device=settings.device
         )
+        self.steps = GraphedSteps(self.update, settings.device)
         self.step = 0
         self.seconds = 0.0
 
@@ -125,73 +130,70 @@ class Trainer:
         return min(1.0, max(self.step / self.settings.steps, self.seconds / (60 * self.settings.minutes)))
 
     def schedule(self) -> float:
-        """Share of the full learning rate: 100 steps up, level, then down to 0."""
-        return min(1.0, (self.step + 1) / 100, (1 - self.done) / (1 - _LEVEL))
+        """Share of the full learning rate: up, level, then down to 0."""
+        return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.done) / (1 - _LEVEL))
 
-    def losses(
-        self, batch: Batch, rate: float, tower_alone: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer loss (cross-entropy a token), dense loss, and bool [questions]: would it be answered exactly?
+    def losses(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [4]: answer loss (cross-entropy a token) and `dense_losses`; bool [questions]: answered exactly?
 
         With every answer token the most likely one after the right ones before it, greedy decoding says the same.
         Nothing here waits for the GPU.
         """
-        device = self.settings.device
-        moved = [part.to(device, non_blocking=True) for part in batch[2:8]]
-        tokens, rows, columns, question, tiles, labels = moved
-        targets = tokens[rows, columns]
-        with torch.autocast(device, dtype=torch.bfloat16):
+        moved = [part.to(self.settings.device, non_blocking=True) for part in batch.tensors]
+        tokens, rows, columns, question, places, tiles, labels = moved
+        (items, length), targets = tokens.shape, tokens[rows, columns]
+        with torch.autocast(self.settings.device, dtype=torch.bfloat16):
             embeds = self.model.get_input_embeddings()(tokens).float()
-            dense_loss = embeds.new_zeros(())
+            dense = embeds.new_zeros(3)
             if len(tiles):
                 visual = tile_embeddings(self.model, self.config, tiles)
                 alike = visual @ self.model.language_model.model.embeddings.weight[self.characters].T
-                dense_loss = dense_losses(self.dense(visual), alike * visual.shape[-1] ** -0.5, labels)
-                if tower_alone:
-                    return embeds.new_zeros(()), dense_loss, torch.empty(0)
-                places = tokens == self.config.image_token_id
-                embeds = embeds.masked_scatter(places[..., None], visual.float())
+                dense = dense_losses(self.dense(visual), alike * visual.shape[-1] ** -0.5, labels)
+                embeds = embeds.flatten(0, 1).index_copy(0, places, visual.float().flatten(0, 1)).view(embeds.shape)
                 if rate > 0 and batch.moving:
-                    kept, new = without_pruned(visual.detach(), places, rate, self.config.tokens_per_tile)
+                    kept, new = without_pruned(visual.detach(), places, length, items, rate)
                     embeds = embeds.gather(1, kept[..., None].expand(-1, -1, embeds.shape[-1]))
                     columns = new[rows, columns]
             hidden = self.model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             # The position before a token predicts it.
             logits = self.model.language_model.lm_head(hidden[rows, columns - 1]).float()
-        each = nn.functional.cross_entropy(logits, targets, reduction="none")
-        wrong = torch.zeros(len(batch.kinds), device=device)
+        asked = (question < batch.questions).float()
+        each = nn.functional.cross_entropy(logits, targets, reduction="none") * asked
+        wrong = torch.zeros(batch.questions + 1, device=asked.device)
         wrong.index_add_(0, question, (logits.argmax(-1) != targets).float())
-        return each.mean(), dense_loss, wrong == 0
+        return torch.stack([each.sum() / asked.sum(), *dense]), wrong[:-1] == 0
 
-    def train_step(self, batches: Iterator[Batch], seen: Seen) -> None:
-        """One update from `accumulate` batches."""
-        done, began = self.done, time.monotonic()
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
-        for _ in range(self.settings.accumulate):
-            asked = time.monotonic()
-            batch = next(batches)
-            seen.waited += time.monotonic() - asked
-            rate = PRUNING_RATES[int(torch.multinomial(torch.tensor(_RATE_SHARES), 1, generator=generator))]
-            rate = rate if done > _WHOLE_CLIPS and batch.moving else 0.0
-            answer_loss, dense_loss, right = self.losses(batch, rate, tower_alone=done < _TOWER_ALONE)
-            # By the root of the items: a batch of few long clips counts less than one of many pages, but not by as much
-            # as it is smaller.
-            loss = answer_loss * (batch.items / 64) ** 0.5 + (1.0 - 0.8 * done) * dense_loss
-            (loss / self.settings.accumulate).backward()
-            seen.add(batch, rate, answer_loss, dense_loss, right)
+    def update(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of both optimizers; returns what `losses` does."""
+        figures, right = self.losses(batch, rate)
+        # By the root of the items: a batch of few long clips counts less than one of many pages, but not by as much as
+        # it is smaller.
+        (figures[0] * (batch.items / 64) ** 0.5 + self.dense_weight * figures[1]).backward()
         nn.utils.clip_grad_norm_(self.others, 1.0)
-        factor = self.schedule()
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self.rates[name] * factor
+        for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return figures, right
+
+    def train_step(self, batch: Batch, new: bool, seen: Seen) -> None:
+        """Draw the pruning rate, set what depends on the time, update."""
+        done, began = self.done, time.monotonic()
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
+        rate = PRUNING_RATES[int(torch.multinomial(torch.tensor(_RATE_SHARES), 1, generator=generator))]
+        rate = rate if done > _WHOLE_CLIPS and batch.moving else 0.0
+        with self.steps.stream():
+            self.dense_weight.fill_(1.0 - 0.8 * done)
+            for name, full in _RATES.items():
+                self.rates[name].fill_(full * self.schedule())
+        figures, right = self.steps(batch, rate)
+        seen.add(batch, rate, figures, right, new)
         if self.step:
             self.seconds += time.monotonic() - began  # not the first, which compiles
         self.step += 1
 
     def save(self) -> None:
         """Write `state.pt`, whole or not at all."""
+        self.steps.wait()
         state = {"model": self.model.state_dict(), "dense": self.dense.state_dict(), "step": self.step,
                  "seconds": self.seconds, "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
                  "plan": self.plan}  # fmt: skip
@@ -216,52 +218,15 @@ class Trainer:
         self.dense.load_state_dict(state["dense"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            for group in optimizer.param_groups:
+                group["lr"] = self.rates[name]
         self.step, self.seconds = state["step"], state["seconds"]
 
     @property
     def plan(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        names = ("seed", "steps", "minutes", "tokens", "accumulate")
+        names = ("seed", "steps", "minutes", "tokens")
         return {name: getattr(self.settings, name) for name in names} | {"start": str(self.settings.start)}
-
-    @torch.no_grad()
-    def evaluate(self, count: int = TEST_ITEMS) -> dict[str, Any]:
-        """Accuracy on test items, clips at every pruning rate. Weights as they are: call it after `save_released`."""
-        results: dict[str, Any] = {}
-        by_task = self._test_items(count)
-        for task in TASKS:
-            for rate in PRUNING_RATES if task.startswith("video") else (0.0,):
-                right: list[bool] = []
-                groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
-                for item in by_task[task]:
-                    groups[len(item.tiles), len(item.token_ids)].append(item)
-                for group in groups.values():
-                    size = max(1, self.settings.tokens // len(group[0].token_ids))
-                    for start in range(0, len(group), size):
-                        right += self.losses(collate(group[start : start + size]), rate)[2].tolist()
-                results[task if rate == 0 else f"{task}@{rate}"] = round(sum(right) / len(right), 4)
-        return results
-
-    def _test_items(self, count: int) -> dict[str, list[Item]]:
-        jobs = [(task, index, str(self.directory)) for task in TASKS for index in range(count)]
-        if self.settings.workers:
-            with multiprocessing.get_context("fork").Pool(self.settings.workers) as pool:
-                items = pool.map(_test_item, jobs, chunksize=8)
-        else:
-            items = [_test_item(job) for job in jobs]
-        return {task: [item for item in items if item.kind == task] for task in TASKS}
-
-
-_builders: dict[str, PromptBuilder] = {}
-
-
-def _test_item(job: tuple[str, int, str]) -> Item:
-    task, index, directory = job
-    if directory not in _builders:
-        torch.set_num_threads(1)
-        config = read_config(directory)
-        _builders[directory] = PromptBuilder(config, load_tokenizer(config))
-    return make_item(scene(task, series("test", 0), index), task, _builders[directory], compressed=True)
 
 
 def train(settings: Settings) -> dict[str, Any] | None:
@@ -281,20 +246,21 @@ def train(settings: Settings) -> dict[str, Any] | None:
     trainer = Trainer(settings)
     trainer.resume()
     builder = PromptBuilder(trainer.config, trainer.tokenizer)
-    done, total = trainer.step * settings.accumulate, settings.steps * settings.accumulate
-    # Time ends a run before its steps do; the easy part is then about a fifth of it.
-    source = Batches(builder, settings.seed, done, settings.tokens, easy_batches=total // 8)
+    done = multiprocessing.Value("d", trainer.done)
+    source = Batches(builder, settings.seed, trainer.step, settings.tokens, done)
     loader = DataLoader(source, batch_size=None, num_workers=settings.workers, pin_memory=settings.device == "cuda",
-                        prefetch_factor=3 if settings.workers else None)  # fmt: skip
-    batches, seen, saved = iter(loader), Seen(), time.monotonic()
+                        prefetch_factor=3 if settings.workers else None, worker_init_fn=_of_its_own)  # fmt: skip
+    pool, seen, saved = Pool(iter(loader), settings.device), Seen(), time.monotonic()
+    batches = iter(pool)
     stopped = threading.Event()
     if threading.current_thread() is threading.main_thread():
         for wanted in (signal.SIGTERM, signal.SIGINT):
             signal.signal(wanted, lambda *_: stopped.set())
     with (settings.out / "log.jsonl").open("a", encoding="utf-8") as log:
         while trainer.done < 1 and time.monotonic() - began < settings.pause_after * 60 and not stopped.is_set():
-            trainer.train_step(batches, seen)
-            if trainer.step % 50 == 0 or trainer.done >= 1:
+            trainer.train_step(*next(batches), seen)
+            done.value = trainer.done
+            if trainer.step % 500 == 0 or trainer.done >= 1:
                 line = {"step": trainer.step, "seconds": round(trainer.seconds, 1), "done": round(trainer.done, 3)}
                 line |= seen.line()
                 log.write(json.dumps(line) + "\n")
@@ -307,27 +273,32 @@ def train(settings: Settings) -> dict[str, Any] | None:
                 trainer.save()
                 saved = time.monotonic()
     trainer.save()
-    del batches, loader
+    pool.close()
     if trainer.done < 1:
         save_released(trainer.model, trainer.config, settings.out / "so-far")
         print(f"paused at step {trainer.step}; the same command goes on")
         return None
     save_released(trainer.model, trainer.config, released)
-    evaluation = {"step": trainer.step, "seconds": round(trainer.seconds), "accuracy": trainer.evaluate()}
+    accuracy = evaluated(trainer.losses, trainer.directory, settings.workers)
+    evaluation = {"step": trainer.step, "seconds": round(trainer.seconds), "accuracy": accuracy}
     (settings.out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(evaluation), flush=True)
     return evaluation
+
+
+def _of_its_own(_: int) -> None:
+    """Put a worker where a signal to the trainer's group does not reach it: the trainer saves first."""
+    os.setpgrp()
 
 
 def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m accuracy.train_tiny", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12000, help="updates at most")
-    parser.add_argument("--minutes", type=float, default=20.0, help="minutes of training at most, pauses not counted")
+    parser.add_argument("--steps", type=int, default=100000, help="updates at most")
+    parser.add_argument("--minutes", type=float, default=15.0, help="minutes of training at most, pauses not counted")
     parser.add_argument("--pause-after", type=float, default=1e9, help="save and stop so many minutes after the start")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens of a batch")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of an update")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a batch")
     parser.add_argument("--workers", type=int, default=13, help="processes that draw items")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--from", dest="start", metavar="DIR", type=Path, help="start from a checkpoint's weights")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from accuracy.tasks import series
 from calibrate.clips import FPS
 from calibrate.drawing import COLORS, SHAPES, mp4_bytes, stream
-from calibrate.scenes import Picture, Scene, form
+from calibrate.scenes import Picture, Scene, code_list, form
 from calibrate.synthetic import KINDS
 from calibrate.tiles import tile_grid
 from calibrate.video import decode
@@ -33,18 +33,21 @@ from checkpoint.config import CheckpointConfig
 
 # Share of items. A clip has several times the tokens of a page, so clips take a third of the tokens all the same.
 SHARES = {
-    "document": 0.25,
-    "form": 0.17,
-    "chart": 0.20,
+    "document": 0.16,
+    "form": 0.18,
+    "chart": 0.18,
     "table": 0.04,
-    "images": 0.12,
-    "video_event": 0.08,
-    "video_static": 0.03,
-    "text": 0.11,
+    "images": 0.14,
+    "video_event": 0.10,
+    "video_static": 0.06,
+    "text": 0.08,
+    "code_list": 0.06,
 }
+_TEXTS = ("text", "code_list")
 # While the tower learns to read alone, the language model has lists to learn recall from.
 EASY_TEXT = 0.5
-_MAKERS = KINDS | {"form": form}
+_EASY = 0.2
+_MAKERS = KINDS | {"form": form, "code_list": code_list}
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _GLYPHS = [*CHARACTERS, *SHAPES]
 # Classes of a patch: nothing, running text, or a glyph; which place in its word; what it is linked to.
@@ -52,6 +55,9 @@ GLYPH_CLASSES = {name: number for number, name in enumerate(_GLYPHS, 2)}
 LINK_CLASSES = {name: number for number, name in enumerate([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *COLORS], 1)}
 LABEL_SIZES = (len(_GLYPHS) + 2, 8, len(LINK_CLASSES) + 1)
 IGNORED = 255
+# Batches come in few shapes, each a CUDA graph: tokens of an item, answer tokens of a text and of another item.
+LENGTHS = (128, 224, 288, 384, 448, 512, 704, 896, 1152, 1408, 2048, 2944)
+QUESTIONS, TEXT_ANSWER, OTHER_ANSWER = 12, 96, 56
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,11 @@ class Item:
     """One training item.
 
     Attributes:
-        kind: Of `calibrate.synthetic.KINDS`.
+        kind: Of `SHARES`.
         token_ids: Prompt, answer and end of turn, and so on for every question.
         answers: Where each answer and its end of turn stand: (start, end).
         tiles: uint8 [tiles, side, side, 3]; clips keep their own side and are scaled up on the GPU.
-        labels: uint8 [tiles, 32, 32, 3]: glyph, place in its word and link of every patch.
+        labels: uint8 [tiles, patches, patches, 3]: glyph, place in its word and link of every patch.
     """
 
     kind: str
@@ -74,29 +80,49 @@ class Item:
 
 
 class Batch(NamedTuple):
-    """Items with equally many tiles.
+    """Items with equally many tiles; answer tokens are padded, so that batches of a kind have one shape.
 
     Attributes:
         kinds: Of every question of every item.
-        items: How many items.
         tokens: int64 [items, length], padded with 0.
         rows: int64 [answer tokens]: the item of each token to be predicted.
-        columns: int64 [answer tokens]: its place in the item.
-        question: int64 [answer tokens]: its place in `kinds`.
+        columns: int64 [answer tokens]: its place in the item, at least 1.
+        question: int64 [answer tokens]: its place in `kinds`; for padding, the number of questions there is room for.
+        places: int64 [visual tokens]: where they stand in the flattened `tokens`.
         tiles: uint8 [tiles of all items, side, side, 3].
-        labels: uint8 [tiles of all items, 32, 32, 3].
+        labels: uint8 [tiles of all items, patches, patches, 3].
         moving: Whether the items are clips.
     """
 
     kinds: list[str]
-    items: int
     tokens: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
     question: torch.Tensor
+    places: torch.Tensor
     tiles: torch.Tensor
     labels: torch.Tensor
     moving: bool
+
+    @property
+    def items(self) -> int:
+        """How many items."""
+        return len(self.tokens)
+
+    @property
+    def questions(self) -> int:
+        """How many questions there is room for."""
+        return QUESTIONS * self.items
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that goes to the device."""
+        return self[1:8]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Batch:
+        """The same batch on another device."""
+        tokens, rows, columns, question, places, tiles, labels = tensors
+        return Batch(self.kinds, tokens, rows, columns, question, places, tiles, labels, self.moving)
 
 
 class PromptBuilder:
@@ -178,13 +204,16 @@ def _resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def patch_labels(picture: Picture, rows: int, cols: int) -> np.ndarray:
     """Which glyph has its centre in each patch: uint8 [rows, cols, 3]; glyphs outside words that could be codes too
-    are ignored rather than guessed."""
+    are ignored rather than guessed, and what a thumbnail shows too small to read counts as running text."""
     labels = np.zeros((rows, cols, 3), np.uint8)
     height, width = picture.pixels.shape[:2]
+    small = min(rows / height, cols / width) * 16 < 0.75
     for mark in picture.marks:
         row = min(rows - 1, max(0, int(mark.y / height * rows)))
         col = min(cols - 1, max(0, int(mark.x / width * cols)))
-        if mark.index or mark.name in SHAPES:
+        if small and mark.name not in SHAPES:
+            labels[row, col] = (1, 0, 0)
+        elif mark.index or mark.name in SHAPES:
             labels[row, col] = (GLYPH_CLASSES[mark.name], mark.index, LINK_CLASSES.get(mark.link, 0))
         else:
             labels[row, col] = (1, 0, 0) if mark.name.islower() else IGNORED
@@ -209,21 +238,30 @@ def make_item(scene: Scene, kind: str, builder: PromptBuilder, compressed: bool,
     return Item(kind, token_ids, answers, tiles, labels)
 
 
-def collate(items: list[Item]) -> Batch:
-    """Stack items with equally many tiles."""
-    length = max(len(item.token_ids) for item in items)
+def collate(items: list[Item], visual_id: int, length: int = 0, answer_tokens: int = 0) -> Batch:
+    """Stack items with equally many tiles.
+
+    Args:
+        items: At least one.
+        visual_id: The token that stands for a visual one.
+        length: Tokens to pad every item to; 0 for the longest one's.
+        answer_tokens: Answer tokens to pad to; 0 for none more than there are.
+    """
+    length = length or max(len(item.token_ids) for item in items)
     tokens = torch.zeros(len(items), length, dtype=torch.int64)
-    kinds, places = list[str](), list[tuple[int, int, int]]()
+    kinds, wanted = list[str](), list[tuple[int, int, int]]()
     for row, item in enumerate(items):
         tokens[row, : len(item.token_ids)] = torch.tensor(item.token_ids)
         for start, end in item.answers:
-            places += [(row, column, len(kinds)) for column in range(start, end)]
+            wanted += [(row, column, len(kinds)) for column in range(start, end)]
             kinds.append(item.kind)
+    wanted += [(0, 1, QUESTIONS * len(items))] * (answer_tokens - len(wanted))
     tiles, labels = (torch.from_numpy(np.concatenate([getattr(item, name) for item in items]))
                      for name in ("tiles", "labels"))  # fmt: skip
-    rows, columns, question = torch.tensor(places).unbind(1)
+    rows, columns, question = torch.tensor(wanted).unbind(1)
+    places = (tokens.flatten() == visual_id).nonzero()[:, 0]
     moving = items[0].kind.startswith("video")
-    return Batch(kinds, len(items), tokens, rows, columns, question, tiles, labels, moving)
+    return Batch(kinds, tokens, rows, columns, question, places, tiles, labels, moving)
 
 
 class Batches(IterableDataset[Batch]):
@@ -234,12 +272,11 @@ class Batches(IterableDataset[Batch]):
         seed: Of the training series.
         start: Names the stretch of the run, so that a resumed run sees new items.
         tokens: Tokens of a batch.
-        easy_batches: Over so many batches of all workers together, lists and clips grow from short to their full
-            length.
+        done: Share of the run that is over; over the first fifth lists and clips grow from short to their full length.
     """
 
-    def __init__(self, builder: PromptBuilder, seed: int, start: int, tokens: int, easy_batches: int) -> None:
-        self.builder, self.seed, self.start, self.tokens, self.easy = builder, seed, start, tokens, easy_batches
+    def __init__(self, builder: PromptBuilder, seed: int, start: int, tokens: int, done: Any) -> None:
+        self.builder, self.seed, self.start, self.tokens, self.done = builder, seed, start, tokens, done
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -247,13 +284,12 @@ class Batches(IterableDataset[Batch]):
         torch.set_num_threads(1)
         name = f"{series('train', self.seed)}-{self.start}"
         kinds, late = list(SHARES), np.array(list(SHARES.values()))
-        is_text = np.array(kinds) == "text"
-        early = np.where(is_text, EASY_TEXT, late * (1 - EASY_TEXT) / late[~is_text].sum())
-        waiting: dict[tuple[int, ...], list[Item]] = defaultdict(list)
-        index, made = number, 0
+        is_text = np.isin(kinds, _TEXTS)
+        early = np.where(is_text, late * EASY_TEXT / late[is_text].sum(), late * (1 - EASY_TEXT) / late[~is_text].sum())
+        waiting: dict[tuple[int, bool, int], list[Item]] = defaultdict(list)
+        index = number
         while True:
-            random = stream("item", name, index)
-            ease = (self.start + made * workers) / max(1, self.easy)
+            random, ease = stream("item", name, index), self.done.value / _EASY
             shares = early if ease < 1 else late
             kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
             scene = _MAKERS[kind](stream(kind, name, index))
@@ -263,41 +299,46 @@ class Batches(IterableDataset[Batch]):
             if hard > 0.25 + ease:
                 continue
             item = make_item(scene, kind, self.builder, compressed=random.rand() < 0.25, turns=True)
-            key = (len(item.tiles), int(scene.moving), (len(item.token_ids) - 1).bit_length())
-            waiting[key].append(item)
-            if len(waiting[key]) * max(len(item.token_ids) for item in waiting[key]) >= self.tokens:
-                made += 1
-                yield collate(waiting.pop(key))
+            length = next(fitting for fitting in LENGTHS if fitting >= len(item.token_ids))
+            group = waiting[len(item.tiles), scene.moving, length]
+            group.append(item)
+            if len(group) * length >= self.tokens:
+                each = OTHER_ANSWER if len(item.tiles) else TEXT_ANSWER
+                yield collate(group, self.builder.config.image_token_id, length, each * len(group))
+                group.clear()
 
 
 class Seen:
-    """Counts what went by since the last log line."""
+    """Counts what went by since the last log line; accuracy is that of batches seen for the first time."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.items, self.tokens, self.waited = 0, 0, 0.0
-        self.right: dict[str, list[bool]] = defaultdict(list)
+        self.steps, self.tokens = 0, 0
         self.answered: list[tuple[list[str], float, torch.Tensor]] = []
-        self.sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.figures: list[torch.Tensor] = []
 
-    def add(self, batch: Batch, rate: float, answer: torch.Tensor, dense: torch.Tensor, right: torch.Tensor) -> None:
+    def add(self, batch: Batch, rate: float, figures: torch.Tensor, right: torch.Tensor, new: bool) -> None:
         """Count one batch; figures stay on the GPU until the line is written."""
-        self.items += batch.items
+        self.steps += 1
         self.tokens += batch.tokens.numel()
-        if len(right):
+        if new:
             self.answered.append((batch.kinds, rate, right))
-            self.sums["loss"].append(answer.detach())
-        if len(batch.tiles):
-            self.sums["dense"].append(dense.detach())
+            self.figures.append(figures)
 
     def line(self) -> dict[str, Any]:
         """The log line's figures."""
+        torch.cuda.synchronize() if self.figures and self.figures[0].is_cuda else None
+        by_kind: dict[str, list[bool]] = defaultdict(list)
         for kinds, rate, right in self.answered:
-            for kind, exact in zip(kinds, right.tolist(), strict=True):
-                self.right[kind if rate == 0 else f"{kind}@{rate}"].append(exact)
+            for kind, exact in zip(kinds, right.tolist(), strict=False):
+                by_kind[kind if rate == 0 else f"{kind}@{rate}"].append(exact)
         elapsed = time.monotonic() - self.started
-        figures: dict[str, Any] = {name: round(float(torch.stack(v).mean()), 4) for name, v in self.sums.items()}
-        figures |= {"items_s": round(self.items / elapsed), "tokens_s": round(self.tokens / elapsed),
-                    "waited": round(self.waited / elapsed, 2)}  # fmt: skip
-        figures["accuracy"] = {name: round(sum(v) / len(v), 3) for name, v in sorted(self.right.items())}
-        return figures
+        every = torch.stack([figures.float() for figures in self.figures]).cpu()
+        visual = every[every[:, 1] > 0]
+        line: dict[str, Any] = {"loss": round(float(every[:, 0].mean()), 4)}
+        line |= {name: round(float(visual[:, place].mean()), 4) if len(visual) else None
+                 for place, name in enumerate(("dense", "glyphs", "characters"), 1)}  # fmt: skip
+        line |= {"steps_s": round(self.steps / elapsed, 1), "tokens_s": round(self.tokens / elapsed),
+                 "new": round(len(self.figures) / self.steps, 2)}  # fmt: skip
+        line["accuracy"] = {name: round(sum(v) / len(v), 3) for name, v in sorted(by_kind.items())}
+        return line

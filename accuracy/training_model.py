@@ -9,6 +9,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,16 @@ def tile_embeddings(model: NemotronH_Omni_Reasoning_V3, config: CheckpointConfig
         values = nn.functional.interpolate(
             values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
         )
-    mean, deviation = (torch.tensor(config.raw[k], device=tiles.device).view(1, 3, 1, 1)
-                       for k in ("norm_mean", "norm_std"))  # fmt: skip
+    mean, deviation = (_channels(tuple(config.raw[key]), tiles.device) for key in ("norm_mean", "norm_std"))
     features = model.vision_model(((values / 255.0 - mean) / deviation).bfloat16()).features
     side = size // config.raw["patch_size"]
     return model.project_vision_features(features, side, side)
+
+
+@lru_cache
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept, because a CUDA graph cannot copy from the host."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -133,7 +139,11 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
         predicted: [tiles, tokens, 4 x the classes of `LABEL_SIZES`].
         alike: [tiles, tokens, characters]: likeness to the characters' own embeddings. With it, what the language model
             learns of copying from lists holds for pages too.
-        labels: uint8 [tiles, 32, 32, 3].
+        labels: uint8 [tiles, patches, patches, 3].
+
+    Returns:
+        float32 [3]: the loss; share of the glyphs to be read that are named rightly; share of the tokens with one
+        character that are most like its embedding.
     """
     side = labels.shape[1] // 2
     wanted = labels.reshape(-1, side, 2, side, 2, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 3).long()
@@ -141,33 +151,41 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
     # Nine patches in ten are empty; place and link say something of words only.
     weight = torch.where(glyph == 0, 0.05, 1.0) * (glyph != IGNORED)
     total = predicted.new_zeros((), dtype=torch.float32)
-    for column, scores in enumerate(predicted.float().reshape(-1, sum(LABEL_SIZES)).split(LABEL_SIZES, dim=-1)):
-        mine = weight if column == 0 else weight * (glyph > 1)
+    heads = predicted.float().reshape(-1, sum(LABEL_SIZES)).split(LABEL_SIZES, dim=-1)
+    read = (glyph > 1) & (glyph != IGNORED)
+    for column, scores in enumerate(heads):
+        mine = weight if column == 0 else weight * read
         each = nn.functional.cross_entropy(scores, wanted[:, column], ignore_index=IGNORED, reduction="none")
         total = total + (each * mine).sum() / mine.sum().clamp(min=1.0)
+    named = ((heads[0].argmax(-1) == glyph) * read).sum() / read.sum().clamp(min=1)
     count = alike.shape[-1]
     known = (glyph > 1) & (glyph < 2 + count)
-    held = nn.functional.one_hot((glyph - 2).clamp(0, count - 1), count) * known[:, None]
+    held = (glyph[:, None] - 2 == torch.arange(count, device=glyph.device)) & known[:, None]
     held = held.reshape(-1, 4, count).sum(1).float()
-    each = -(alike.float().flatten(0, 1).log_softmax(-1) * held).sum(-1) / held.sum(1).clamp(min=1.0)
-    return total + 0.5 * each.sum() / (held.sum(1) > 0).sum().clamp(min=1)
+    likeness = alike.float().flatten(0, 1).log_softmax(-1)
+    each = -(likeness * held).sum(-1) / held.sum(1).clamp(min=1.0)
+    total = total + 0.5 * each.sum() / (held.sum(1) > 0).sum().clamp(min=1)
+    single = held.sum(1) == 1
+    matched = ((likeness.argmax(-1) == held.argmax(-1)) * single).sum() / single.sum().clamp(min=1)
+    return torch.stack([total, named, matched])
 
 
 def without_pruned(
-    visual: torch.Tensor, places: torch.Tensor, rate: float, each: int
+    visual: torch.Tensor, places: torch.Tensor, length: int, items: int, rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What EVS leaves of clips with equally many frames, as `calibrate.evs.retention_mask`, for a batch.
 
     Args:
-        visual: Projector output [frames of all items, each, hidden].
-        places: Bool [items, length]: the visual tokens.
+        visual: Projector output [frames of all items, tokens of a frame, hidden].
+        places: int64 [visual tokens]: where they stand in the flattened items.
+        length: Tokens of an item.
+        items: How many items.
         rate: The pruning rate.
-        each: Tokens a frame.
 
     Returns:
         Indices [items, kept] of the tokens that are left, in order, and int64 [items, length]: the new place of each.
     """
-    items, length = places.shape
+    each = visual.shape[1]
     clips = visual.bfloat16().reshape(items, -1, each, visual.shape[-1])
     frames = clips.shape[1]
     same = nn.functional.cosine_similarity(clips[:, 1:], clips[:, :-1], dim=-1)
@@ -175,7 +193,8 @@ def without_pruned(
     budget = retained_tokens(frames, each, rate)
     best = scores.argsort(dim=-1, descending=True, stable=True)[:, :budget]
     retained = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-    kept = torch.ones_like(places).masked_scatter_(places, retained)
+    kept = torch.ones(items * length, dtype=torch.bool, device=places.device)
+    kept = kept.index_copy(0, places, retained.flatten()).view(items, length)
     order = kept.int().argsort(dim=-1, descending=True, stable=True)
     return order[:, : length - frames * each + budget], kept.cumsum(1) - 1
 

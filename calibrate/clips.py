@@ -13,7 +13,7 @@ from calibrate.drawing import COLORS, Color, Page, draw_shape, text_width
 from calibrate.scenes import Scene, code, finished
 
 SIDE = 256
-"""Pixels of a clip's frame; the model sees it scaled up to a 512-pixel tile."""
+"""Pixels of a clip's frame: one tile of the embedded checkpoint."""
 FPS = 2
 LENGTHS = (4, 6, 8, 12, 16)
 _LENGTH_SHARES = (0.30, 0.28, 0.24, 0.10, 0.08)
@@ -25,7 +25,7 @@ def video_event(random: np.random.RandomState, frames: int | None = None) -> Sce
     length = int(random.randint(1, 4))
     start = int(random.randint(1, max(2, len(pages) - length + 1)))
     color, digit = str(random.choice(list(COLORS))), str(random.randint(10))
-    size = int(random.randint(26, 41))
+    size = int(random.randint(28, 41))
     side = 1.35 * size
     x, y = random.uniform(2, SIDE - side - 2, 2)
     ink = _ink_on(COLORS[color])
@@ -41,12 +41,12 @@ def video_static(random: np.random.RandomState, frames: int | None = None) -> Sc
     """A code of four characters stands on a plate that never moves."""
     pages = _background(random, frames)
     answer = code(random, 4, 4)
-    size = int(random.randint(22, 37))
-    width = text_width(answer, size)
-    x, y = random.uniform(4, SIDE - width - 12), random.uniform(4, SIDE - 1.5 * size - 4)
+    size, pitch, bold = int(random.randint(26, 35)), random.uniform(32, 36), bool(random.rand() < 0.35)
+    width = 4 * pitch
+    x, y = random.uniform(4, SIDE - width - 4), random.uniform(4, SIDE - 1.5 * size - 4)
     for page in pages:
-        page.pen.rectangle((x, y, x + width + 8, y + 1.5 * size), fill=(245, 245, 240))
-        page.text(x + 4, y + 0.75 * size, answer, size, (15, 15, 25), word=True)
+        page.pen.rectangle((x, y, x + width, y + 1.5 * size), fill=(245, 245, 240))
+        page.spaced(x, y + 0.75 * size, answer, size, (15, 15, 25), pitch, bold)
     return Scene("What is the code in the video?", answer, tuple(finished(page) for page in pages), moving=True)
 
 

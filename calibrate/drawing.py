@@ -102,6 +102,27 @@ class Page:
                 self.marks.append(Mark(character, x + width / 2, y, place if word else 0, link))
             x += width
 
+    def spaced(
+        self, x: float, y: float, string: str, size: int, ink: Color, pitch: float, bold: bool = False, link: str = ""
+    ) -> None:
+        """Write a word to be read, each character in the middle of a cell `pitch` pixels wide.
+
+        Args:
+            x: Left end of the first cell in pixels.
+            y: Middle of the capitals in pixels.
+            string: What to write.
+            size: Font size in pixels.
+            ink: Colour.
+            pitch: Width of a cell in pixels.
+            bold: Draw the strokes two pixels thicker.
+            link: What the word belongs to.
+        """
+        for place, character in enumerate(string):
+            middle = x + (place + 0.5) * pitch
+            at = (middle, y + CAP_HEIGHT * size / 2)
+            self.pen.text(at, character, font=font(size), fill=ink, anchor="ms", stroke_width=int(bold))
+            self.marks.append(Mark(character, middle, y, place + 1, link))
+
     def shape(self, name: str, box: Box, color: str) -> None:
         """Draw one of `SHAPES` in `box` (left, top, right, bottom) in one of `COLORS`."""
         left, top, right, bottom = box

@@ -32,9 +32,11 @@ wheel white wide wind window winter wonder wood wool world yard yellow young
 
 # (width, height), share. The last four make several tiles and a thumbnail; the odd ones are resized to one tile.
 PAGE_SIZES = (
-    ((512, 512), 0.62), ((480, 500), 0.08), ((560, 590), 0.08), ((1024, 512), 0.08), ((512, 1024), 0.08),
-    ((500, 990), 0.03), ((1024, 1024), 0.03),
+    ((256, 256), 0.64), ((240, 250), 0.08), ((280, 295), 0.08), ((512, 256), 0.06), ((256, 512), 0.06),
+    ((250, 495), 0.03), ((512, 512), 0.05),
 )  # fmt: skip
+TILE = 256
+"""Pixels of a tile of the embedded checkpoint. What is to be read is drawn for it: one character in about 32 pixels."""
 
 
 @dataclass(frozen=True)
@@ -96,36 +98,41 @@ def _filler(random: np.random.RandomState, width: float, size: int) -> str:
 
 
 def document(random: np.random.RandomState) -> Scene:
-    """A page of running text with one code of 5 or 6 characters behind or under the word Code."""
+    """A page of running text with one code of 5 or 6 characters under the word Code."""
     width, height = choose(random, PAGE_SIZES)
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
-    answer = code(random, 5, 6)
-    size = int(random.randint(30, 57))
-    if width > 800 and random.rand() < 0.7:
-        size = int(random.randint(44, 65))
-    stacked = random.rand() < 0.3
-    label_width = text_width("Code: ", size)
-    block = (2.3 if stacked else 1.3) * size
-    code_width = text_width(answer, size) + (0 if stacked else label_width)
-    top = random.uniform(8, height - block - 8)
-    left = random.uniform(8, max(9.0, width - code_width - 8))
-    if stacked:
-        page.text(left, top + 0.65 * size, "Code", size, ink)
-        page.text(left, top + 1.65 * size, answer, size, ink, word=True)
-    else:
-        page.text(left, top + 0.65 * size, "Code:", size, ink)
-        page.text(left + label_width, top + 0.65 * size, answer, size, ink, word=True)
+    # Inside one tile: no reader joins halves of a glyph that two tiles show.
+    across, down = max(1, round(width / TILE)), max(1, round(height / TILE))
+    wide, high = width / across, height / down
+    answer, pen = code(random, 5, 6), _pen(random, wide / TILE)
+    size, code_width = pen["size"], pen["pitch"] * 6
+    corner = random.randint(across) * wide, random.randint(down) * high
+    label = int(random.randint(18, 25))
+    block = 1.1 * label + 1.3 * size
+    top = corner[1] + random.uniform(2, high - block - 2)
+    left = corner[0] + random.uniform(2, wide - code_width - 2)
+    page.text(left + 6, top + 0.55 * label, "Code", label, ink)
+    page.spaced(left, top + 1.1 * label + 0.65 * size, answer, ink=ink, **pen)
     _running_text(random, page, ink, (top, top + block))
     return Scene("What is the code on the page?", answer, (finished(page),))
+
+
+def _pen(random: np.random.RandomState, scale: float = 1.0) -> dict[str, Any]:
+    """Size, pitch and weight of what is to be read: `spaced`'s arguments."""
+    return {
+        "size": int(random.randint(26, 35) * scale),
+        "pitch": random.uniform(32, 36) * scale,
+        "bold": bool(random.rand() < 0.35),
+    }
 
 
 def _running_text(random: np.random.RandomState, page: Page, ink: Color, taken: tuple[float, float]) -> None:
     """Lines of words and numbers above and below the band `taken`, with gaps."""
     width, height = page.image.size
-    y, kept = random.uniform(4, 40), random.uniform(0.3, 0.9)
-    while y < height - 24:
-        size = int(random.randint(16, 40))
+    y, kept = random.uniform(2, 30), random.uniform(0.3, 0.9)
+    while y < height - 18:
+        size = int(random.randint(12, 24))
         if y + 1.2 * size > taken[0] and y < taken[1]:
             y = taken[1] + random.uniform(0, 8)
             continue
@@ -143,22 +150,24 @@ def table(random: np.random.RandomState) -> Scene:
     width, height = choose(random, PAGE_SIZES[:3])
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
-    rows = int(random.randint(3, 7))
-    step = (height - 70) / rows
-    size = int(random.randint(30, min(49, int(step / 1.2))))
-    labels = random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), rows, replace=False)
-    values = random.choice(np.arange(100, 1000), rows, replace=False)
-    left, right = random.uniform(30, 0.3 * width), random.uniform(0.5, 0.65) * width
-    page.text(left, 36, "Item", 32, ink)
-    page.text(right, 36, random.choice(["Price", "Value", "Total"]), 32, ink)
+    rows = int(random.randint(3, 6))
+    pen, step = _pen(random, width / TILE), (height - 36) / rows
+    labels, values = _labels(random, rows), random.choice(np.arange(100, 1000), rows, replace=False)
+    left, right = random.uniform(4, 0.15 * width), random.uniform(0.35, 0.55) * width
+    page.text(left, 18, "Item", 20, ink)
+    page.text(right, 18, random.choice(["Price", "Value", "Total"]), 20, ink)
     for row, (label, value) in enumerate(zip(labels, values, strict=True)):
-        y = 60 + step * (row + 0.5)
-        page.pen.line((left - 12, y - step / 2, right + 100, y - step / 2), fill=ink, width=2)
-        page.text(left, y, str(label), size, ink, word=True)
-        page.text(right, y, str(value), size, ink, word=True, link=str(label))
+        y = 36 + step * (row + 0.5)
+        page.pen.line((left, y - step / 2, width - left, y - step / 2), fill=ink, width=1)
+        page.spaced(left, y, label, ink=ink, **pen)
+        page.spaced(right, y, str(value), ink=ink, link=label, **pen)
     pairs = zip(labels, values, strict=True)
     questions = [(f"What is the value of item {label}?", str(value)) for label, value in pairs]
     return asking([questions[place] for place in random.permutation(rows)], page)
+
+
+def _labels(random: np.random.RandomState, count: int) -> list[str]:
+    return [str(label) for label in random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), count, replace=False)]
 
 
 def asking(questions: list[tuple[str, str]], page: Page) -> Scene:
@@ -170,44 +179,40 @@ def asking(questions: list[tuple[str, str]], page: Page) -> Scene:
 def form(random: np.random.RandomState) -> Scene:
     """Lines of a letter and a code; the question names a line. Training alone draws it, to read more codes a page."""
     paper, ink = paper_and_ink(random)
-    page = blank(512, 512, paper)
-    lines = int(random.randint(3, 7))
-    labels = random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), lines, replace=False)
-    step, questions = 512 / lines, []
+    page = blank(TILE, TILE, paper)
+    lines = int(random.randint(2, 7))
+    labels, step, questions = _labels(random, lines), TILE / lines, []
     for line, label in enumerate(labels):
-        size, word = int(random.randint(30, min(57, int(step / 1.3)))), code(random, 4, 6)
-        y, gap = step * (line + 0.5) + random.uniform(-0.1, 0.1) * step, text_width(f"{label}: ", size)
-        left = random.uniform(6, max(7.0, 506 - gap - text_width(word, size)))
-        page.text(left, y, str(label), size, ink, word=True)
-        page.text(left + gap, y, word, size, ink, word=True, link=str(label))
+        pen, word = _pen(random), code(random, 4, 6)
+        y = step * (line + 0.5) + random.uniform(-0.5, 0.5) * (step - 38)
+        left = random.uniform(0, TILE - (len(word) + 1) * pen["pitch"])
+        page.spaced(left, y, label, ink=ink, **pen)
+        page.spaced(left + pen["pitch"], y, word, ink=ink, link=label, **pen)
         questions.append((f"What is the code of {label}?", word))
     return asking([questions[place] for place in random.permutation(lines)], page)
 
 
 def chart(random: np.random.RandomState) -> Scene:
-    """A bar chart with lettered bars and their values on top: the largest bar's letter, or one bar's value."""
-    width, height = choose(random, (*PAGE_SIZES[:3], ((1024, 512), 0.06)))
+    """A chart of horizontal bars, a letter before and the value behind each: the largest bar's letter, or a value."""
+    width, height = choose(random, PAGE_SIZES[:3])
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
-    bars = int(random.randint(3, 7))
-    labels = random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), bars, replace=False)
-    values = _apart(random, bars)
-    base, top = height - random.uniform(60, 90), random.uniform(95, 140)
-    left, right = random.uniform(16, 60), width - random.uniform(16, 60)
-    slot = (right - left) / bars
-    size = int(random.randint(28, min(44, int(slot / 1.5)) + 1))
-    page.text(left, random.uniform(22, 40), _filler(random, 0.8 * width, 26), 26, ink)
-    page.pen.line((left, base, right, base), fill=ink, width=3)
-    thick, one_color = random.uniform(0.5, 0.8), random.rand() < 0.3
+    bars = int(random.randint(3, 6))
+    labels, values = _labels(random, bars), _apart(random, bars)
+    pen = _pen(random, width / TILE)
+    page.text(random.uniform(4, 40), 14, _filler(random, 0.8 * width, 18), 18, ink)
+    left, pitch = random.uniform(2, 10) + pen["pitch"], pen["pitch"]
+    slot, longest = (height - 32) / bars, width - left - 2.2 * pitch
+    page.pen.line((left, 30, left, height - 4), fill=ink, width=2)
+    thick, one_color = random.uniform(0.5, 0.8) * slot, random.rand() < 0.3
     colors = random.choice(list(COLORS), bars)
     for bar, (label, value) in enumerate(zip(labels, values, strict=True)):
-        middle, high = left + slot * (bar + 0.5), base - (base - top) * value / 100
+        y, end = 32 + slot * (bar + 0.5), left + longest * value / 100
         fill = COLORS[colors[0 if one_color else bar]]
-        page.pen.rectangle((middle - slot * thick / 2, high, middle + slot * thick / 2, base), fill=fill)
-        page.text(middle - text_width(label, size) / 2, base + 0.75 * size, str(label), size, ink, word=True)
-        number = str(value)
-        page.text(middle - text_width(number, size) / 2, high - 0.6 * size, number, size, ink, True, str(label))
-    largest = ("Which bar is the largest?", str(labels[int(np.argmax(values))]))
+        page.pen.rectangle((left, y - thick / 2, end, y + thick / 2), fill=fill)
+        page.spaced(left - pitch, y, label, ink=ink, **pen)
+        page.spaced(end + 0.1 * pitch, y, str(value), ink=ink, link=label, **pen)
+    largest = ("Which bar is the largest?", labels[int(np.argmax(values))])
     pairs = zip(labels, values, strict=True)
     questions = [(f"What is the value of bar {label}?", str(value)) for label, value in pairs]
     questions = [questions[place] for place in random.permutation(bars)]
@@ -216,11 +221,11 @@ def chart(random: np.random.RandomState) -> Scene:
 
 
 def _apart(random: np.random.RandomState, count: int) -> np.ndarray:
-    """`count` values of 10 to 99 of which the largest leads by at least 4."""
+    """`count` values of 10 to 99 of which the largest leads by at least 15."""
     while True:
         values = random.choice(np.arange(10, 100), count, replace=False)
         ordered = np.sort(values)
-        if ordered[-1] - ordered[-2] >= 4:
+        if ordered[-1] - ordered[-2] >= 15:
             return values
 
 
@@ -238,15 +243,15 @@ def images(random: np.random.RandomState) -> Scene:
         questions = [f"Which image shows a {color} {shape}?" for shape, color in things]
     pictures = []
     for thing in things:
-        side = int(random.choice([512, 512, 384, 256]))
+        side = int(random.choice([256, 256, 192, 128]))
         paper, ink = paper_and_ink(random)
         page = blank(side, side, paper)
         if lettered:
-            size = int(random.randint(40, 120) * side / 512)
+            size = int(random.randint(28, 57) * side / TILE)
             x, y = random.uniform(0.05, 0.7, 2) * side
-            page.text(x, y + 0.1 * side, str(thing), size, ink, word=True)
+            page.spaced(x, y + 0.1 * side, str(thing), size, ink, pitch=1.1 * size)
         else:
-            extent = random.uniform(0.15, 0.45) * side
+            extent = random.uniform(0.2, 0.5) * side
             x, y = random.uniform(0, side - extent, 2)
             page.shape(thing[0], (x, y, x + extent, y + extent), thing[1])
         pictures.append(finished(page))
@@ -276,3 +281,14 @@ def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
     asked = random.permutation(pairs)[:12]
     first, *more = [(f"What is the value of {keys[place]}?", str(values[place])) for place in asked]
     return Scene(f"List:\n{lines}\n{first[0]}", first[1], more=tuple(more))
+
+
+def code_list(random: np.random.RandomState) -> Scene:
+    """Recall of codes from a list: what `form` shows on a page, as text. Training alone draws it."""
+    lines = int(random.randint(2, 13))
+    labels = _labels(random, lines)
+    words = [code(random, 4, 6) for _ in labels]
+    questions = [(f"What is the code of {label}?", word) for label, word in zip(labels, words, strict=True)]
+    first, *more = [questions[place] for place in random.permutation(lines)]
+    listed = "\n".join(f"{label} {word}" for label, word in zip(labels, words, strict=True))
+    return Scene(f"List:\n{listed}\n{first[0]}", first[1], more=tuple(more))

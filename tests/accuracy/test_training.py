@@ -41,7 +41,7 @@ def test_later_turns_are_those_of_the_chat_template(builder):
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     expected = builder.tokenizer.apply_chat_template(turns, tokenize=False)
     assert builder.tokenizer.decode(item.token_ids) + "\n" == expected
-    batch = collate([item, make_item(drawn, "text", builder, compressed=False)])
+    batch = collate([item, make_item(drawn, "text", builder, compressed=False)], builder.config.image_token_id)
     assert len(batch.kinds) == len(drawn.more) + 2
     asked = batch.tokens[batch.rows, batch.columns][batch.question == 0].tolist()
     assert asked == item.token_ids[slice(*item.answers[0])]
@@ -57,7 +57,7 @@ def test_pruning_in_a_batch_is_evs(rate):
         for frame in range(frames):
             start = 2 + clip + frame * (each + gap)
             places[clip, start : start + each] = True
-    kept, new = without_pruned(visual, places, rate, each)
+    kept, new = without_pruned(visual, places.flatten().nonzero()[:, 0], places.shape[1], clips, rate)
     for clip in range(clips):
         mask = torch.ones_like(places[clip])
         mask[places[clip]] = retention_mask(visual.view(clips, -1, 8)[clip], frames, 4, 4, rate)
@@ -92,7 +92,8 @@ def test_first_layers_look_at_neighbours(tiny_config):
     position = torch.nn.functional.layer_norm(tower.embeddings.position_embedding[0], (attention.q_proj.in_features,))
     query, key = (project(position).unflatten(-1, (-1, attention.head_dim)) for project in
                   (attention.q_proj, attention.k_proj))  # fmt: skip
-    patch = 10 * 32 + 10
+    side = int(len(position) ** 0.5)
+    patch = 10 * side + 10
     seen = (query[patch, 0] @ key[:, 0].T).argmax().item()
     assert seen == patch - 1  # head 0 looks one to the left
 

@@ -28,7 +28,8 @@ def test_text_prompt_equals_the_model_on_its_tokens(model, text_prompt, config):
 def test_visual_tokens_hold_the_projected_tiles_in_order(model, prompt, config):
     embedded = embed(model, prompt, config)
     visual = embedded.inputs_embeds[embedded.token_ids == config.image_token_id]
-    torch.testing.assert_close(visual, tile_embeddings(model, prompt.tiles).flatten(0, 1))
+    # Another number of tiles at once rounds some sums differently.
+    torch.testing.assert_close(visual, tile_embeddings(model, prompt.tiles).flatten(0, 1), rtol=0.016, atol=2e-3)
 
 
 def test_dense_tiles_equal_the_models_own_image_features(model, prompt, config):

@@ -115,15 +115,15 @@ def test_bad_sample_is_a_fault_that_names_it(name, config, tokenizer):
 
 
 def test_prompt_longer_than_the_limit_is_a_fault(config, tokenizer):
-    with pytest.raises(BadInput, match="at most 200 fit"):
-        build_prompt(sample(user(image_part(picture(9, 9)))), config, tokenizer, max_length=200)
+    with pytest.raises(BadInput, match="at most 60 fit"):
+        build_prompt(sample(user(image_part(picture(9, 9)))), config, tokenizer, max_length=60)
 
 
 def test_length_is_counted_after_pruning(config, tokenizer):
     chat = sample(user(video_part(CLIP)))
-    with pytest.raises(BadInput, match="at most 1000 fit"):
-        build_prompt(chat, config, tokenizer, max_length=1000)
-    assert build_prompt(chat, config, tokenizer, max_length=1000, pruning_rate=0.75).served_length(0.75) <= 1000
+    with pytest.raises(BadInput, match="at most 240 fit"):
+        build_prompt(chat, config, tokenizer, max_length=240)
+    assert build_prompt(chat, config, tokenizer, max_length=240, pruning_rate=0.75).served_length(0.75) <= 240
 
 
 def test_template_that_refuses_is_a_fault(config, tokenizer, monkeypatch):

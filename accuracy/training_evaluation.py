@@ -1,0 +1,69 @@
+"""Accuracy on the test items in training's own batches: minutes of single answers become seconds of whole batches."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from accuracy.tasks import TASKS, TEST_ITEMS, scene, series
+from accuracy.training_data import Batch, Item, PromptBuilder, collate, make_item
+from checkpoint.config import read_config
+from checkpoint.native import load_tokenizer
+
+PRUNING_RATES = (0.0, 0.5, 0.75, 0.9)
+_TOKENS = 16384
+
+
+@torch.no_grad()
+def evaluated(
+    losses: Callable[[Batch, float], tuple[torch.Tensor, torch.Tensor]],
+    directory: Path,
+    workers: int,
+    count: int = TEST_ITEMS,
+) -> dict[str, float]:
+    """Share of right answers by task, clips at every pruning rate as `task@rate`.
+
+    Args:
+        losses: Of a batch at a pruning rate, whose second result says which questions would be answered exactly.
+        directory: A checkpoint with the tokenizer and the configuration.
+        workers: Processes that draw items; 0 for none.
+        count: Items of a task.
+    """
+    config = read_config(directory)
+    jobs = [(task, index, str(directory)) for task in TASKS for index in range(count)]
+    if workers:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            items = pool.map(_item, jobs, chunksize=8)
+    else:
+        items = [_item(job) for job in jobs]
+    results = {}
+    for task in TASKS:
+        groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
+        for item in items:
+            if item.kind == task:
+                groups[len(item.tiles), len(item.token_ids)].append(item)
+        for rate in PRUNING_RATES if task.startswith("video") else (0.0,):
+            right: list[bool] = []
+            for group in groups.values():
+                size = max(1, _TOKENS // len(group[0].token_ids))
+                for start in range(0, len(group), size):
+                    batch = collate(group[start : start + size], config.image_token_id)
+                    right += losses(batch, rate)[1][: len(batch.kinds)].tolist()
+            results[task if rate == 0 else f"{task}@{rate}"] = round(sum(right) / len(right), 4)
+    return results
+
+
+_builders: dict[str, PromptBuilder] = {}
+
+
+def _item(job: tuple[str, int, str]) -> Item:
+    task, index, directory = job
+    if directory not in _builders:
+        torch.set_num_threads(1)
+        config = read_config(directory)
+        _builders[directory] = PromptBuilder(config, load_tokenizer(config))
+    return make_item(scene(task, series("test", 0), index), task, _builders[directory], compressed=True)
