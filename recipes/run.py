@@ -9,7 +9,7 @@ from rich.console import Console
 
 from accuracy.agreement import compare, final_states
 from accuracy.gate import Thresholds, judge, show
-from calibrate.forward import forward_loop
+from calibrate.forward import embed_all, forward_loop
 from calibrate.samples import Skipped
 from checkpoint.config import read_config
 from checkpoint.faults import raise_if_any
@@ -21,6 +21,7 @@ from export.load import load_exported
 from export.manifest import Manifest, write_manifest
 from export.verify import show_faults, verify
 from export.write import output_specs, write_checkpoint
+from quantize.algorithms import ALGORITHMS, algorithm_faults
 from quantize.distill import distill, frozen_copy
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
@@ -40,6 +41,8 @@ def run(recipe: Recipe) -> int:
     config = open_checkpoint(recipe)
     rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
     policy = make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache)
+    algorithm, damping = recipe.quantize.algorithm, recipe.quantize.gptq_damping
+    raise_if_any(algorithm_faults(algorithm, policy, distils=recipe.distill is not None))
     source = check_weights(config, finite=False)
     size = spec_bytes(output_specs(config, policy, source.specs))
     check_output(recipe.output, size)
@@ -58,8 +61,10 @@ def run(recipe: Recipe) -> int:
     states = functools.partial(final_states, config=config, pruning_rate=served_rate)
     reference = states(model, held_out(skipped=Skipped()), describe="BF16 answers")
     teacher = frozen_copy(model.language_model) if plan else None
-    loop = functools.partial(forward_loop, model, samples, config, rate)
-    counts = quantize_model(model.language_model, policy, lambda: loop(total=recipe.calibrate.samples))
+    total = recipe.calibrate.samples
+    given = embed_all(model, samples, config, rate, total) if ALGORITHMS[algorithm].repeats else samples
+    loop = functools.partial(forward_loop, model, given, config, rate, total=total)
+    counts = quantize_model(model.language_model, policy, loop, algorithm, damping)
     _say(f"calibrated on {counts.samples} samples, {counts.tokens} tokens, skipped {skipped.samples}")
     for fault in skipped.faults:
         _say(f"skipped: {fault}")

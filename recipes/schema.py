@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 
@@ -73,11 +73,21 @@ class LayerRule(_Section):
 
 
 class Quantize(_Section):
-    """Which layer gets which format."""
+    """Which layer gets which format, and how its ranges are found."""
 
     layers: Annotated[tuple[LayerRule, ...], Field(min_length=1)]
     kv_cache: Literal["fp8"] | None = None
-    algorithm: Literal["max"] = "max"
+    algorithm: Literal["max", "mse", "local_hessian", "awq_clip", "gptq"] = "max"
+    """ModelOpt's calibration algorithm; `quantize/algorithms.py` says what each does, and for which formats."""
+    gptq_damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to GPTQ's Hessian, as a share of its mean diagonal: more of it moves weights less."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _loadable(cls, name: Any) -> Any:
+        if name in ("awq", "awq_lite", "awq_full", "smoothquant", "svdquant"):
+            raise ValueError("vLLM cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can")
+        return name
 
 
 class Distill(_Section):
