@@ -22,9 +22,10 @@ from export.manifest import Manifest, write_manifest
 from export.verify import show_faults, verify
 from export.write import output_specs, write_checkpoint
 from quantize.algorithms import ALGORITHMS, algorithm_faults
-from quantize.distill import distill, frozen_copy
+from quantize.distill import distill
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
+from quantize.student import frozen_copy
 from recipes.inputs import distillation, open_checkpoint, pick_device, prompt_stream, versions
 from recipes.schema import Recipe
 
@@ -60,7 +61,7 @@ def run(recipe: Recipe) -> int:
     model = load_model(config, device)
     states = functools.partial(final_states, config=config, pruning_rate=served_rate)
     reference = states(model, held_out(skipped=Skipped()), describe="BF16 answers")
-    teacher = frozen_copy(model.language_model) if plan else None
+    teacher = frozen_copy(model.language_model) if plan and plan.taught else None
     total = recipe.calibrate.samples
     given = embed_all(model, samples, config, rate, total) if ALGORITHMS[algorithm].repeats else samples
     loop = functools.partial(forward_loop, model, given, config, rate, total=total)
@@ -71,7 +72,7 @@ def run(recipe: Recipe) -> int:
     calibration = dataclasses.asdict(counts) | {"skipped": skipped.samples}
     recorded = recipe.model_dump(mode="json")
     manifest = Manifest(recorded, versions(), policy.counts(), calibration, recorded["serve"])
-    if plan and teacher:
+    if plan:
         distilled = distill(plan, model, teacher)
         if not plan.exports:  # one of several processes: the first goes on
             return 0

@@ -98,6 +98,9 @@ class Distill(_Section):
     """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison. Also the held-out
+    score by which the best step is chosen."""
     steps: Annotated[int, Field(ge=1)] = 240
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1)] = 128
