@@ -29,7 +29,7 @@ from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
-from checkpoint.layout import expected_tensors, language_model_linears, spec_bytes
+from checkpoint.layout import LANGUAGE_MODEL, expected_tensors, language_model_linears, spec_bytes
 from checkpoint.native import module_name
 from quantize.policy import Policy
 from quantize.ptq import share_fused_scales
@@ -185,8 +185,8 @@ def plan_distillation(
     directory = output.with_name(f".{output.name}.qad")
     faults += state_faults(directory, identity)
     weights = sum(math.prod(linear.shape) for linear in language_model_linears(config) if linear.name in trained)
-    sharded = spec_bytes(expected_tensors(config)) if ranks > 1 else 0
-    faults += space_faults(directory, state_bytes(weights, sharded))
+    model = {name: spec for name, spec in expected_tensors(config).items() if name.startswith(LANGUAGE_MODEL)}
+    faults += space_faults(directory, state_bytes(weights, spec_bytes(model) if ranks > 1 else 0))
     raise_if_any(faults)
     return Plan(settings, trained, directory, identity, samples, config, tokenizer, policy, device)
 

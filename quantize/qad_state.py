@@ -58,19 +58,19 @@ def state_bytes(weights: int, sharded: int = 0) -> int:
 
     Args:
         weights: Number of weights that train. A checkpoint has them and AdamW's two moments in float32; the best
-            weights are kept apart, and written anew beside themselves.
-        sharded: Bytes of the BF16 model where several processes share it: FSDP's checkpoints hold all of it, the
-            trained weights in float32.
+            weights are kept apart.
+        sharded: Bytes of the BF16 language model where several processes share it: FSDP's checkpoints hold all of it,
+            the trained weights in float32.
     """
     checkpoint = weights * (4 + 8) + (sharded + 2 * weights if sharded else 0)
-    return 2 * checkpoint + 2 * 4 * weights
+    return 2 * checkpoint + 4 * weights
 
 
 def space_faults(directory: Path, needed: int) -> Iterator[Fault]:
     """A fault when the disk cannot hold a state of `needed` bytes, what an earlier run has left there included."""
     there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(parent for parent in directory.absolute().parents if parent.exists())).free
-    if free + there < needed * 1.01 + 2**20:
+    if free + there < needed * 1.02 + 2**20:
         what = f"the state needs {needed / 1e9:.2f} GB while it runs, {(free + there) / 1e9:.2f} GB are free"
         yield Fault(str(directory), what, "free some space, or give an output on another disk")
 

@@ -41,7 +41,7 @@ def test_the_largest_state_is_what_was_asked_for(tiny_config, tmp_path, monkeypa
 
     monkeypatch.setattr(qad_trainer, "flush", measured)  # before a checkpoint is renamed and the older one removed
     monkeypatch.setattr(qad_state, "flush", measured)
-    assert small.run().best_step > 1  # so the best weights have been written anew beside themselves
+    assert small.run().best_step > 0
     weights = sum(math.prod(linear.shape) for linear in language_model_linears(tiny_config))
-    assert 0.85 < max(sizes) / state_bytes(weights) <= 1.01
+    assert 0.98 < max(sizes) / state_bytes(weights) <= 1.02
     shutil.rmtree(small.plan.directory)
