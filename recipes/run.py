@@ -28,6 +28,7 @@ from quantize.ptq import packed_linears, quantize_model
 from quantize.student import frozen_copy
 from recipes.inputs import distillation, open_checkpoint, pick_device, prompt_stream, versions
 from recipes.schema import Recipe
+from recipes.search import auto_faults, searched
 
 _say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
 
@@ -43,7 +44,7 @@ def run(recipe: Recipe) -> int:
     rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
     policy = make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache)
     algorithm, damping = recipe.quantize.algorithm, recipe.quantize.gptq_damping
-    raise_if_any(algorithm_faults(algorithm, policy, distils=recipe.distill is not None))
+    raise_if_any([*algorithm_faults(algorithm, policy, distils=recipe.distill is not None), *auto_faults(recipe)])
     source = check_weights(config, finite=False)
     size = spec_bytes(output_specs(config, policy, source.specs))
     check_output(recipe.output, size)
@@ -56,6 +57,10 @@ def run(recipe: Recipe) -> int:
     formats = ", ".join(f"{count} {format}" for format, count in policy.counts().items())
     _say(f"{config.directory}: {source.total_bytes / 1e9:.3f} GB → {recipe.output}: {size / 1e9:.3f} GB, {formats}")
     raise_if_any(nonfinite_faults(source))
+    search = searched(recipe, config, policy, tokenizer, device)
+    if search:
+        policy = search.policy
+        _say(f"chosen: {search}")
 
     # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
     model = load_model(config, device)
@@ -80,6 +85,8 @@ def run(recipe: Recipe) -> int:
         manifest = dataclasses.replace(manifest, distillation=dataclasses.asdict(distilled))
     packed = packed_linears(model.language_model, policy)
     write_checkpoint(config, source, policy, packed, recipe.output, manifest)
+    if search:
+        search.write(recipe.output)
     del model, packed, teacher
     if plan:
         plan.finish()

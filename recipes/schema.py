@@ -72,6 +72,20 @@ class LayerRule(_Section):
     name: str | None = None
 
 
+class Auto(_Section):
+    """Which of several formats each linear gets, by ModelOpt's `auto_quantize`.
+
+    Searched are the linears that `quantize.layers` quantizes; what it leaves in bf16 stays so.
+    """
+
+    bits: Annotated[float, Field(ge=4, lt=16)] = 6.0
+    """Mean bits a weight of the searched linears, at most: NVFP4 has 4.5 with its block scales, FP8 8."""
+    formats: Annotated[tuple[Literal["nvfp4", "fp8"], ...], Field(min_length=1)] = ("nvfp4", "fp8")
+    """What a linear may become, besides bf16."""
+    samples: Annotated[int, Field(ge=1)] = 8
+    """Calibration samples to score on; each is run once a linear and format."""
+
+
 class Quantize(_Section):
     """Which layer gets which format, and how its ranges are found."""
 
@@ -81,6 +95,8 @@ class Quantize(_Section):
     """ModelOpt's calibration algorithm; `quantize/algorithms.py` says what each does, and for which formats."""
     gptq_damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to GPTQ's Hessian, as a share of its mean diagonal: more of it moves weights less."""
+    auto: Auto | None = None
+    """Without it, every linear has the format that `layers` gives it."""
 
     @field_validator("algorithm", mode="before")
     @classmethod
