@@ -258,6 +258,9 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
     if trained := trained_linears(directory):
         note = "linears were trained: how far their weights are from the source's is not checked"
         console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
+    if weight_change(directory) == "moved":
+        note = "the algorithm moved the weights: tensors, rows and columns are held to the source's, single weights not"
+        console.print(f"{directory}: {note}", highlight=False, soft_wrap=True)
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return

@@ -9,13 +9,14 @@ import pytest
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 
+from calibrate.forward import embed
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
 from checkpoint.layout import LANGUAGE_MODEL, language_model_linears
 from checkpoint.native import load_model, module_name
 from export.load import packed_tensors
 from export.manifest import read_manifest
-from export.verify import verify
+from export.verify import show_faults, verify
 from quantize.algorithms import ALGORITHMS, algorithm_faults
 from quantize.formats import FORMATS
 from quantize.policy import Rule, make_policy
@@ -36,6 +37,10 @@ CASES = {
 }
 
 
+EMBEDDED: list[str] = []
+"""The case, once for every sample that its calibration has embedded."""
+
+
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def made(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
     """Format, algorithm and directory of one recipe run end to end; do not change the directory."""
@@ -44,7 +49,9 @@ def made(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
     few = ["calibrate.samples=4", "accuracy.samples=2", f"model={tiny}", f"output={output}"]
     few += ["accuracy.max_kl=0.5", "accuracy.min_top1=0.3", "accuracy.max_perplexity_ratio=1.5"]
     section = [f"quantize.algorithm={algorithm}", f"quantize.layers={json.dumps(layers)}"]
-    assert run(load_recipe(Path(f"recipes/tiny/{format}.yaml"), [*few, *section])) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibrate.forward.embed", lambda *given: EMBEDDED.append(request.param) or embed(*given))
+        assert run(load_recipe(Path(f"recipes/tiny/{format}.yaml"), [*few, *section])) == 0
     return format, algorithm, output
 
 
@@ -66,6 +73,10 @@ def test_it_ends_verified_and_the_manifest_names_it(made, tiny):
     manifest = read_manifest(output)
     assert manifest.recipe["quantize"]["algorithm"] == algorithm
     assert manifest.calibration["samples"] == 4
+
+
+def test_it_embeds_every_sample_once_however_often_it_runs_over_them(made):
+    assert EMBEDDED.count(f"{made[0]}-{made[1]}") == 4
 
 
 def test_it_has_changed_what_the_absolute_maximum_gives(made, tiny, tiny_config):
@@ -117,6 +128,11 @@ def test_one_flipped_weight_is_found_where_weights_were_not_moved(made, tiny, ti
     name = f"{attention(tiny_config)}.o_proj.weight"
     faults = damaged(made, tiny, tmp_path, lambda t: t[name].view(torch.uint8)[3, 5].bitwise_xor_(0x88))
     assert (name in str(faults)) == (ALGORITHMS[made[1]].change != "moved")
+
+
+def test_verification_says_when_single_weights_are_not_held_to_the_source(made, capsys):
+    show_faults(made[2], [])
+    assert ("single weights not" in capsys.readouterr().out) == (ALGORITHMS[made[1]].change == "moved")
 
 
 def test_without_its_name_in_the_manifest_moved_weights_are_faults(made, tiny, tmp_path):
