@@ -224,7 +224,9 @@ def _override(raw: dict[str, Any], text: str) -> list[Fault]:
         if isinstance(section, list) and parent.isdigit() and int(parent) < len(section):
             section = section[int(parent)]
         elif isinstance(section, dict):
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # left out, or null
+                section[parent] = {}
+            section = section[parent]
         else:
             return [Fault(text, f"{parent} is no section of the recipe", "write the field's dotted name")]
     try:

@@ -30,7 +30,7 @@ def recipe(tiny, output, *more):
     quick = ["calibrate.samples=2", "accuracy.samples=1", f"calibrate.sources={TEXT}", f"accuracy.sources={TEXT}"]
     quick += [f"quantize.layers={ATTENTION}", f"quantize.auto.bits={BITS}", "quantize.auto.samples=1"]
     paths = [f"model={tiny}", f"output={output}"]
-    return load_recipe(Path("recipes/tiny/nvfp4.yaml"), ["quantize.auto={}", *quick, *paths, *more])
+    return load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*quick, *paths, *more])
 
 
 @pytest.fixture(scope="module")
