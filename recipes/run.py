@@ -61,6 +61,7 @@ def run(recipe: Recipe) -> int:
     if search:
         policy = search.policy
         _say(f"chosen: {search}")
+        raise_if_any(algorithm_faults(algorithm, policy, distils=False))
 
     # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
     model = load_model(config, device)
