@@ -3,7 +3,8 @@
     python -m export.verify DIR [--source BF16_DIR] [--json]
 
 All faults are shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is no checkpoint at all.
-Weights that distillation trained (hybridquant.json names them) are not held to the source; it says how many.
+Weights that distillation trained (hybridquant.json names them) are not held to the source; it says how many. How near
+the others must be follows from the calibration algorithm it records: see export/closeness.py.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.layout import expected_tensors, language_model_linears
+from export.closeness import closeness_faults
 from export.layout import kv_scale_name, linear_formats, quantization_section, quantized_layout
 from export.load import packed_tensors
 from export.manifest import read_manifest
 from export.matching import FUSED, is_excluded, vllm_name
+from quantize.algorithms import ALGORITHMS, Change
 from quantize.formats import FORMATS
 
 _ALGORITHMS = (*(format.algo for format in FORMATS.values()), "MIXED_PRECISION")
@@ -66,7 +69,8 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
     faults += shapes
     faults += _exclusion_faults(config, section, formats)
     if not shapes:  # with tensors missing or mis-shaped there is nothing to compare
-        faults += _value_faults(config, tensors, formats, kv_scales, original, trained_linears(directory))
+        trained, change = trained_linears(directory), weight_change(directory)
+        faults += _value_faults(config, tensors, formats, kv_scales, original, trained, change)
     return faults
 
 
@@ -78,6 +82,17 @@ def trained_linears(directory: Path) -> frozenset[str]:
         return frozenset()
     named = manifest.distillation.get("trained") if manifest and isinstance(manifest.distillation, dict) else None
     return frozenset(name for name in named if isinstance(name, str)) if isinstance(named, list) else frozenset()
+
+
+def weight_change(directory: Path) -> Change:
+    """What the calibration algorithm may have done to weights, by the manifest; only rounding where it names none."""
+    try:
+        manifest = read_manifest(directory)
+    except BadInput:
+        return "rounded"
+    section = manifest.recipe.get("quantize") if manifest and isinstance(manifest.recipe, dict) else None
+    name = section.get("algorithm") if isinstance(section, dict) else None
+    return ALGORITHMS[name].change if isinstance(name, str) and name in ALGORITHMS else "rounded"
 
 
 def _section_faults(config: CheckpointConfig, section: Mapping[str, Any]) -> Iterator[Fault]:
@@ -166,6 +181,7 @@ def _value_faults(
     kv_scales: bool,
     original: TensorFiles | None,
     trained: frozenset[str],
+    change: Change,
 ) -> Iterator[Fault]:
     shared: dict[str, dict[str, float]] = {}
     linears = {linear.name: linear for linear in language_model_linears(config)}
@@ -174,7 +190,7 @@ def _value_faults(
         if linear is not None and linear.name in formats:
             packed = packed_tensors(tensors, linear.name, formats[linear.name])
             source = None if linear.name in trained else original
-            yield from _packed_faults(linear.name, formats[linear.name], packed, source)
+            yield from _packed_faults(linear.name, formats[linear.name], packed, source, change)
             if linear.short in FUSED["qkv_proj"]:
                 for suffix in ("input_scale", "weight_scale_2"):
                     if suffix in packed:
@@ -214,7 +230,7 @@ def _scale_faults(name: str, scale: torch.Tensor) -> Iterator[Fault]:
 
 
 def _packed_faults(
-    linear: str, format: str, packed: Mapping[str, torch.Tensor], original: TensorFiles | None
+    linear: str, format: str, packed: Mapping[str, torch.Tensor], original: TensorFiles | None, change: Change
 ) -> Iterator[Fault]:
     scales = [
         fault for suffix, t in packed.items() if suffix != "weight" for fault in _scale_faults(f"{linear}.{suffix}", t)
@@ -233,11 +249,7 @@ def _packed_faults(
         if weight.shape != unpacked.shape:
             yield Fault(f"{linear}.weight", "has another shape in the source", "is this the right --source?")
             return
-        excess = (unpacked - weight).abs() - FORMATS[format].error_bound(weight, packed)
-        if bool((excess > 0).any()):
-            share = float((excess > 0).float().mean())
-            what = f"{share:.2%} of the weights are further from the source than {format} rounding allows"
-            yield Fault(f"{linear}.weight", what, "is this the right --source? else " + _REWRITE)
+        yield from closeness_faults(f"{linear}.weight", weight, unpacked, packed, format, change)
 
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:
@@ -246,6 +258,9 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
     if trained := trained_linears(directory):
         note = "linears were trained: how far their weights are from the source's is not checked"
         console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
+    if weight_change(directory) == "moved":
+        note = "the algorithm moved the weights: tensors, rows and columns are held to the source's, single weights not"
+        console.print(f"{directory}: {note}", highlight=False, soft_wrap=True)
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return

@@ -1,5 +1,7 @@
 """Quantization-aware distillation: the quantized language model learns the BF16 model's next-token distributions.
 
+For comparison it can learn the samples' own tokens instead (QAT): no teacher, cross-entropy, all else the same.
+
 Weights train in float32 under ModelOpt's fake quantization; ranges stay as calibrated (NVFP4's block scales follow the
 weights). A killed run goes on with the same command: its state is `.NAME.qad` beside the output.
 """
@@ -7,10 +9,10 @@ weights). A killed run goes on with the same command: its state is `.NAME.qad` b
 from __future__ import annotations
 
 import contextlib
-import copy
 import fnmatch
 import gc
 import io
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
+from checkpoint.layout import LANGUAGE_MODEL, expected_tensors, language_model_linears, spec_bytes
 from checkpoint.native import module_name
 from quantize.policy import Policy
 from quantize.ptq import share_fused_scales
@@ -39,10 +41,12 @@ from quantize.qad_state import (
     gather,
     identity_of,
     load_weights,
+    space_faults,
+    state_bytes,
     state_faults,
-    weight_of,
 )
 from quantize.qad_trainer import DistillationTrainer
+from quantize.student import embedding_only, trainable
 from quantize.training_stream import TrainingStream, batch_of
 
 
@@ -64,6 +68,7 @@ class Settings:
     patience: int
     gradient_checkpointing: bool
     seed: int
+    loss: str = "kl"
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class Plan:
     device: str
 
     @property
+    def taught(self) -> bool:
+        """Whether BF16 is the teacher; without it, a run is QAT."""
+        return self.settings.loss == "kl"
+
+    @property
     def exports(self) -> bool:
         """Whether this process is the one that goes on after the distillation."""
         return os.environ.get("RANK", "0") == "0"
@@ -103,14 +113,16 @@ class Distilled:
 
     Attributes:
         trained: Checkpoint names of the linears whose weights are no longer the source's.
+        loss: What was learnt, and by what the best step was chosen: `KL` from BF16, or `cross-entropy`.
         steps: Optimizer steps made.
-        best_step: The step whose weights were kept, by held-out KL; 0 when no step was better than PTQ.
+        best_step: The step whose weights were kept, by the held-out loss; 0 when no step was better than PTQ.
         tokens: Tokens trained on by this process, visual ones included.
-        held_out: (step, mean KL in nats) of the held-out samples; step 0 is the PTQ model.
-        losses: (step, mean KL in nats) of the training samples.
+        held_out: (step, mean loss in nats a token) of the held-out samples; step 0 is the PTQ model.
+        losses: (step, mean loss in nats a token) of the training samples.
     """
 
     trained: tuple[str, ...]
+    loss: str
     steps: int
     best_step: int
     tokens: int
@@ -118,8 +130,8 @@ class Distilled:
     losses: tuple[tuple[int, float], ...]
 
     def __str__(self) -> str:
-        kl = dict(self.held_out)
-        gain = f"held-out KL {kl[0]:.5f} → {kl[self.best_step]:.5f} nats"
+        held_out = dict(self.held_out)
+        gain = f"held-out {self.loss} {held_out[0]:.5f} → {held_out[self.best_step]:.5f} nats"
         return f"{gain} at step {self.best_step} of {self.steps}" if self.best_step else f"{gain}: PTQ's weights kept"
 
 
@@ -147,7 +159,8 @@ def plan_distillation(
 
     Raises:
         BadInput: With every fault: no linear to train, a batch that the processes cannot share, a device that the
-            trainer would not use, a launcher that would empty the weights, or a state of another recipe or source.
+            trainer would not use, a launcher that would empty the weights, a state of another recipe or source, or a
+            disk too small for the state.
     """
     ranks, faults = int(os.environ.get("WORLD_SIZE", "1")), []
     trained = tuple(
@@ -171,18 +184,21 @@ def plan_distillation(
     identity = identity_of({"source": source, "processes": ranks, **recipe})
     directory = output.with_name(f".{output.name}.qad")
     faults += state_faults(directory, identity)
+    weights = sum(math.prod(linear.shape) for linear in language_model_linears(config) if linear.name in trained)
+    model = {name: spec for name, spec in expected_tensors(config).items() if name.startswith(LANGUAGE_MODEL)}
+    faults += space_faults(directory, state_bytes(weights, spec_bytes(model) if ranks > 1 else 0))
     raise_if_any(faults)
     return Plan(settings, trained, directory, identity, samples, config, tokenizer, policy, device)
 
 
-def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module) -> Distilled:
+def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module | None) -> Distilled:
     """Train the quantized language model in place, from where an earlier run was killed if there was one.
 
     Args:
         plan: Checked.
         model: Its language model quantized and calibrated. Afterwards the trained weights are float32, and on the
             process that exports the whole model is there, on the CPU if it was sharded.
-        teacher: `copy.deepcopy` of the language model from before its quantization.
+        teacher: `frozen_copy` of the language model from before its quantization; None when the plan has none.
 
     Raises:
         BadInput: Too many bad samples, a loss that is not finite, or one that stays above the PTQ model's.
@@ -192,7 +208,7 @@ def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module) 
     share_fused_scales(student, plan.policy)  # the export will: what is trained must be what is served
     linears = {name: student.get_submodule(module_name(name)) for name in plan.trained}
     before = {name: amax.clone() for name, amax in amax_of(linears).items()}
-    with _trainable(student, linears), _embedding_only(model), contextlib.redirect_stdout(io.StringIO()):
+    with trainable(student, linears), embedding_only(model), contextlib.redirect_stdout(io.StringIO()):
         trainer = _trainer(plan, model, student, teacher, linears)
         last = next(reversed(checkpoints(plan.directory)), None)
         gc.collect()
@@ -213,6 +229,7 @@ def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module) 
     losses = tuple((entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     result = Distilled(
         trained=plan.trained if best else (),
+        loss=trainer.loss_name,
         steps=trainer.state.global_step,
         best_step=best,
         tokens=trainer.tokens,
@@ -228,7 +245,7 @@ def _trainer(
     plan: Plan,
     model: NemotronH_Omni_Reasoning_V3,
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     linears: Mapping[str, nn.Module],
 ) -> DistillationTrainer:
     settings, ranks = plan.settings, int(os.environ.get("WORLD_SIZE", "1"))
@@ -272,78 +289,10 @@ def _trainer(
         settings.max_skipped,
         arguments.process_index,
         ranks,
+        step=arguments.gradient_accumulation_steps,
     )
     return DistillationTrainer(student, teacher, linears, stream, stream.held_out(), settings.patience, arguments)
 
 
 def _embed_sample(plan: Plan, model: NemotronH_Omni_Reasoning_V3, sample: Sample, rate: float) -> dict[str, Any]:
     return batch_of(model, sample, plan.config, plan.tokenizer, rate, plan.settings.max_length)
-
-
-@contextlib.contextmanager
-def _trainable(student: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Freeze everything but the weights of `linears`, hold those in float32, and keep Mamba's path unfused."""
-    student.requires_grad_(False)
-    hooks = []
-    for linear in linears.values():
-        weight: Any = weight_of(linear)
-        dtype = weight.dtype
-        # A step of 2e-6 is lost in BF16, whose numbers near 0.02 lie 1e-4 apart.
-        weight.data = weight.data.float()
-        weight.requires_grad_(True)
-        # So the matmul is PTQ's own, and the first loss is PTQ's KL; autocast would change every other layer as well.
-        quantizer: Any = linear.weight_quantizer
-        hooks.append(quantizer.register_forward_hook(lambda _, __, out, dtype=dtype: out.to(dtype)))
-    mixers = unfuse_mamba(student)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for mixer in mixers:
-            del mixer.train
-        student.requires_grad_(False).eval()
-
-
-def unfuse_mamba(language_model: nn.Module) -> list[Any]:
-    """Keep every Mamba mixer in `eval()` whatever mode the model is put in, until its `train` is deleted.
-
-    In `train()` with mamba_ssm installed, transformers calls a kernel that takes `out_proj.weight` as it is: ModelOpt's
-    quantizers of `out_proj` are never called, and the model learns as if that layer were in BF16. Nothing else in the
-    mixer asks for the mode.
-    """
-    mixers: list[Any] = [module for module in language_model.modules() if isinstance(module, NemotronHMamba2Mixer)]
-    for mixer in mixers:
-        mixer.train(False)
-        mixer.train = partial(_stay, mixer)
-    return mixers
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
-
-
-@contextlib.contextmanager
-def _embedding_only(model: NemotronH_Omni_Reasoning_V3) -> Iterator[None]:
-    """Leave the model only what `calibrate.forward.embed` needs, so that FSDP can shard the rest under other hands."""
-    student = model.language_model
-    embeddings = nn.Embedding.from_pretrained(student.get_input_embeddings().weight.detach())
-    model.language_model = _Embeddings(embeddings)
-    try:
-        yield
-    finally:
-        model.language_model = student
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings
-
-
-def frozen_copy(language_model: nn.Module) -> nn.Module:
-    """The teacher: a copy that shares no storage with the student; take it before quantization."""
-    return copy.deepcopy(language_model).requires_grad_(False).eval()

@@ -50,8 +50,12 @@ class Format:
         pack: The tensors of a calibrated module.
         unpack: The float32 weight [out, in] that packed tensors stand for.
         error_bound: Largest |unpacked − source| that rounding can cause, element by element, float32 [out, in].
+        largest: Largest magnitude that the stored scales can express, element by element or one for all.
+        relative_error: ‖unpacked − source‖ / ‖source‖ by rounding at absolute maxima, measured on normal weights.
         input_amax: The input range that a stored `input_scale` stands for.
         cpu_backend: ModelOpt backend that fake-quantizes where there is no CUDA; None where ModelOpt's own does.
+        searched_weight_quantizer: The weight quantizer's settings for algorithms that set each block scale; None where
+            there are no blocks.
     """
 
     name: str
@@ -64,11 +68,23 @@ class Format:
     pack: Callable[[Any], dict[str, torch.Tensor]]
     unpack: Callable[[Tensors], torch.Tensor]
     error_bound: Callable[[torch.Tensor, Tensors], torch.Tensor]
+    largest: Callable[[Tensors], torch.Tensor]
+    relative_error: float
     input_amax: Callable[[torch.Tensor], torch.Tensor]
     cpu_backend: str | None = None
+    searched_weight_quantizer: Mapping[str, Any] | None = None
 
-    def quantizer(self, name: str, device: str) -> dict[str, Any]:
-        """ModelOpt's settings of the `weight_quantizer` or `input_quantizer` for a model on `device`."""
+    def quantizer(self, name: str, device: str, searched: bool = False) -> dict[str, Any]:
+        """ModelOpt's settings of the `weight_quantizer` or `input_quantizer` for a model on `device`.
+
+        Args:
+            name: Which of the two.
+            device: A torch device.
+            searched: Whether the algorithm sets each block scale.
+        """
+        if searched and name == "weight_quantizer" and self.searched_weight_quantizer:
+            # ModelOpt sweeps the scales of quantizers without a backend only, and static ones never ask for it.
+            return copy.deepcopy(dict(self.searched_weight_quantizer))
         settings = copy.deepcopy(dict(getattr(self, name)))
         if self.cpu_backend and not device.startswith("cuda"):
             settings["backend"] = self.cpu_backend
@@ -146,8 +162,12 @@ def _nvfp4_unpack(tensors: Tensors) -> torch.Tensor:
 def _nvfp4_error_bound(source: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     # Between 4 and 6, E2M1's widest gap, half a step is one block scale. The block scale is itself rounded to E4M3,
     # which clips the block's largest value by at most 6 · 2^-4; tiny blocks are held at E4M3's smallest scale, 2^-9.
-    block = (tensors["weight_scale"].float() * tensors["weight_scale_2"]).repeat_interleave(NVFP4_BLOCK, dim=1)
-    return block * 1.01 + source.abs() * 2**-8
+    return _nvfp4_scales(tensors) * 1.01 + source.abs() * 2**-8
+
+
+def _nvfp4_scales(tensors: Tensors) -> torch.Tensor:
+    """The scale of each weight [out, in]."""
+    return (tensors["weight_scale"].float() * tensors["weight_scale_2"]).repeat_interleave(NVFP4_BLOCK, dim=1)
 
 
 FORMATS: dict[str, Format] = {
@@ -162,6 +182,8 @@ FORMATS: dict[str, Format] = {
         pack=_fp8_pack,
         unpack=_fp8_unpack,
         error_bound=_fp8_error_bound,
+        largest=lambda tensors: tensors["weight_scale"] * E4M3_MAX,
+        relative_error=0.027,
         input_amax=lambda input_scale: input_scale * E4M3_MAX,
     ),
     "nvfp4": Format(
@@ -175,8 +197,11 @@ FORMATS: dict[str, Format] = {
         pack=_nvfp4_pack,
         unpack=_nvfp4_unpack,
         error_bound=_nvfp4_error_bound,
+        largest=lambda tensors: _nvfp4_scales(tensors) * E2M1_MAX,
+        relative_error=0.096,
         input_amax=lambda input_scale: input_scale * E4M3_MAX * E2M1_MAX,
         cpu_backend=NVFP4_REFERENCE,
+        searched_weight_quantizer=_settings(mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG, "weight_quantizer"),
     ),
 }
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.native import module_name
+from quantize.algorithms import ALGORITHMS, modelopt_algorithm
 from quantize.formats import FORMATS, share_scales
 from quantize.policy import Policy
 
@@ -35,26 +36,30 @@ class PackedLinear:
     tensors: dict[str, torch.Tensor]
 
 
-def modelopt_config(policy: Policy, algorithm: str | dict[str, Any] = "max", device: str = "cpu") -> dict[str, Any]:
+def modelopt_config(
+    policy: Policy, algorithm: str = "max", device: str = "cpu", gptq_damping: float = 0.01
+) -> dict[str, Any]:
     """The `mtq.quantize` configuration of a policy: everything off, then each linear by its full name.
 
     Full names rather than patterns, so that what ModelOpt enables is what the policy says and nothing besides.
     """
+    searched = ALGORITHMS[algorithm].searches_blocks
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, format in policy.quantized.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
-            settings = FORMATS[format].quantizer(quantizer, device)
+            settings = FORMATS[format].quantizer(quantizer, device, searched)
             entries.append({"quantizer_name": f"{module_name(name)}.{quantizer}", "cfg": settings, "enable": True})
     if policy.kv_cache == "fp8":
         entries += [dict(entry) for entry in mtq.FP8_KV_CFG["quant_cfg"]]
-    return {"quant_cfg": entries, "algorithm": algorithm}
+    return {"quant_cfg": entries, "algorithm": modelopt_algorithm(algorithm, policy, device, gptq_damping)}
 
 
 def quantize_model(
     language_model: nn.Module,
     policy: Policy,
     forward_loop: Callable[[], Result],
-    algorithm: str | dict[str, Any] = "max",
+    algorithm: str = "max",
+    gptq_damping: float = 0.01,
 ) -> Result:
     """Insert ModelOpt's quantizers into the language model and calibrate them, in place.
 
@@ -62,8 +67,9 @@ def quantize_model(
         language_model: The native `NemotronHForCausalLM`, in `eval()` mode: in `train()` the fused Mamba path reads
             `out_proj.weight` directly and its quantizers see nothing.
         policy: Format by linear.
-        forward_loop: Runs the language model over the calibration samples.
-        algorithm: ModelOpt's calibration algorithm.
+        forward_loop: Runs the language model over the calibration samples; again at every call.
+        algorithm: A key of `quantize.algorithms.ALGORITHMS`.
+        gptq_damping: GPTQ's.
 
     Returns:
         What the last forward loop returned.
@@ -77,7 +83,9 @@ def quantize_model(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
             mtq.quantize(
-                language_model, modelopt_config(policy, algorithm, device), lambda _: results.append(forward_loop())
+                language_model,
+                modelopt_config(policy, algorithm, device, gptq_damping),
+                lambda _: results.append(forward_loop()),
             )
     except AssertionError as error:  # how ModelOpt's calibrator meets a NaN
         if "nan" not in str(error):
@@ -98,7 +106,8 @@ def calibration_faults(language_model: nn.Module, policy: Policy) -> list[Fault]
             if quantizer is None or not quantizer.is_enabled:
                 faults.append(Fault(f"{name}.{quantizer_name}", "is not enabled", "a defect: report it"))
                 continue
-            amax = quantizer.amax
+            # A static quantizer has an amax a block, which is zero where all 16 weights are.
+            amax = quantizer.amax if getattr(quantizer, "global_amax", None) is None else quantizer.global_amax
             if amax is None or not bool((torch.isfinite(amax) & (amax > 0)).all()):
                 found = "no amax" if amax is None else f"amax {amax.flatten()[:4].tolist()}"
                 faults.append(Fault(f"{name}.{quantizer_name}", f"has {found} after calibration", remedy))

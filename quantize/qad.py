@@ -5,6 +5,7 @@
     python -m quantize.qad                                                  # the embedded checkpoint, on a CPU
     python -m quantize.qad recipes/nvfp4_qad.yaml model=BF16_DIR output=OUT   # the 12B: see the recipe's head
     python -m quantize.qad distill.learning_rate=1e-5 distill.steps=50
+    python -m quantize.qad distill.loss=cross_entropy                       # QAT, to compare with
 
 RECIPE is recipes/tiny/nvfp4_qad.yaml by default; key=value reaches any of its fields. A run that was killed goes on
 where it was when it is started again with the same command. Exit status: 0 done and the gate passed, 1 a verification

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,28 @@ def state_faults(directory: Path, identity: Mapping[str, Any]) -> Iterator[Fault
     for name in sorted({*before, *identity}):
         if before.get(name) != identity.get(name):
             yield Fault(name, f"was {before.get(name)} when {directory} was begun, is {identity.get(name)}", remedy)
+
+
+def state_bytes(weights: int, sharded: int = 0) -> int:
+    """Bytes of a state at its largest: while a checkpoint is written beside the one before it.
+
+    Args:
+        weights: Number of weights that train. A checkpoint has them and AdamW's two moments in float32; the best
+            weights are kept apart.
+        sharded: Bytes of the BF16 language model where several processes share it: FSDP's checkpoints hold all of it,
+            the trained weights in float32.
+    """
+    checkpoint = weights * (4 + 8) + (sharded + 2 * weights if sharded else 0)
+    return 2 * checkpoint + 4 * weights
+
+
+def space_faults(directory: Path, needed: int) -> Iterator[Fault]:
+    """A fault when the disk cannot hold a state of `needed` bytes, what an earlier run has left there included."""
+    there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(parent for parent in directory.absolute().parents if parent.exists())).free
+    if free + there < needed * 1.02 + 2**20:
+        what = f"the state needs {needed / 1e9:.2f} GB while it runs, {(free + there) / 1e9:.2f} GB are free"
+        yield Fault(str(directory), what, "free some space, or give an output on another disk")
 
 
 def begin(directory: Path, identity: Mapping[str, Any]) -> None:

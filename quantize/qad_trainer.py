@@ -1,6 +1,7 @@
 """ModelOpt's QADTrainer for this model: embeddings in, a loss that fits at 16,384 tokens, guards, safe checkpoints.
 
 Everything else is ModelOpt's and transformers' own: forward KL, optimizer, schedule, accumulation, FSDP2, resuming.
+Without a teacher the loss is cross-entropy, so that QAT can be compared with QAD under the same guards.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class DistillationTrainer(QADTrainer):
     """QADTrainer with this model's inputs and loss.
 
     Attributes:
-        history: Held-out KL in nats by step; step 0 is the PTQ model's.
+        history: Held-out loss in nats a token by step; step 0 is the PTQ model's.
+        loss_name: `KL`, or `cross-entropy` without a teacher.
     """
 
     control: Any
@@ -52,7 +54,7 @@ class DistillationTrainer(QADTrainer):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         trained: Mapping[str, nn.Module],
         stream: TrainingStream,
         held_out: Sequence[Batch],
@@ -63,7 +65,7 @@ class DistillationTrainer(QADTrainer):
 
         Args:
             student: The quantized language model, `trained` its only trainable weights.
-            teacher: The BF16 language model.
+            teacher: The BF16 language model; without it, the samples' own tokens are learnt by cross-entropy.
             trained: Quantized linears by checkpoint name.
             stream: Training batches.
             held_out: Held-out batches, the same on every process.
@@ -78,7 +80,7 @@ class DistillationTrainer(QADTrainer):
                 args=arguments,
                 train_dataset=stream,
                 eval_dataset=list(held_out),
-                distill_args={"teacher_model": teacher, "temperature": 1.0},
+                distill_args={"teacher_model": teacher or nn.Identity(), "temperature": 1.0},
                 callbacks=[_Gradients(trained), _Progress(self)],
             )
         for callback in (PrinterCallback, ProgressCallback):
@@ -87,6 +89,7 @@ class DistillationTrainer(QADTrainer):
         # piece. Liger's own kernel is Triton only.
         self.use_liger_kernel = True
         self.history: dict[int, float] = {}
+        self.loss_name = "KL" if teacher else "cross-entropy"
         self.tokens = 0
         self._last_teacher_outputs: Any = None
         self._trained, self._stream, self._patience = dict(trained), stream, patience
@@ -111,6 +114,8 @@ class DistillationTrainer(QADTrainer):
     def _ensure_teacher_prepared(self) -> None:
         # Only sharding needs accelerate: on CPU processes it would wrap the teacher in DDP, which refuses a model
         # without gradients.
+        if self.loss_name != "KL":
+            return
         if self.is_fsdp_enabled:
             super()._ensure_teacher_prepared()
         elif not self._teacher_prepared:
@@ -119,31 +124,41 @@ class DistillationTrainer(QADTrainer):
 
     # Loss.
 
+    def _compute_kd_loss(self, outputs: Any, labels: torch.Tensor, inputs: Any, **kwargs: Any) -> torch.Tensor:
+        if self.loss_name == "KL":
+            return super()._compute_kd_loss(outputs, labels, inputs, **kwargs)
+        return self._liger_kd_loss(outputs, labels, **kwargs)
+
     def _liger_kd_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int = 1, **_: Any
     ) -> torch.Tensor:
-        """Sum of the KL over this batch's positions, divided by the positions of the whole step on all processes.
+        """Sum of the loss over this batch's positions, divided by the positions of the whole step on all processes.
 
         KDTrainer averages each batch by itself, and transformers, seeing labels, does not divide by the accumulation:
         gradients would be as many times too large as batches are accumulated, and short samples would weigh most.
         """
         teacher_outputs: Any = self._last_teacher_outputs
         self._last_teacher_outputs = None
-        student, teacher = outputs.logits, teacher_outputs.logits
-        total = self._sharded_liger_compute(lambda: self._kl_sum(student, teacher, labels))
+        student, teacher = outputs.logits, teacher_outputs.logits if teacher_outputs else None
+        total = self._sharded_liger_compute(lambda: self._loss_sum(student, teacher, labels))
         return total * self.accelerator.num_processes / num_items_in_batch  # FSDP and DDP average over processes
 
-    def _kl_sum(self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """ModelOpt's forward KL, in nats, summed over the positions whose next token counts."""
+    def _loss_sum(self, student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """The loss, in nats, summed over the positions whose next token counts: ModelOpt's forward KL from the teacher,
+        or the cross-entropy of the tokens themselves."""
         # The heads are one: it is not quantized and not trained.
         head = self._get_lm_head(self.accelerator.unwrap_model(self.model)).weight
         counted = labels[:, 1:] != IGNORE
-        states = [hidden[:, :-1][counted].to(head.dtype) for hidden in (student, teacher)]
+        ours = student[:, :-1][counted].to(head.dtype)
+        target = labels[:, 1:][counted] if teacher is None else teacher[:, :-1][counted].to(head.dtype)
 
-        def piece(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            return self._kd_criterion(F.linear(ours, head).float(), F.linear(theirs, head).float()).sum()
+        def piece(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = F.linear(ours, head).float()
+            if teacher is None:
+                return F.cross_entropy(logits, target, reduction="sum")
+            return self._kd_criterion(logits, F.linear(target, head).float()).sum()
 
-        pieces = zip(*(hidden.split(POSITIONS) for hidden in states), strict=True)
+        pieces = zip(ours.split(POSITIONS), target.split(POSITIONS), strict=True)
         return torch.stack([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces]).sum()
 
     # Guards.
@@ -160,7 +175,7 @@ class DistillationTrainer(QADTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise BadInput(Fault("distill", f"the loss is {float(loss)} after {self.state.global_step} steps", _ADVICE))
-        self._next = int(inputs["position"]) + 1
+        self._next = int(inputs["next"])
         self.tokens += inputs["labels"].numel()
         return loss
 
@@ -181,7 +196,7 @@ class DistillationTrainer(QADTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean KL of the held-out batches, over all counted positions; keeps the best weights.
+        """Mean loss of the held-out batches, over all counted positions; keeps the best weights.
 
         Raises:
             BadInput: It is not finite, or has been above the PTQ start `patience` times in a row.
@@ -196,16 +211,16 @@ class DistillationTrainer(QADTrainer):
             labels = inputs.pop("labels")
             with self._liger_identity_lm_head():
                 outputs = model(**inputs)
-            kl = self._compute_kd_loss(outputs, labels, inputs, num_items_in_batch=ranks)
+            loss = self._compute_kd_loss(outputs, labels, inputs, num_items_in_batch=ranks)
             if index < len(self.eval_dataset):
-                sums += torch.stack([kl, (labels[:, 1:] != IGNORE).sum().to(kl)])
+                sums += torch.stack([loss, (labels[:, 1:] != IGNORE).sum().to(loss)])
         total, count = self.accelerator.reduce(sums).tolist()
         self.history[self.state.global_step] = total / count
         self.log({"eval_loss": total / count})
         # Without this the request stands, and transformers evaluates the last step twice.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         self._judge()
-        if all(kl > total / count for step, kl in self.history.items() if step != self.state.global_step):
+        if all(loss > total / count for step, loss in self.history.items() if step != self.state.global_step):
             self._write_weights(Path(self.args.output_dir) / BEST)
         return {"eval_loss": total / count}
 
@@ -213,12 +228,10 @@ class DistillationTrainer(QADTrainer):
         start, *later = self.history.values()
         recent = later[-self._patience :]
         if not math.isfinite([start, *later][-1]):
-            raise BadInput(Fault("distill", f"held-out KL is {later[-1] if later else start}", _ADVICE))
+            raise BadInput(Fault("distill", f"held-out {self.loss_name} is {later[-1] if later else start}", _ADVICE))
         if len(recent) == self._patience and min(recent) > start:
-            what = (
-                f"held-out KL has been above PTQ's {start:.5f} nats {len(recent)} times in a row, now {recent[-1]:.5f}"
-            )
-            raise BadInput(Fault("distill", what, _ADVICE))
+            above = f"above PTQ's {start:.5f} nats {len(recent)} times in a row, now {recent[-1]:.5f}"
+            raise BadInput(Fault("distill", f"held-out {self.loss_name} has been {above}", _ADVICE))
 
     # Checkpoints: written beside their name and renamed, so that a kill leaves whole ones only.
 
@@ -269,7 +282,7 @@ class DistillationTrainer(QADTrainer):
         progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
         self._next, self.tokens = progress["positions"][self.args.process_index]
         self._stream.start = self._next
-        self.history = {int(step): kl for step, kl in progress["history"]}
+        self.history = {int(step): loss for step, loss in progress["history"]}
 
     def _barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -299,7 +312,7 @@ class _Gradients(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One bar: steps, the step's loss and the last held-out KL, in nats."""
+    """One bar: steps, the step's loss and the last held-out one, in nats."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
@@ -315,7 +328,7 @@ class _Progress(TrainerCallback):
         logs = kwargs["logs"]
         held_out = self._trainer.history.values()
         if "loss" in logs and held_out:
-            self._bar.set_postfix_str(f"KL {logs['loss']:.5f}, held out {[*held_out][-1]:.5f}")
+            self._bar.set_postfix_str(f"{self._trainer.loss_name} {logs['loss']:.5f}, held out {[*held_out][-1]:.5f}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._bar.close()

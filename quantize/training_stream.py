@@ -43,8 +43,8 @@ def batch_of(
 ) -> Batch:
     """Embed one image, video or text sample; teacher and student are both given these embeddings.
 
-    A batch is one sample. The plain Mamba path has no padding mask, and with one sample there is nothing to pad: no
-    token of a step is wasted, and clips that EVS shortens need no common length.
+    A batch is one sample. The plain Mamba path has no padding mask and would carry its state from one packed sample
+    into the next; with one sample there is nothing to pad, and clips that EVS shortens need no common length.
 
     Every token counts in the loss, prompt and answer alike (arXiv 2511.03929), but for visual placeholders: what the
     model says before one is never read. So the loss is `accuracy.agreement`'s KL.
@@ -60,6 +60,16 @@ def batch_of(
     if not bool((labels[1:] != IGNORE).any()):
         raise BadInput(Fault(sample.where, "has no token to learn from", "give it some text"))
     return {"inputs_embeds": embedded.inputs_embeds[None].cpu(), "labels": labels[None].cpu()}
+
+
+def longest_first(batches: list[Batch]) -> list[Batch]:
+    """Sort by length. Sharded processes run in step, so each waits for the longest sample among them.
+
+    When each process sorts its own share of a step, samples of like length meet. Of synthetic pictures, clips and texts
+    in steps of 128, two processes then wait 6% of the time and not 26%, four 15% and not 45%, eight 28% and not 57%
+    (tests/quantize/test_distill_stream.py).
+    """
+    return sorted(batches, key=lambda batch: -batch["labels"].numel())
 
 
 class TrainingStream(IterableDataset):
@@ -80,6 +90,7 @@ class TrainingStream(IterableDataset):
         max_skipped: int,
         rank: int = 0,
         ranks: int = 1,
+        step: int = 1,
     ) -> None:
         """Describe the stream; nothing is read yet.
 
@@ -92,11 +103,12 @@ class TrainingStream(IterableDataset):
             max_skipped: Bad samples before the run stops.
             rank: This process; it takes every `ranks`-th sample, so a step of any number of processes has the same.
             ranks: Number of processes.
+            step: Batches that this process takes for an optimizer step; each such group comes longest first.
         """
         self.start = 0
         self.skipped = Skipped(max_skipped)
         self._samples, self._embed, self._held_out = samples, embed_sample, held_out
-        self._rates, self._seed, self._rank, self._ranks = rates, seed, rank, ranks
+        self._rates, self._seed, self._rank, self._ranks, self._step = rates, seed, rank, ranks, step
         self._bad: set[str] = set()
 
     def held_out(self) -> list[Batch]:
@@ -111,10 +123,16 @@ class TrainingStream(IterableDataset):
             batches += [batch] if batch else []
         if not batches:
             raise BadInput(Fault("distill.sources", "hold no usable held-out sample", "give more samples"))
-        return batches
+        return longest_first(batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this process's batches from `start` on, each with its `position`; never ends."""
+        """Yield this process's batches from `start` on, each with `next`, where the next step begins; never ends."""
+        batches = self._in_order()
+        while group := list(itertools.islice(batches, self._step)):
+            end = group[-1]["position"] + 1
+            yield from (batch | {"next": end} for batch in longest_first(group))
+
+    def _in_order(self) -> Iterator[Batch]:
         for position, sample in enumerate(self._repeated()):
             if position < self.start or position % self._ranks != self._rank:
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 
@@ -72,12 +72,38 @@ class LayerRule(_Section):
     name: str | None = None
 
 
+class Auto(_Section):
+    """Which of several formats each linear gets, by ModelOpt's `auto_quantize`.
+
+    Searched are the linears that `quantize.layers` quantizes; what it leaves in bf16 stays so.
+    """
+
+    bits: Annotated[float, Field(ge=4, lt=16)] = 6.0
+    """Mean bits a weight of the searched linears, at most: NVFP4 has 4.5 with its block scales, FP8 8."""
+    formats: Annotated[tuple[Literal["nvfp4", "fp8"], ...], Field(min_length=1)] = ("nvfp4", "fp8")
+    """What a linear may become, besides bf16."""
+    samples: Annotated[int, Field(ge=1)] = 8
+    """Calibration samples to score on; each is run once a linear and format."""
+
+
 class Quantize(_Section):
-    """Which layer gets which format."""
+    """Which layer gets which format, and how its ranges are found."""
 
     layers: Annotated[tuple[LayerRule, ...], Field(min_length=1)]
     kv_cache: Literal["fp8"] | None = None
-    algorithm: Literal["max"] = "max"
+    algorithm: Literal["max", "mse", "local_hessian", "awq_clip", "gptq"] = "max"
+    """ModelOpt's calibration algorithm; `quantize/algorithms.py` says what each does, and for which formats."""
+    gptq_damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to GPTQ's Hessian, as a share of its mean diagonal: more of it moves weights less."""
+    auto: Auto | None = None
+    """Without it, every linear has the format that `layers` gives it."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _loadable(cls, name: Any) -> Any:
+        if name in ("awq", "awq_lite", "awq_full", "smoothquant", "svdquant"):
+            raise ValueError("vLLM cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can")
+        return name
 
 
 class Distill(_Section):
@@ -88,6 +114,9 @@ class Distill(_Section):
     """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison. Also the held-out
+    score by which the best step is chosen."""
     steps: Annotated[int, Field(ge=1)] = 240
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1)] = 128
@@ -195,7 +224,9 @@ def _override(raw: dict[str, Any], text: str) -> list[Fault]:
         if isinstance(section, list) and parent.isdigit() and int(parent) < len(section):
             section = section[int(parent)]
         elif isinstance(section, dict):
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # left out, or null
+                section[parent] = {}
+            section = section[parent]
         else:
             return [Fault(text, f"{parent} is no section of the recipe", "write the field's dotted name")]
     try:

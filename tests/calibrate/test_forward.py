@@ -2,7 +2,7 @@ import pytest
 import torch
 from calibrate_media import clip_bytes, image_part, picture, text, user, video_part
 
-from calibrate.forward import Counts, embed, forward_loop, logits, tile_embeddings
+from calibrate.forward import Counts, embed, embed_all, forward_loop, logits, tile_embeddings
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.faults import BadInput
@@ -81,8 +81,10 @@ def test_forward_loop_shows_the_language_model_every_kept_token_once(model, prom
 
 
 def test_forward_loop_takes_prompts_embedded_before(model, prompt, config):
-    held = [embed(model, prompt, config, 0.5)]
-    assert forward_loop(model, held, config) == forward_loop(model, [prompt], config, 0.5)
+    held = embed_all(model, iter([prompt]), config, 0.5)
+    assert held[0].inputs_embeds.device.type == "cpu"
+    counts = forward_loop(model, [prompt], config, 0.5)
+    assert forward_loop(model, held, config) == counts == forward_loop(model, held, config)
 
 
 def test_forward_loop_takes_a_stream(model, text_prompt, config):

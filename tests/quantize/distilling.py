@@ -11,9 +11,10 @@ from calibrate.synthetic import draw
 from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model, load_tokenizer
 from quantize import distill as distilling
-from quantize.distill import Settings, frozen_copy, plan_distillation
+from quantize.distill import Settings, plan_distillation
 from quantize.policy import Rule, make_policy
 from quantize.ptq import quantize_model
+from quantize.student import frozen_copy
 from quantize.training_stream import batch_of
 
 SETTINGS = Settings(
@@ -68,7 +69,7 @@ class Small:
             self.settings, samples, config, self.tokenizer, policy, directory / "out", {"recipe": str(settings)}, "cpu"
         )
         self.model = load_model(config)
-        self.teacher = frozen_copy(self.model.language_model)
+        self.teacher = frozen_copy(self.model.language_model) if self.plan.taught else None
         batches = [self.batch(sample) for sample in itertools.islice(samples(), 4)]
         forward = self.model.language_model
         quantize_model(forward, policy, lambda: [forward(inputs_embeds=b["inputs_embeds"]) for b in batches])

@@ -10,7 +10,7 @@ from calibrate.forward import embed
 from calibrate.prompts import build_prompt
 from checkpoint.faults import BadInput
 from checkpoint.native import load_model, module_name
-from quantize import distill as distilling
+from quantize import student as student_of
 from quantize.qad_trainer import DistillationTrainer
 from quantize.training_stream import with_answer
 from tests.quantize.distilling import Small, mixture, one_thread, said  # noqa: F401
@@ -43,7 +43,7 @@ def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     small.teacher_before = small.teacher(inputs_embeds=probe).logits
     small.amax_before = {n: b.clone() for n, b in student.named_buffers() if n.endswith("_amax")}
     linears = {name: student.get_submodule(module_name(name)) for name in small.plan.trained}
-    with distilling._trainable(student, linears):
+    with student_of.trainable(student, linears):
         total, count = sums(bf16, student, small, samples[2:4])
         (total / count).backward()
         grads = [module._parameters["weight"].grad for module in linears.values()]
@@ -118,7 +118,7 @@ def test_the_fused_mamba_path_stays_shut(tiny_config, tmp_path, monkeypatch):
 
 def test_a_quantizer_that_a_step_passes_by_stops_the_run_by_name(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(modeling_nemotron_h, "mamba2_split_conv1d_scan_combined", fused)
-    monkeypatch.setattr(distilling, "unfuse_mamba", lambda model: [])
+    monkeypatch.setattr(student_of, "unfuse_mamba", lambda model: [])
     with pytest.raises(RuntimeError, match=r"did not call .*layers\.0\.mixer\.out_proj\.input_quantizer"):
         Small(tiny_config, tmp_path, steps=1).run()
 
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_missing_or_astray_stops_the_run(tiny_config, tmp_pat
         model.get_submodule(name)._parameters["weight"].requires_grad_(trains)
         return []
 
-    monkeypatch.setattr(distilling, "unfuse_mamba", disturb)
+    monkeypatch.setattr(student_of, "unfuse_mamba", disturb)
     with pytest.raises(RuntimeError, match=message):
         Small(tiny_config, tmp_path, steps=1).run()
 
@@ -158,11 +158,18 @@ def test_a_learning_rate_far_too_high_stops_the_run_with_advice(tiny_config, tmp
 
 
 def test_nan_stops_the_run_with_advice(tiny_config, tmp_path, monkeypatch):
-    kl = DistillationTrainer._kl_sum
+    total = DistillationTrainer._loss_sum
     monkeypatch.setattr(
-        DistillationTrainer, "_kl_sum", lambda self, *a: kl(self, *a) * (math.nan if self.model.training else 1)
+        DistillationTrainer, "_loss_sum", lambda self, *a: total(self, *a) * (math.nan if self.model.training else 1)
     )
     with pytest.raises(BadInput, match=r"loss is nan after 0 steps.*learning_rate first"):
+        Small(tiny_config, tmp_path, steps=1).run()
+
+
+def test_nan_on_the_held_out_samples_stops_the_run_with_advice(tiny_config, tmp_path, monkeypatch):
+    total = DistillationTrainer._loss_sum
+    monkeypatch.setattr(DistillationTrainer, "_loss_sum", lambda self, *a: total(self, *a) * math.nan)
+    with pytest.raises(BadInput, match=r"held-out KL is nan.*lower distill\.learning_rate first"):
         Small(tiny_config, tmp_path, steps=1).run()
 
 

@@ -1,15 +1,17 @@
 """The training stream: what is held out, who takes what, where it begins again, and what the loss counts."""
 
 import itertools
+import random
 
 import pytest
 import torch
 
+from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
-from calibrate.synthetic import draw
+from calibrate.synthetic import KINDS, draw, synthetic
 from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_tokenizer
-from quantize.training_stream import IGNORE, TrainingStream, batch_of
+from quantize.training_stream import IGNORE, TrainingStream, batch_of, with_answer
 
 
 def five():
@@ -17,7 +19,8 @@ def five():
 
 
 def named(sample, rate):
-    return {"name": sample.id, "rate": rate}
+    """A stand-in for a batch; sample n has n + 1 tokens."""
+    return {"name": sample.id, "rate": rate, "labels": torch.zeros(1, int(sample.id) + 1)}
 
 
 def stream(samples=five, embed=named, rates=(0.5,), **options):
@@ -29,7 +32,7 @@ def taken(stream, count):
 
 
 def test_the_held_out_samples_are_never_trained_on_and_the_others_come_again():
-    assert [batch["name"] for batch in stream().held_out()] == ["0", "1"]
+    assert [batch["name"] for batch in stream().held_out()] == ["1", "0"]
     assert taken(stream(), 7) == list(enumerate("2342342"))
 
 
@@ -39,6 +42,44 @@ def test_processes_share_a_step_and_a_resumed_stream_goes_on_where_it_was():
     resumed = stream(rank=1, ranks=2)
     resumed.start = both[1][1][0] + 1
     assert taken(resumed, 2) == both[1][2:]
+
+
+def test_a_step_comes_longest_first_and_the_next_begins_after_all_of_it():
+    batches = list(itertools.islice(stream(step=4), 8))
+    assert "".join(batch["name"] for batch in batches) == "4322" + "4332"
+    assert [int(batch["next"]) for batch in batches] == [4] * 4 + [8] * 4
+    resumed = stream(step=4)
+    resumed.start = 4
+    assert [batch["name"] for batch in itertools.islice(resumed, 4)] == list("4332")
+
+
+@pytest.fixture(scope="module")
+def lengths(tiny_config):
+    """Tokens of mixed documents, tables, charts, pictures, clips and texts, as they would be trained on."""
+    tokenizer, rate, found = load_tokenizer(tiny_config), 0.75, []
+    for sample in synthetic(tuple(KINDS), 42, 0):
+        prompt = build_prompt(with_answer(sample), tiny_config, tokenizer, pruning_rate=rate)
+        clips = sum(run.end - run.start for item in prompt.media if item.kind == "video" for run in item.visual)
+        found.append(len(prompt.token_ids) - int(rate * clips))
+    return found
+
+
+def waiting(lengths, processes, step):
+    """Share of the time that processes in step wait for the longest sample among them, a step of 128 in all."""
+    drawn = random.Random(0).choices(lengths, k=5 * 128)
+    samples = [Sample(str(length - 1), [{"role": "user", "content": "x"}], "test") for length in drawn]
+    parts = [
+        stream(lambda: iter(samples), rank=rank, ranks=processes, step=step, held_out=0) for rank in range(processes)
+    ]
+    rounds = zip(*(itertools.islice(part, len(drawn) // processes) for part in parts))
+    rows = [[batch["labels"].numel() for batch in row] for row in rounds]
+    return 1 - sum(map(sum, rows)) / sum(processes * max(row) for row in rows)
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 0.0), (2, 0.15), (4, 0.3), (8, 0.45)])
+def test_no_step_is_mostly_waiting_for_its_longest_sample(lengths, processes, share):
+    assert waiting(lengths, processes, step=128 // processes) <= share
+    assert waiting(lengths, processes, step=1) > share or processes == 1  # as they come
 
 
 def test_a_rate_is_drawn_for_each_position_whoever_asks():

@@ -7,7 +7,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from quantize.formats import FORMATS
-from quantize.nvfp4_reference import fake_quantize
+from quantize.nvfp4_reference import fake_quantize, fake_quantize_static
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -75,3 +75,47 @@ def test_on_a_gpu_it_equals_modelopts_triton_kernel_bit_for_bit(dtype):
         for amax in (inputs.abs().amax().float(), inputs.abs().amax().float() / 4):
             theirs = TensorQuantizer(settings, amax=amax)(inputs)
             assert torch.equal(fake_quantize(inputs, amax), theirs)
+
+
+def searched(linear: torch.nn.Linear, algorithm: dict) -> torch.nn.Module:
+    settings = {q: FORMATS["nvfp4"].quantizer(q, "cpu", searched=True) for q in ("weight_quantizer", "input_quantizer")}
+    entries = [{"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()]
+    model = torch.nn.Sequential(linear)
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": algorithm}, lambda m: m(torch.randn(4, 256).bfloat16()))
+    return model[0]
+
+
+def test_searched_block_scales_equal_packing_and_unpacking_by_the_exporter():
+    """But for scales between two E4M3 numbers, which the exporter and the kernel round each in its own way."""
+    torch.manual_seed(0)
+    linear = searched(torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16), {"method": "max"})
+    unpacked = FORMATS["nvfp4"].unpack(FORMATS["nvfp4"].pack(linear)).to(torch.bfloat16)
+    assert float((linear.weight_quantizer(linear.weight) != unpacked).float().mean()) < 0.05
+
+
+def test_the_search_without_cuda_never_raises_the_squared_error():
+    torch.manual_seed(0)
+    weight, errors = torch.randn(64, 256, dtype=torch.bfloat16), []
+    for algorithm in ({"method": "max"}, {"method": "mse", "fp8_scale_sweep": True}):
+        linear = torch.nn.Linear(256, 64, bias=False, dtype=torch.bfloat16)
+        linear.weight.data.copy_(weight)
+        unpacked = FORMATS["nvfp4"].unpack(FORMATS["nvfp4"].pack(searched(linear, algorithm)))
+        errors.append(float((unpacked - weight.float()).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_searched_block_of_zeros_stays_zero():
+    inputs = torch.cat([torch.zeros(1, 16), torch.full((1, 16), 3.0)])
+    assert torch.equal(fake_quantize_static(inputs, torch.tensor([[0.0], [3.0]]), torch.tensor(3.0)), inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs ModelOpt's Triton kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_searched_scales_equal_modelopts_triton_kernel_bit_for_bit(dtype):
+    from modelopt.torch.kernels.quantization.gemm.fp4_kernel import static_blockwise_fp4_fake_quant
+
+    inputs = torch.randn(512, 1024, device="cuda", dtype=dtype)
+    amax = inputs.abs().unflatten(-1, (-1, 16)).amax(-1).float()
+    for share in (1.0, 0.7):
+        theirs = static_blockwise_fp4_fake_quant(inputs.view(-1, 16), amax * share, amax.max()).view_as(inputs)
+        assert torch.equal(fake_quantize_static(inputs, amax * share, amax.max()), theirs)

@@ -53,6 +53,7 @@ def test_overrides_reach_any_field_by_its_dotted_name():
     assert recipe.quantize.layers[0].kind == "mlp"
     assert recipe.serve.video_pruning_rate == 0.5
     assert recipe.model == "a b"
+    assert load_recipe(Path("recipes/tiny/nvfp4.yaml"), ["quantize.auto.bits=5"]).quantize.auto.bits == 5  # null there
 
 
 @pytest.mark.parametrize(

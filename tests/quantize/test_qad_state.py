@@ -1,0 +1,47 @@
+"""The state of a distillation on disk: its space is asked for before training, and is what it then takes."""
+
+import math
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from checkpoint.faults import BadInput
+from checkpoint.layout import language_model_linears
+from quantize import qad_state, qad_trainer
+from quantize.qad_state import state_bytes
+from tests.quantize.distilling import Small, one_thread  # noqa: F401
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_for_the_state_ends_the_run_before_training_with_the_figures(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(qad_state.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2_000_000))
+    with pytest.raises(BadInput, match=r"\.out\.qad: the state needs 0\.\d\d GB while it runs, 0\.00 GB are free"):
+        Small(tiny_config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_earlier_run_has_left_counts_as_room(tmp_path, monkeypatch):
+    (tmp_path / "weights").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(qad_state.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2_000_000))
+    assert not list(qad_state.space_faults(tmp_path, 3_500_000))
+    assert len(list(qad_state.space_faults(tmp_path, 6_000_000))) == 1
+
+
+def test_the_largest_state_is_what_was_asked_for(tiny_config, tmp_path, monkeypatch):
+    small, sizes = Small(tiny_config, tmp_path, steps=3, learning_rate=3e-5), []
+    flush = qad_trainer.flush
+
+    def measured(path):
+        sizes.append(sum(file.stat().st_size for file in small.plan.directory.rglob("*") if file.is_file()))
+        flush(path)
+
+    monkeypatch.setattr(qad_trainer, "flush", measured)  # before a checkpoint is renamed and the older one removed
+    monkeypatch.setattr(qad_state, "flush", measured)
+    assert small.run().best_step > 0
+    weights = sum(math.prod(linear.shape) for linear in language_model_linears(tiny_config))
+    assert 0.98 < max(sizes) / state_bytes(weights) <= 1.02
+    shutil.rmtree(small.plan.directory)

@@ -1,0 +1,118 @@
+"""Automatic mixed precision: ModelOpt's scores, the mix under a size, and the directory that comes of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibrate.forward import embed
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput
+from checkpoint.layout import language_model_linears
+from checkpoint.native import load_model, load_tokenizer
+from export.manifest import read_manifest
+from export.verify import verify
+from quantize.policy import Rule, make_policy
+from quantize.ptq import quantize_model
+from quantize.sensitivity import POSITIONS, SENSITIVITY, format_bits
+from recipes.inputs import prompt_stream
+from recipes.run import run
+from recipes.schema import load_recipe
+from tests.quantize.distilling import one_thread  # noqa: F401
+
+BITS = 6.0
+ATTENTION = "[{format: bf16}, {format: nvfp4, kind: attention}]"
+TEXT = "[{type: synthetic, kinds: {text: 1}}]"
+
+
+def recipe(tiny, output, *more):
+    quick = ["calibrate.samples=2", "accuracy.samples=1", f"calibrate.sources={TEXT}", f"accuracy.sources={TEXT}"]
+    quick += [f"quantize.layers={ATTENTION}", f"quantize.auto.bits={BITS}", "quantize.auto.samples=1"]
+    paths = [f"model={tiny}", f"output={output}"]
+    return load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*quick, *paths, *more])
+
+
+@pytest.fixture(scope="module")
+def made(one_thread, tiny, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("auto") / "out"
+    assert run(recipe(tiny, output)) in (0, 1)  # the gate is another test's
+    return output, json.loads((output / SENSITIVITY).read_text())
+
+
+def test_the_mix_ends_verified_as_what_vllm_loads(made, tiny):
+    output, found = made
+    assert verify(output, tiny) == []
+    assert read_manifest(output).formats == found["chosen"]["formats"]
+    section = read_config(output).raw["quantization_config"]
+    assert section["quant_algo"] in ("MIXED_PRECISION", "NVFP4", "FP8")
+
+
+def test_the_mix_keeps_to_the_size_and_to_the_linears_it_was_given(made, tiny_config):
+    chosen = made[1]["chosen"]
+    assert format_bits("nvfp4") == 4.5
+    assert 4.5 <= chosen["bits"] <= BITS
+    linears = language_model_linears(tiny_config)
+    attention = [linear for linear in linears if linear.kind == "attention"]
+    assert sum(chosen["formats"].values()) == len(linears)
+    assert chosen["formats"]["bf16"] >= len(linears) - len(attention)
+    assert {score["linear"] for score in made[1]["scores"]} == {linear.name for linear in attention}
+    assert {score["format"] for score in made[1]["scores"]} == {"nvfp4", "fp8"}
+
+
+def test_the_curve_goes_from_the_smallest_format_to_bf16_with_ever_less_error(made):
+    curve = made[1]["curve"]
+    assert (curve[0]["bits"], curve[-1]["bits"], curve[-1]["kl"]) == (4.5, 16.0, 0.0)
+    assert [point["bits"] for point in curve] == sorted({point["bits"] for point in curve})
+    errors = [point["kl"] for point in curve]
+    assert errors == sorted(errors, reverse=True)
+    assert made[1]["chosen"] in curve
+
+
+def test_fp8_has_less_error_than_nvfp4_by_every_score(made):
+    by_linear = {}
+    for score in made[1]["scores"]:
+        by_linear.setdefault(score["linear"], {})[score["format"]] = score
+    for scores in by_linear.values():
+        for measure in ("kl", "weight_mse", "input_mse"):
+            assert 0 < scores["fp8"][measure] < scores["nvfp4"][measure]
+
+
+def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(made, tiny, tiny_config, tmp_path):
+    name = next(linear.name for linear in language_model_linears(tiny_config) if linear.short == "o_proj")
+    section = recipe(tiny, tmp_path / "out").calibrate
+    prompt = next(prompt_stream(section, tiny_config, load_tokenizer(tiny_config), None, section.video_pruning_rate))
+    model = load_model(tiny_config)
+    inputs = embed(model, prompt, tiny_config, section.video_pruning_rate).inputs_embeds[None]
+
+    @torch.no_grad()
+    def logits():
+        output = model.language_model(inputs_embeds=inputs, use_cache=False)
+        return output.logits[0, -POSITIONS:].double().log_softmax(-1)
+
+    reference = logits()
+    quantize_model(
+        model.language_model, make_policy([Rule("nvfp4", name=name)], language_model_linears(tiny_config)), logits
+    )
+    expected = float((reference.exp() * (reference - logits())).sum())
+    (score,) = (s for s in made[1]["scores"] if (s["linear"], s["format"]) == (name, "nvfp4"))
+    assert score["kl"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantize.auto.bits=4.2"], r"quantize\.auto\.bits: 4\.2 bits a weight are less than nvfp4's 4\.5"),
+        (["quantize.auto.formats=[fp8]"], r"6 bits a weight are less than fp8's 8"),
+        (["distill={steps: 1}"], r"quantize\.auto: a distillation must know its formats"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused_before_weights_are_loaded(tiny, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr("recipes.search.load_model", None)
+    with pytest.raises(BadInput, match=message):
+        run(recipe(tiny, tmp_path / "out", *overrides))
+
+
+def test_a_format_that_vllm_does_not_load_is_no_choice(tiny, tmp_path):
+    with pytest.raises(BadInput, match=r"quantize\.auto\.formats\.0: 'int4'.*'nvfp4' or 'fp8'"):
+        recipe(tiny, tmp_path / "out", "quantize.auto.formats=[int4]")
