@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import nn
 
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.native import module_name
+from quantize.amax import DeviceMax
 from quantize.formats import FORMATS, share_scales
 from quantize.policy import Policy
 
@@ -44,6 +46,8 @@ def modelopt_config(policy: Policy, algorithm: str | dict[str, Any] = "max", dev
     for name, format in policy.quantized.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
             settings = FORMATS[format].quantizer(quantizer, device)
+            if algorithm == "max" and quantizer == "input_quantizer":
+                settings["calibrator"] = DeviceMax
             entries.append({"quantizer_name": f"{module_name(name)}.{quantizer}", "cfg": settings, "enable": True})
     if policy.kv_cache == "fp8":
         entries += [dict(entry) for entry in mtq.FP8_KV_CFG["quant_cfg"]]
@@ -75,7 +79,9 @@ def quantize_model(
     device = next(language_model.parameters()).device.type
     results: list[Result] = []
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
+        # ModelOpt prints how many quantizers it inserts, and warns of each range that calibration_faults will name.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*contains invalid values")
             mtq.quantize(
                 language_model, modelopt_config(policy, algorithm, device), lambda _: results.append(forward_loop())
             )
@@ -99,6 +105,9 @@ def calibration_faults(language_model: nn.Module, policy: Policy) -> list[Fault]
                 faults.append(Fault(f"{name}.{quantizer_name}", "is not enabled", "a defect: report it"))
                 continue
             amax = quantizer.amax
+            if amax is not None and bool(torch.isnan(amax).any()):  # whatever lies behind it has seen NaN too
+                what = "was given NaN in calibration"
+                return [*faults, Fault(f"{name}.{quantizer_name}", what, "are the weights before it sound?")]
             if amax is None or not bool((torch.isfinite(amax) & (amax > 0)).all()):
                 found = "no amax" if amax is None else f"amax {amax.flatten()[:4].tolist()}"
                 faults.append(Fault(f"{name}.{quantizer_name}", f"has {found} after calibration", remedy))
