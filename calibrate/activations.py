@@ -1,4 +1,4 @@
-"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond, on the GPU never all.
+"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond, never all on a GPU.
 
 A layer replaces each batch by its output. On a GPU, batches come from page-locked memory and go back to it while others
 are computed; the host runs ahead of the GPU by a few batches and waits for nothing else.

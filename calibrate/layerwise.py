@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ def embed_into(
     return Counts(samples, tokens, kept, pruned)
 
 
-def runner(model: nn.Module) -> Run:
+def runner(model: Any) -> Run:
     """What a single layer of `checkpoint.layers` makes of [batch, length, hidden]."""
 
     def run(inputs: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,11 +47,11 @@ def single_layer(config: CheckpointConfig, layer: int, tensors: dict[str, torch.
     Returns:
         A model of which `.model(inputs_embeds=…)` gives the residual stream behind the layer, not normalised.
     """
-    native = native_config(config).text_config
-    empty = native_config(config).text_config
+    native: Any = native_config(config).text_config
+    empty: Any = native_config(config).text_config
     empty.layers_block_type = []
     with torch.device("meta"):
-        model = NemotronHForCausalLM(empty)
+        model: Any = NemotronHForCausalLM(empty)
         native._attn_implementation = model.config._attn_implementation
         block = NemotronHBlock(native, layer)
     prefix = f"{LAYERS}{layer}."
@@ -60,7 +61,8 @@ def single_layer(config: CheckpointConfig, layer: int, tensors: dict[str, torch.
     native.architectures = ["NemotronHForCausalLM"]
     model.model.embeddings = model.lm_head = None
     model.model.norm_f = nn.Identity()
-    return model.requires_grad_(False).eval()
+    alone: NemotronHForCausalLM = model.requires_grad_(False).eval()
+    return alone
 
 
 def read_layers(

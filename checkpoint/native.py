@@ -99,7 +99,8 @@ def load_model(
         BadInput: When tensors that the model needs are missing, or some are left over.
     """
     tensors = TensorFiles(config.directory)
-    native, names = native_config(config), expected_tensors(config)
+    native: Any = native_config(config)
+    names = expected_tensors(config)
     if not layers:
         native.text_config.layers_block_type = []
         names = {name: spec for name, spec in names.items() if not name.startswith(LAYERS)}

@@ -15,6 +15,8 @@ from modelopt.torch.quantization.utils import convert_quantization_axis_to_reduc
 class DeviceMax(MaxCalibrator):
     """Tracks the absolute maximum of all tensors it is shown."""
 
+    _calib_amax: torch.Tensor | None
+
     @torch.no_grad()
     def collect(self, x: torch.Tensor) -> None:
         """Take a tensor of any shape into the range."""

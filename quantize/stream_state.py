@@ -163,4 +163,8 @@ class StreamState:
 
     def remove(self) -> None:
         """Remove the state; call it when the result is on disk and measured."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        removed = self.directory.with_name(self.directory.name + ".removed")  # a state is whole or not there
+        shutil.rmtree(removed, ignore_errors=True)
+        if self.directory.exists():
+            self.directory.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)

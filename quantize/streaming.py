@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from calibrate.activations import Activations
@@ -70,29 +71,31 @@ def quantize_layers(
         BadInput: When a quantizer has no finite positive range.
         torch.OutOfMemoryError: When the device is too small.
     """
-    batching, depth = Batching(batch_tokens), len(config.pattern)
-    tokens = sum(calibration.lengths)
+    batching, depth, tokens = Batching(batch_tokens), len(config.pattern), sum(calibration.lengths)
     with tqdm(total=depth, initial=first, desc="layers", unit="layer", disable=None) as bar:
         for layer, model in read_layers(config, device, read, first):
             kind, part = config.mixer_kind(layer), layer_policy(policy, config, layer)
-            run = runner(model)
-            with torch.no_grad():
-                held_out.replace(run, batching.batches(held_out, model, kind))
-                batches = batching.batches(calibration, model, kind)
-
-                def pass_samples() -> None:
-                    with torch.no_grad():
-                        calibration.replace(run, batches)  # noqa: B023 (called within this turn)
-
-                linears: tuple[PackedLinear, ...] = ()
-                if layer < finished or not (part.quantized or part.kv_cache):
-                    pass_samples()
-                else:
-                    quantize_model(model, part, pass_samples)
-                    linears = tuple(packed_linears(model, part))
-            del model, run
+            if layer < finished:
+                part = Policy({})
+            linears = _pass(model, part, calibration, held_out, batching, kind)
+            del model
             bar.update()
             elapsed = bar.format_dict["elapsed"] if not bar.disable else 0
-            done = layer + 1 - first
-            bar.set_postfix_str(f"{tokens * done / depth / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
+            rate = tokens * (layer + 1 - first) / depth / elapsed if elapsed else 0
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s" if rate else "", refresh=False)
             yield FinishedLayer(layer, linears)
+
+
+@torch.no_grad()
+def _pass(
+    model: nn.Module, policy: Policy, calibration: Activations, held_out: Activations, batching: Batching, kind: str
+) -> tuple[PackedLinear, ...]:
+    """Pass all samples through one layer; its packed linears, where the policy quantizes anything in it."""
+    run = runner(model)
+    held_out.replace(run, batching.batches(held_out, model, kind))
+    batches = batching.batches(calibration, model, kind)
+    if not policy.quantized and not policy.kv_cache:
+        calibration.replace(run, batches)
+        return ()
+    quantize_model(model, policy, lambda: calibration.replace(run, batches))
+    return tuple(packed_linears(model, policy))

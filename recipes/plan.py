@@ -123,8 +123,9 @@ def plan_run(
     in_memory = min(activations, budget) if streams else 0
     # Two saves of the activations, the older one until the newer is whole, and what memory has no room for.
     kept = 2 * activations + (activations - in_memory) if streams else 0
+    if not (streams and state.written()):
+        check_output(recipe.output, 0 if streams and begun else written)
     if not (streams and begun):
-        check_output(recipe.output, written)
         faults += _disk_fault(recipe.output, written + kept)
     raise_if_any(faults)
 
@@ -134,8 +135,8 @@ def plan_run(
     lines = [
         f"{config.directory}: {source.total_bytes / 1e9:.3f} GB → {recipe.output}: {written / 1e9:.3f} GB, {formats}",
         f"{recipe.calibrate.samples} samples of about {mean:,.0f} tokens, {reason}",
-        f"needs about {_gb(needed)} of {_gb(there)} on {device}, {_gb(host_need)} of {_gb(host_available())} host memory, "
-        f"{_gb(written + kept)} of disk; about {_duration(seconds)} for the layers",
+        f"needs about {_gb(needed)} of {_gb(there)} on {device}, {_gb(host_need)} of {_gb(host_available())} host"
+        f" memory, {_gb(written + kept)} of disk; about {_duration(seconds)} for the layers",
     ]
     if streams and begun:
         lines.append(f"goes on after layer {state.progress()[0]} of {len(config.pattern)}, from {state.directory}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ from recipes.schema import Recipe
 from recipes.verdict import conclude, say
 
 Prompts = Callable[..., Iterator[Prompt]]
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|Cannot allocate memory")
 STORES = ("calibrate", "held_out")
 
 
@@ -155,8 +157,9 @@ def _fill(job: Job, state: StreamState, stores: dict[str, Activations]) -> int:
         return first
     model = load_model(job.config, job.device, layers=False)
     kept: dict[str, Any] = {}
-    totals = {"calibrate": job.recipe.calibrate, "held_out": job.recipe.accuracy}
-    rates = {"calibrate": totals["calibrate"].video_pruning_rate, "held_out": job.recipe.serve.video_pruning_rate}
+    recipe = job.recipe
+    totals = {"calibrate": recipe.calibrate.samples, "held_out": recipe.accuracy.samples}
+    rates = {"calibrate": recipe.calibrate.video_pruning_rate, "held_out": recipe.serve.video_pruning_rate}
     for name, prompts in opened.items():
         seen: list[dict[str, Any]] = []
 
@@ -170,7 +173,7 @@ def _fill(job: Job, state: StreamState, stores: dict[str, Activations]) -> int:
             digest.over(prompts),
             job.config,
             rates[name],
-            totals[name].samples,
+            totals[name],
             remember,
             lambda number: number % RANKS == RANK,
             f"embed {name.replace('_', ' ')}",
@@ -298,11 +301,10 @@ def _advice(state: StreamState, job: Job) -> Iterator[None]:
     """Say what to do about memory that did not suffice; what is written stays."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch has an error of its own for GPUs only
         text = str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in text and "out of memory" not in text:
-                raise
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(text):
+            raise
         layers, _ = state.progress()
         where = f"{job.device} ran out of memory after {layers} of {len(job.config.pattern)} layers"
         what = " ".join(text.split())[:200] or "no details"
