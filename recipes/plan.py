@@ -20,7 +20,7 @@ from calibrate.samples import Skipped
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.files import TensorFiles
-from checkpoint.layers import largest_layer, layer_specs, single_layer
+from checkpoint.layers import largest_layer, layer_configs, layer_specs, single_layer
 from checkpoint.layout import LAYERS, language_model_linears, spec_bytes
 from checkpoint.memory import device_available, host_available
 from checkpoint.writing import check_output
@@ -184,12 +184,12 @@ def _try_layers(config: CheckpointConfig, source: TensorFiles, device: str, mean
     cuda = device.startswith("cuda")
     tokens = max(1, min(mean, _TRIED_TOKENS["cuda" if cuda else "cpu"]))
     kinds = [config.mixer_kind(layer) for layer in range(len(config.pattern))]
-    seconds, workspace = 0.0, 0.0
+    seconds, workspace, configs = 0.0, 0.0, layer_configs(config)
     inputs = torch.randn(1, tokens, config.text["hidden_size"], dtype=torch.bfloat16, device=device)
     for kind in sorted(set(kinds)):
         layer = kinds.index(kind)
         tensors = {name: source.read(name).to(device) for name in layer_specs(config, layer)}
-        run = runner(single_layer(config, layer, tensors))
+        run = runner(single_layer(configs, layer, tensors))
         run(inputs)  # kernels are compiled and chosen here
         if cuda:
             torch.cuda.synchronize(device)
