@@ -77,7 +77,8 @@ class TensorFiles:
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
         try:
-            with safe_open(path, framework="pt") as opened:
+            # For its checks of the header; "pt" would map the whole file as private memory, against any limit on it.
+            with safe_open(path, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
                     part = opened.get_slice(name)
                     self.specs[name] = TensorSpec(tuple(part.get_shape()), part.get_dtype())
