@@ -27,7 +27,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from calibrate.activations import Activations
+from calibrate.activations import Activations, Budget
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import main
 from checkpoint.files import TensorFiles, check_weights
@@ -161,7 +161,8 @@ def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: 
     hidden = config.text["hidden_size"]
 
     def work() -> None:
-        kept, none = (Activations(hidden, "cuda", 24_000_000_000, out.with_name(n)) for n in ("kept", "none"))
+        budget = Budget(24_000_000_000)
+        kept, none = (Activations(hidden, "cuda", budget, out.with_name(name)) for name in ("kept", "none"))
         with contextlib.closing(kept), contextlib.closing(none):
             embeddings = source.read("language_model.backbone.embeddings.weight").cuda()
             for sample in ids:

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,13 +19,24 @@ import torch
 from checkpoint.files import bytes_of, read_into
 
 # Page-locked memory comes in powers of two: one block holds many samples, so that nothing is lost to rounding.
-_BLOCK = 1 << 28
+_BLOCK = 1 << 30
 # Batches loaded before they are needed, and batches the host may run ahead of the GPU.
 _LOAD_AHEAD, _RUN_AHEAD = 2, 3
 _COPY = 1 << 26
 
 Batch = tuple[int, ...]
 """Indices of samples of one length that run together."""
+
+
+@dataclass
+class Budget:
+    """Host memory that several stores may take.
+
+    Attributes:
+        left: Bytes not taken yet.
+    """
+
+    left: int
 
 
 class Activations:
@@ -34,13 +46,13 @@ class Activations:
         lengths: Tokens of each sample.
     """
 
-    def __init__(self, hidden: int, device: str, budget: int, spill: Path) -> None:
+    def __init__(self, hidden: int, device: str, budget: Budget, spill: Path) -> None:
         """Make an empty store.
 
         Args:
             hidden: Width of the residual stream.
             device: Where layers run.
-            budget: Bytes of host memory to use at most.
+            budget: Host memory to take from.
             spill: File for what is beyond; made when it is needed, removed by `close`.
         """
         self.lengths: list[int] = []
@@ -48,7 +60,7 @@ class Activations:
         self._cuda = device.startswith("cuda")
         self._slots: list[torch.Tensor | int] = []  # host memory, or the place in the file
         self._block = torch.empty(0, dtype=torch.bfloat16)
-        self._used = self._spilled = 0
+        self._spilled = 0
         self._file = -1
         self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "store")
         self._stores: deque[Future[None]] = deque()
@@ -68,14 +80,10 @@ class Activations:
 
     def _new_slot(self, length: int) -> None:
         count = length * self._hidden
-        if len(self._block) < count and self._used < self._budget:
-            elements = max(_BLOCK // 2, count)
-            if self._used + 2 * elements <= self._budget:
-                self._block = torch.empty(elements, dtype=torch.bfloat16, pin_memory=self._cuda)
-                self._used += 2 * elements
-            elif 2 * count <= self._budget - self._used:  # the last part of the budget
-                self._block = torch.empty(count, dtype=torch.bfloat16, pin_memory=self._cuda)
-                self._used += 2 * count
+        if len(self._block) < count <= self._budget.left // 2:
+            elements = min(max(_BLOCK // 2, count), self._budget.left // 2)
+            self._block = torch.empty(elements, dtype=torch.bfloat16, pin_memory=self._cuda)
+            self._budget.left -= 2 * elements
         if len(self._block) >= count:
             slot, self._block = self._block[:count].view(length, self._hidden), self._block[count:]
             self._slots.append(slot)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from checkpoint.faults import BadInput, Fault
+
+_EXHAUSTED = re.compile("can't allocate memory|out of memory|Cannot allocate memory")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -24,6 +30,26 @@ def device_available(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     return host_available()
+
+
+@contextlib.contextmanager
+def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
+    """Turn memory that does not suffice into a fault.
+
+    Args:
+        where: Says what ran out of memory, and how far it had come.
+        remedy: What to do about it.
+
+    Raises:
+        BadInput: When the body runs out of memory, on the host or on a GPU.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _EXHAUSTED.search(text):
+            raise
+        raise BadInput(Fault("memory", f"{where()}: {text[:200] or 'no details'}", remedy)) from None
 
 
 def _meminfo(field: str) -> int:

@@ -14,6 +14,7 @@ from checkpoint.config import read_config
 from checkpoint.faults import raise_if_any
 from checkpoint.files import check_weights, nonfinite_faults
 from checkpoint.layout import language_model_linears
+from checkpoint.memory import memory_advice
 from checkpoint.native import load_model, load_tokenizer
 from export.load import load_exported
 from export.manifest import Manifest
@@ -28,6 +29,7 @@ from recipes.streaming import Job, run_streamed
 from recipes.verdict import conclude, say
 
 
+@memory_advice(lambda: "the run ran out of memory", "end what else uses it, or give quantize.memory=stream")
 def run(recipe: Recipe) -> int:
     """Run a recipe; returns 0 when everything is done and the gate passed, 1 for a fault or a missed gate.
 

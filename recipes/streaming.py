@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accuracy.agreement import States
-from calibrate.activations import Activations
+from calibrate.activations import Activations, Budget
 from calibrate.forward import Counts, Embedded
 from calibrate.layerwise import embed_into, runner
 from calibrate.prompts import Prompt
@@ -27,6 +26,7 @@ from calibrate.samples import Skipped
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.files import TensorFiles
+from checkpoint.memory import memory_advice
 from checkpoint.native import load_model
 from checkpoint.writing import publish
 from export.load import exported_reader, read_exported_layers
@@ -42,7 +42,7 @@ from recipes.schema import Recipe
 from recipes.verdict import conclude, say
 
 Prompts = Callable[..., Iterator[Prompt]]
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|Cannot allocate memory")
+_GOES_ON = "the same command goes on from there"
 STORES = ("calibrate", "held_out")
 
 
@@ -109,13 +109,17 @@ def stream(job: Job) -> Manifest | None:
     """
     state = stream_state(job.recipe, job.config, job.device)
     raise_if_any(state.faults())
+
+    def reached() -> str:
+        return f"{job.device} ran out of memory after {state.progress()[0]} of {len(job.config.pattern)} layers"
+
     with together(job.device):
         if RANK == 0:
             state.begin()
         wait()
         if not state.written():
             try:
-                with _advice(state, job):
+                with memory_advice(reached, "end what else uses it or lower quantize.batch_tokens; " + _GOES_ON):
                     _quantize_and_write(job, state)
             except BadInput:
                 if state.progress() == (0, None):  # nothing to go on from
@@ -126,25 +130,24 @@ def stream(job: Job) -> Manifest | None:
 
 
 def _quantize_and_write(job: Job, state: StreamState) -> None:
-    share = job.budget // RANKS
-    hidden = job.config.text["hidden_size"]
-    held_out = Activations(hidden, job.device, share, state.spill("held_out"))
-    with contextlib.closing(held_out):
-        calibrate = Activations(hidden, job.device, share, state.spill("calibrate"))
-        with contextlib.closing(calibrate):
-            stores = dict(zip(STORES, (calibrate, held_out), strict=True))
-            first = _fill(job, state, stores)
-            if first < len(job.config.pattern) or not (state.directory / f"reference-{RANK}").exists():
-                _pass_layers(job, state, stores, first)
+    finished, saved = state.progress()
+    wait()  # every process has read it before the first one writes it again
+    hidden, budget = job.config.text["hidden_size"], Budget(job.budget // RANKS)
+    with contextlib.ExitStack() as stack:
+        stores = {name: Activations(hidden, job.device, budget, state.spill(name)) for name in STORES}
+        for store in stores.values():
+            stack.enter_context(contextlib.closing(store))
+        first = _fill(job, state, stores, saved)
+        if finished < len(job.config.pattern) or not (state.directory / f"reference-{RANK}").exists():
+            _pass_layers(job, state, stores, first, finished)
     wait()
     if RANK == 0:
         write_companions(job.config, job.policy, job.source, state.checkpoint, _manifest(job, state))
         publish(state.checkpoint, state.output)
 
 
-def _fill(job: Job, state: StreamState, stores: dict[str, Activations]) -> int:
+def _fill(job: Job, state: StreamState, stores: dict[str, Activations], first: int | None) -> int:
     """Embed all prompts, or take up those of an earlier run; returns the layer they stand in front of."""
-    first = state.progress()[1]
     digest = Digest()
     skipped = Skipped(job.recipe.calibrate.max_skipped)
     opened = {"calibrate": job.samples(skipped=skipped), "held_out": job.held_out(skipped=Skipped())}
@@ -187,9 +190,8 @@ def _fill(job: Job, state: StreamState, stores: dict[str, Activations]) -> int:
     return 0
 
 
-def _pass_layers(job: Job, state: StreamState, stores: dict[str, Activations], first: int) -> None:
+def _pass_layers(job: Job, state: StreamState, stores: dict[str, Activations], first: int, finished: int) -> None:
     read = functools.partial(job.source.read, pin=job.device.startswith("cuda"))
-    finished = state.progress()[0]
     layers = quantize_layers(
         job.config, job.policy, read, job.device, stores["calibrate"], stores["held_out"],
         job.recipe.quantize.batch_tokens, first, finished,
@@ -267,8 +269,7 @@ def exported_states(job: Job, state: StreamState) -> tuple[list[States], nn.Modu
     def remember(prompt: Prompt, embedded: Embedded) -> None:
         seen.append({"group": prompt.group, "token_ids": embedded.token_ids.tolist()})
 
-    budget = job.budget
-    store = Activations(config.text["hidden_size"], job.device, budget, state.spill("answers"))
+    store = Activations(config.text["hidden_size"], job.device, Budget(job.budget), state.spill("answers"))
     with contextlib.closing(store), torch.no_grad():
         model = load_model(config, job.device, read=read, layers=False)
         rate, total = job.recipe.serve.video_pruning_rate, job.recipe.accuracy.samples
@@ -294,19 +295,3 @@ def load_norm(config: CheckpointConfig, read: Callable[[str], torch.Tensor], dev
     norm = NemotronHRMSNorm(config.text["hidden_size"], eps=config.text["layer_norm_epsilon"])
     norm.weight = nn.Parameter(read("language_model.backbone.norm_f.weight").to(device), requires_grad=False)
     return norm
-
-
-@contextlib.contextmanager
-def _advice(state: StreamState, job: Job) -> Iterator[None]:
-    """Say what to do about memory that did not suffice; what is written stays."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch has an error of its own for GPUs only
-        text = str(error)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(text):
-            raise
-        layers, _ = state.progress()
-        where = f"{job.device} ran out of memory after {layers} of {len(job.config.pattern)} layers"
-        what = " ".join(text.split())[:200] or "no details"
-        remedy = "end what else uses it or lower quantize.batch_tokens; the same command goes on from there"
-        raise BadInput(Fault("memory", f"{where}: {what}", remedy)) from None

@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+from checkpoint.faults import main
 from recipes import run as flow
 from recipes.schema import load_recipe
 from recipes.streaming import stream
@@ -25,6 +26,4 @@ if __name__ == "__main__":
     # Its measuring needs logits of the whole vocabulary, which a smaller model does not make smaller.
     flow.run_streamed = lambda job: stream(job) is None
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + int(sys.argv[1]),) * 2)
-    status = flow.run(recipe)
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
-    sys.exit(status)
+    main(lambda: flow.run(recipe))

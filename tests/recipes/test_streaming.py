@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from checkpoint.faults import BadInput
+from checkpoint.synthetic import write_synthetic
 from export.manifest import read_manifest
 from quantize.stream_state import StreamState
 from recipes import streaming
@@ -251,3 +252,33 @@ def test_a_device_that_is_too_small_streams_and_one_too_small_for_that_is_refuse
     monkeypatch.setattr("recipes.plan.device_available", lambda device: 1_000_000)
     with pytest.raises(BadInput, match=r"memory of cpu: needs 0.01 GB, 0.00 GB are free \(end what else uses it"):
         stream(tiny, tmp_path / "small", "quantize.memory=auto")
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory) -> Path:
+    """1.56 GB of the 12B's kinds of layers."""
+    out = tmp_path_factory.mktemp("medium") / "bf16"
+    write_synthetic(out, "medium", device="cpu")
+    return out
+
+
+def within(medium, output, limit: int, memory: str) -> subprocess.CompletedProcess:
+    sample = medium.parent / "one.jsonl"
+    sample.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    sources = [f"{section}.sources=[{{type: jsonl, path: {sample}}}]" for section in ("calibrate", "accuracy")]
+    few = ["calibrate.samples=1", "accuracy.samples=1", "quantize.host_memory_gb=0.01", f"quantize.memory={memory}"]
+    arguments = [str(limit), *few, *sources, f"model={medium}", f"output={output}"]
+    command = [sys.executable, "-m", "tests.recipes.stream_within", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_a_model_larger_than_the_memory_allowed_is_quantized_a_layer_at_a_time(medium, tmp_path):
+    """The kernel refuses more than 1.3 GB for a model of 1.56 GB, half of it vocabulary."""
+    result = within(medium, tmp_path / "out", 1_300_000_000, "stream")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    refused = within(medium, tmp_path / "whole", 1_300_000_000, "whole")
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert "memory: the run ran out of memory" in refused.stderr
+    assert "Traceback" not in refused.stderr
