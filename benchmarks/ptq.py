@@ -161,7 +161,7 @@ def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: 
     hidden = config.text["hidden_size"]
 
     def work() -> None:
-        budget = Budget(24_000_000_000)
+        budget = Budget(22_000_000_000)
         kept, none = (Activations(hidden, "cuda", budget, out.with_name(name)) for name in ("kept", "none"))
         with contextlib.closing(kept), contextlib.closing(none):
             embeddings = source.read("language_model.backbone.embeddings.weight").cuda()

@@ -151,14 +151,19 @@ class Writer:
         """Write finished tensors; waits while too many are on their way.
 
         Args:
-            tensors: By name; do not change them any more.
-            then: Called when these and all put before them are written and, for its sake, on the disk.
+            tensors: By name, on any device; do not change them any more.
+            then: Called when these and all put before them are on the disk.
         """
         self._raise_errors(wait_for_all=False)
         self._room.acquire()
-        writes = [self._threads.submit(self.shards.write, name, tensor) for name, tensor in tensors.items()]
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        ready = torch.cuda.current_stream(device).record_event() if device else None
+        writes = [self._threads.submit(self._write, name, tensor, ready) for name, tensor in tensors.items()]
         size = math.fsum(tensor.nbytes for tensor in tensors.values())
         self._groups.append(self._recorder.submit(self._record, writes, dict.fromkeys(tensors), int(size), then))
+
+    def _write(self, name: str, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        self.shards.write(name, tensor if ready is None or not tensor.is_cuda else _fetched(tensor, ready))
 
     def _record(
         self, writes: list[Future[None]], names: Mapping[str, None], size: int, then: Callable[[], None] | None
@@ -167,8 +172,9 @@ class Writer:
             wait(writes)
             for write in writes:
                 write.result()
+            # At once, beside the computing, rather than all of it at the end.
+            self.shards.flush(names)
             if then is not None and not self._failed:
-                self.shards.flush(names)
                 then()
             self._progress(size)
         except BaseException:
@@ -203,6 +209,19 @@ class Writer:
             self._recorder.shutdown(cancel_futures=kind is not None)  # after an error, what has not begun is dropped
             for threads in (self._threads, self._copiers):
                 threads.shutdown(cancel_futures=kind is not None)
+
+
+def _fetched(tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
+    """A GPU's tensor in page-locked memory, copied while the GPU computes on."""
+    with torch.cuda.device(tensor.device):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+        stream.synchronize()
+    return host
 
 
 def _write_all(descriptor: int, data: memoryview, start: int, path: Path) -> None:

@@ -29,7 +29,7 @@ class PackedLinear:
     Attributes:
         name: Checkpoint name without `.weight`.
         format: `fp8` or `nvfp4`.
-        tensors: By the suffix they get on disk, on the CPU.
+        tensors: By the suffix they get on disk, where the model is.
     """
 
     name: str
@@ -144,7 +144,7 @@ def packed_linears(language_model: nn.Module, policy: Policy) -> Iterator[Packed
             assert scale is not None  # calibration_faults has seen to it
             tensors[f"{short[0]}_scale"] = scale
         if tensors:
-            yield PackedLinear(name, format, {key: value.cpu().contiguous() for key, value in tensors.items()})
+            yield PackedLinear(name, format, {key: value.contiguous() for key, value in tensors.items()})
 
 
 def share_fused_scales(language_model: nn.Module, policy: Policy) -> None:

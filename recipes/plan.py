@@ -33,7 +33,7 @@ from recipes.verdict import say
 
 _PEEKED = 4
 """Prompts built to tell how long they are."""
-_HOST_CAP = 24_000_000_000
+_HOST_CAP = 22_000_000_000
 """Activations in host memory at most, so that the process stays under 32 GB with everything else it holds."""
 _PROCESS = 2_000_000_000
 """Host memory of Python, torch and ModelOpt themselves."""
