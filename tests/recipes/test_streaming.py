@@ -171,15 +171,22 @@ def test_memory_that_does_not_suffice_in_mid_run_is_advice_and_the_run_can_go_on
     assert_same(output, whole)
 
 
-@pytest.mark.parametrize(
-    ("forced", "message"),
-    [
-        (["distill={steps: 1, batch: 1}"], "quantize.memory: a recipe with distill needs the whole model"),
-    ],
-)
-def test_what_cannot_stream_says_so(tiny, tmp_path, forced, message):
-    with pytest.raises(BadInput, match=message):
-        stream(tiny, tmp_path / "out", *forced)
+def test_a_recipe_with_distillation_cannot_stream(tiny, tmp_path):
+    with pytest.raises(BadInput, match=r"quantize\.memory: a recipe with distill needs the whole model"):
+        stream(tiny, tmp_path / "out", "distill={steps: 1, batch: 1}")
+
+
+def test_an_algorithm_other_than_max_cannot_stream(tiny, tmp_path):
+    recipe = load_recipe(RECIPE, overrides(tiny, tmp_path / "out"))
+    other = recipe.quantize.model_copy(update={"algorithm": "awq"})
+    with pytest.raises(BadInput, match=r"quantize\.memory: stream knows max calibration only, not awq"):
+        run(recipe.model_copy(update={"quantize": other}))
+
+
+def test_several_processes_cannot_each_hold_the_whole_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.plan.RANKS", 2)
+    with pytest.raises(BadInput, match=r"quantize\.memory: 2 processes share samples layer by layer"):
+        stream(tiny, tmp_path / "out", "quantize.memory=whole")
 
 
 def command(tiny, output, *launcher) -> subprocess.Popen:
