@@ -1,4 +1,4 @@
-"""Post-training quantization, ours beside stock ModelOpt: calibration, export and verification of one checkpoint.
+"""Post-training quantization: ours with the whole model and a layer at a time, beside stock ModelOpt, in one run.
 
     python -m benchmarks.ptq MODEL --work DIR --json benchmarks/results/ptq_fp8.json [--format fp8] [--samples 64]
     python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full --work /data --json …
@@ -10,6 +10,8 @@ stage is timed once after a warm-up of the kernels; ratios are between stages of
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import gc
 import json
 import os
@@ -25,6 +27,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from calibrate.activations import Activations, Budget
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import main
 from checkpoint.files import TensorFiles, check_weights
@@ -32,32 +35,43 @@ from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model
 from export.manifest import Manifest
 from export.verify import verify
-from export.write import write_checkpoint
+from export.write import by_name, open_writer, write_checkpoint, write_companions
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
+from quantize.streaming import quantize_layers
 from recipes.inputs import versions
 
 _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 
 
 class Clock:
-    """Seconds and peak GPU memory of named stages."""
+    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, float] = {}
+        self.host: dict[str, float] = {}
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` under a name and return what it returns."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):  # where it is not allowed, peaks are those since the process began
+            Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         result = work()
         torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
         self.peak[name] = torch.cuda.max_memory_allocated() / 1e9
-        print(f"{name}: {self.seconds[name]:.1f} s, {self.peak[name]:.1f} GB", flush=True)
+        self.host[name] = _peak_resident() / 1e9
+        gpu, host = self.peak[name], self.host[name]
+        print(f"{name}: {self.seconds[name]:.1f} s, GPU {gpu:.1f} GB, host {host:.1f} GB", flush=True)
         return result
+
+
+def _peak_resident() -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
@@ -79,8 +93,8 @@ def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
 def measure(model_directory: Path, work: Path, format: str, samples: int, tokens: int) -> dict[str, Any]:
     """Run every stage once and return the figures; seconds, GB (1e9 bytes) and ratios."""
     config, clock = read_config(model_directory), Clock()
-    ours, stock = work / "ours", work / "stock"
-    for folder in (ours, stock):
+    ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
+    for folder in (ours, streamed, stock):
         shutil.rmtree(folder, ignore_errors=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).cuda()
@@ -92,13 +106,19 @@ def measure(model_directory: Path, work: Path, format: str, samples: int, tokens
 
     _measure_ours(config, clock, format, forward, ours)
     faults = clock.time("ours: verify", lambda: verify(ours, model_directory))
+    gc.collect()
+    torch.cuda.empty_cache()
+    _measure_streamed(config, clock, format, ids, streamed)
+    faults += clock.time("streamed: verify", lambda: verify(streamed, model_directory))
+    same = all((ours / file).read_bytes() == (streamed / file).read_bytes() for file in TensorFiles(ours).files)
     rate = sequential_write_rate(work)
     _measure_stock(config, clock, format, forward, stock)
     seconds, total = clock.seconds, samples * tokens
     written = TensorFiles(ours).total_bytes / 1e9
-    end_to_end = {
-        side: sum(seconds[f"{side}: {stage}"] for stage in ("calibrate", "export")) for side in ("ours", "stock")
-    }
+    stages: dict[str, tuple[str, ...]] = {"ours": ("load", "ours: calibrate", "ours: export", "ours: verify")}
+    stages["streamed"] = ("streamed: calibrate and export", "streamed: verify")
+    stages["stock"] = ("stock: load", "stock: calibrate", "stock: export")
+    end_to_end = {side: sum(seconds[stage] for stage in named) for side, named in stages.items()}
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions(),
@@ -107,15 +127,19 @@ def measure(model_directory: Path, work: Path, format: str, samples: int, tokens
         "tokens_per_sample": tokens,
         "seconds": seconds,
         "peak_gpu_gb": clock.peak,
+        "peak_host_gb": clock.host,
+        "streamed_bytes_equal": same,
         "faults": [str(fault) for fault in faults],
         "forward_tokens_per_s": total / seconds["raw forward"],
-        "calibration_tokens_per_s": {s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")},
+        "calibration_tokens_per_s": {s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")}
+        | {"streamed, export included": total / seconds["streamed: calibrate and export"]},
         "calibration_share_of_forward": seconds["raw forward"] / seconds["ours: calibrate"],
         "written_gb": written,
         "export_gb_per_s": written / seconds["ours: export"],
         "disk_gb_per_s": rate,
         "stock_written_gb": TensorFiles(stock).total_bytes / 1e9,
-        "calibrate_and_export_times_faster": end_to_end["stock"] / end_to_end["ours"],
+        "load_to_verified_directory_s": end_to_end,
+        "times_faster_than_stock": {s: end_to_end["stock"] / end_to_end[s] for s in ("ours", "streamed")},
     }
 
 
@@ -129,6 +153,29 @@ def _measure_ours(config: CheckpointConfig, clock: Clock, format: str, forward: 
     manifest = Manifest({}, versions(), policy.counts(), {}, {})
     packed = packed_linears(language_model, policy)
     clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest))
+
+
+def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path) -> None:
+    """From the files to the written directory, as `recipes.streaming` does it, without its saves."""
+    policy, source = make_policy([Rule(format)], language_model_linears(config)), TensorFiles(config.directory)
+    hidden = config.text["hidden_size"]
+
+    def work() -> None:
+        budget = Budget(22_000_000_000)
+        kept, none = (Activations(hidden, "cuda", budget, out.with_name(name)) for name in ("kept", "none"))
+        with contextlib.closing(kept), contextlib.closing(none):
+            embeddings = source.read("language_model.backbone.embeddings.weight").cuda()
+            for sample in ids:
+                kept.add(embeddings[sample[0]])
+            del embeddings
+            read = functools.partial(source.read, pin=True)
+            layers = quantize_layers(config, policy, read, "cuda", kept, none, batch_tokens=8192)
+            with open_writer(config, source, policy, out) as writer:
+                for layer in layers:
+                    writer.put({name: t for linear in layer.linears for name, t in by_name(linear).items()})
+            write_companions(config, policy, source, out, Manifest({}, versions(), policy.counts(), {}, {}))
+
+    clock.time("streamed: calibrate and export", work)
 
 
 def _measure_stock(
@@ -156,12 +203,20 @@ def _run() -> int:
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("peak GPU, GB", justify="right")
+    table.add_column("peak host, GB", justify="right")
     for stage, seconds in result["seconds"].items():
-        table.add_row(stage, f"{seconds:.1f}", f"{result['peak_gpu_gb'][stage]:.1f}")
+        gpu, host = result["peak_gpu_gb"][stage], result["peak_host_gb"][stage]
+        table.add_row(stage, f"{seconds:.1f}", f"{gpu:.1f}", f"{host:.1f}")
     Console().print(table)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print({key: value for key, value in result.items() if key not in ("seconds", "peak_gpu_gb", "versions")})
+    print(
+        {
+            key: value
+            for key, value in result.items()
+            if key not in ("seconds", "peak_gpu_gb", "peak_host_gb", "versions")
+        }
+    )
     return 0
 
 

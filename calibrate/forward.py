@@ -20,7 +20,7 @@ from checkpoint.config import CheckpointConfig
 # Tiles through the vision tower at once. 128 frames in one batch would need several GB beside the 12B.
 TILES_AT_ONCE = 16
 # tqdm's own format, but always samples a second, never seconds a sample.
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def forward_loop(
     # Not inference_mode: ranges recorded under it would be inference tensors, which distillation cannot train with.
     with (
         torch.no_grad(),
-        tqdm(prompts, describe, length, unit="sample", disable=None, bar_format=_BAR) as bar,
+        tqdm(prompts, describe, length, unit="sample", disable=None, bar_format=BAR) as bar,
     ):
         for item in bar:
             embedded = item if isinstance(item, Embedded) else embed(model, item, config, pruning_rate)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from checkpoint.config import CheckpointConfig
 
 LANGUAGE_MODEL = "language_model."
+LAYERS = LANGUAGE_MODEL + "backbone.layers."
 
 # vLLM's loader passes over the input conditioner, and nobody here has seen whether the release holds it.
 OPTIONAL = (

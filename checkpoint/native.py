@@ -13,7 +13,7 @@ from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3, Nem
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles
-from checkpoint.layout import LANGUAGE_MODEL, expected_tensors
+from checkpoint.layout import LANGUAGE_MODEL, LAYERS, expected_tensors
 
 # transformers builds a video patch projection for the successor's temporal patches. V2 has none and never calls it.
 _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
@@ -78,6 +78,7 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     read: Callable[[str], torch.Tensor] | None = None,
+    layers: bool = True,
 ) -> NemotronH_Omni_Reasoning_V3:
     """Load the checkpoint in `eval()` mode.
 
@@ -91,15 +92,22 @@ def load_model(
         dtype: Parameters' dtype; float32 for comparisons.
         read: Gives the tensor of a checkpoint name where the files hold it in another form (quantized); the files'
             own tensor by default.
+        layers: Without them, the language model is embeddings, final norm and head only: `checkpoint.layers` reads
+            its layers one by one.
 
     Raises:
         BadInput: When tensors that the model needs are missing, or some are left over.
     """
     tensors = TensorFiles(config.directory)
+    native: Any = native_config(config)
+    names = expected_tensors(config)
+    if not layers:
+        native.text_config.layers_block_type = []
+        names = {name: spec for name, spec in names.items() if not name.startswith(LAYERS)}
     loaded: Any = NemotronH_Omni_Reasoning_V3.from_pretrained(
         None,
-        config=native_config(config),
-        state_dict={name: _Deferred(tensors, name, read or tensors.read) for name in expected_tensors(config)},
+        config=native,
+        state_dict={name: _Deferred(tensors, name, read or tensors.read) for name in names},
         dtype=dtype,
         device_map={"": device},
         output_loading_info=True,

@@ -65,12 +65,17 @@ def finished_directory(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes files that only their owner can read
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        os.rename(partial, target)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Bring all files of a finished directory onto the disk and rename it to `target`."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    os.rename(partial, target)

@@ -26,40 +26,42 @@ _LINE_SLOPE = (0.5, 1.5)
 _REMEDY = "is this the right --source? else export again"
 
 
-def closeness_faults(
-    name: str,
-    weight: torch.Tensor,
-    unpacked: torch.Tensor,
-    packed: Mapping[str, torch.Tensor],
-    format: str,
-    change: Change = "rounded",
-) -> Iterator[Fault]:
-    """Yield what shows that a packed weight does not stand for its source; at most one fault.
+def elements_beyond(
+    weight: torch.Tensor, unpacked: torch.Tensor, packed: Mapping[str, torch.Tensor], format: str, change: Change
+) -> int:
+    """How many weights are further from the source than rounding allows; none where they may be moved.
 
     Args:
-        name: The weight's, for the fault.
-        weight: The source's, float32 [out, in].
+        weight: The source's, or some rows of it, float32 [out, in].
         unpacked: What the packed tensors stand for, float32 [out, in].
         packed: The packed tensors, by suffix.
         format: A key of `FORMATS`.
         change: What the algorithm may do to weights.
     """
-    if change != "moved":
-        clipped = weight
-        if change == "clipped":
-            largest = FORMATS[format].largest(packed)
-            clipped = torch.minimum(torch.maximum(weight, -largest), largest)
-        excess = (unpacked - clipped).abs() - FORMATS[format].error_bound(clipped, packed)
-        if bool((excess > 0).any()):
-            share = float((excess > 0).float().mean())
-            what = f"{share:.2%} of the weights are further from the source than {format} rounding allows"
-            yield Fault(name, what, _REMEDY)
-            return
-    if change != "rounded":
-        yield from _whole_faults(name, weight, unpacked, FORMATS[format].relative_error * _ERROR[change])
+    if change == "moved":
+        return 0
+    if change == "clipped":
+        largest = FORMATS[format].largest(packed)
+        weight = torch.minimum(torch.maximum(weight, -largest), largest)
+    excess = (unpacked - weight).abs_().sub_(FORMATS[format].error_bound(weight, packed))
+    return int((excess > 0).sum()) if bool(excess.max() > 0) else 0
 
 
-def _whole_faults(name: str, weight: torch.Tensor, unpacked: torch.Tensor, allowed: float) -> Iterator[Fault]:
+def tensor_faults(
+    name: str, weight: torch.Tensor, unpacked: torch.Tensor, format: str, change: Change
+) -> Iterator[Fault]:
+    """Yield what shows that a whole tensor does not stand for its source; at most one fault, none after rounding.
+
+    Args:
+        name: The weight's, for the fault.
+        weight: The source's, float32 [out, in].
+        unpacked: What the packed tensors stand for, float32 [out, in].
+        format: A key of `FORMATS`.
+        change: What the algorithm may do to weights.
+    """
+    if change == "rounded":
+        return
+    allowed = FORMATS[format].relative_error * _ERROR[change]
     error = float((unpacked - weight).norm() / weight.norm())
     slope = float(_slopes(weight.flatten(), unpacked.flatten(), 0))
     if not error <= allowed:  # so that NaN, of a source of zeros, is none that passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import TensorFiles
+from checkpoint.layers import read_layers
+from checkpoint.layout import LAYERS
 from checkpoint.native import load_model, module_name
 from export.layout import linear_formats
 from quantize.formats import FORMATS
@@ -34,6 +37,13 @@ def load_exported(
         BadInput: As `checkpoint.native.load_model`.
     """
     tensors = TensorFiles(config.directory)
+    model = load_model(config, device, dtype, exported_reader(config, tensors))
+    _quantize_inputs(model.language_model, config, tensors, device)
+    return model
+
+
+def exported_reader(config: CheckpointConfig, tensors: TensorFiles) -> Callable[[str], torch.Tensor]:
+    """What reads a BF16 tensor of an exported directory by its name, quantized weights dequantized."""
     formats = linear_formats(config, tensors.specs)
 
     def read(name: str) -> torch.Tensor:
@@ -42,12 +52,26 @@ def load_exported(
             return tensors.read(name)
         return FORMATS[formats[linear]].unpack(packed_tensors(tensors, linear, formats[linear])).to(torch.bfloat16)
 
-    model = load_model(config, device, dtype, read)
-    for linear, format in formats.items():
-        module = model.language_model.get_submodule(module_name(linear))
-        amax = FORMATS[format].input_amax(tensors.read(f"{linear}.input_scale"))
-        _quantize_input(module, FORMATS[format].quantizer("input_quantizer", device), amax.to(device))
-    return model
+    return read
+
+
+def read_exported_layers(config: CheckpointConfig, device: str) -> Iterator[tuple[int, nn.Module]]:
+    """The layers of an exported directory one at a time, as `checkpoint.layers.read_layers`, computing as served."""
+    tensors = TensorFiles(config.directory)
+    for layer, model in read_layers(config, device, exported_reader(config, tensors)):
+        _quantize_inputs(model, config, tensors, device, layer)
+        yield layer, model
+
+
+def _quantize_inputs(
+    language_model: nn.Module, config: CheckpointConfig, tensors: TensorFiles, device: str, layer: int | None = None
+) -> None:
+    """Let every quantized linear, of one layer or of all, round its input at the stored scale."""
+    for linear, format in linear_formats(config, tensors.specs).items():
+        if layer is None or linear.startswith(f"{LAYERS}{layer}."):
+            module = language_model.get_submodule(module_name(linear))
+            amax = FORMATS[format].input_amax(tensors.read(f"{linear}.input_scale"))
+            _quantize_input(module, FORMATS[format].quantizer("input_quantizer", device), amax.to(device))
 
 
 def _quantize_input(module: nn.Module, settings: dict[str, Any], amax: torch.Tensor) -> None:

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault, main
-from checkpoint.files import TensorFiles, layout_faults
+from checkpoint.files import TensorFiles, all_finite, in_threads, layout_faults
 from checkpoint.layout import expected_tensors, language_model_linears
-from export.closeness import closeness_faults
+from export.closeness import elements_beyond, tensor_faults
 from export.layout import kv_scale_name, linear_formats, quantization_section, quantized_layout
 from export.load import packed_tensors
 from export.manifest import read_manifest
@@ -36,6 +36,8 @@ from quantize.formats import FORMATS
 
 _ALGORITHMS = (*(format.algo for format in FORMATS.values()), "MIXED_PRECISION")
 _REWRITE = "export again"
+_PART = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Weights compared at once: what fits into a CPU's cache, and what keeps a GPU busy."""
 
 
 def verify(directory: Path, source: Path | None = None) -> list[Fault]:
@@ -185,22 +187,30 @@ def _value_faults(
 ) -> Iterator[Fault]:
     shared: dict[str, dict[str, float]] = {}
     linears = {linear.name: linear for linear in language_model_linears(config)}
-    for name in tqdm(expected_tensors(config), desc="verifying", unit="tensor", leave=False, disable=None):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def check(name: str) -> tuple[list[Fault], dict[str, float]]:
         linear = linears.get(name.removesuffix(".weight"))
-        if linear is not None and linear.name in formats:
-            packed = packed_tensors(tensors, linear.name, formats[linear.name])
-            source = None if linear.name in trained else original
-            yield from _packed_faults(linear.name, formats[linear.name], packed, source, change)
-            if linear.short in FUSED["qkv_proj"]:
-                for suffix in ("input_scale", "weight_scale_2"):
-                    if suffix in packed:
-                        key = f"{linear.name.rpartition('.')[0]} {suffix}"
-                        shared.setdefault(key, {})[linear.short] = float(packed[suffix])
-        else:
-            yield from _plain_faults(name, tensors, original)
-    for key, scales in shared.items():
-        if len(set(scales.values())) > 1:
-            yield Fault(key, f"differs between {scales}; vLLM fuses q, k and v under one", _REWRITE)
+        if linear is None or linear.name not in formats:
+            return list(_plain_faults(name, tensors, original)), {}
+        packed = packed_tensors(tensors, linear.name, formats[linear.name])
+        source = None if linear.name in trained else original
+        fused = linear.short in FUSED["qkv_proj"]
+        scales: dict[str, float] = {
+            s: float(packed[s]) for s in ("input_scale", "weight_scale_2") if fused and s in packed
+        }
+        packed = {suffix: tensor.to(device) for suffix, tensor in packed.items()}
+        return list(_packed_faults(linear.name, formats[linear.name], packed, source, change)), scales
+
+    names = tqdm(expected_tensors(config), desc="verifying", unit="tensor", leave=False, disable=None)
+    for name, (faults, scales) in zip(expected_tensors(config), in_threads(check, names), strict=True):
+        yield from faults
+        for suffix, scale in scales.items():
+            mixer, _, short = name.removesuffix(".weight").rpartition(".")
+            shared.setdefault(f"{mixer} {suffix}", {})[short] = scale
+    for key, values in shared.items():
+        if len(set(values.values())) > 1:
+            yield Fault(key, f"differs between {values}; vLLM fuses q, k and v under one", _REWRITE)
     if kv_scales:
         for linear in linears.values():
             if linear.short in ("k_proj", "v_proj"):
@@ -209,7 +219,7 @@ def _value_faults(
 
 def _plain_faults(name: str, tensors: TensorFiles, original: TensorFiles | None) -> Iterator[Fault]:
     tensor = tensors.read(name)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not all_finite(tensor):
         yield Fault(name, "holds NaN or infinite values", _REWRITE)
     if original is not None:
         if name not in original or original.specs[name] != tensors.specs[name]:
@@ -238,18 +248,39 @@ def _packed_faults(
     yield from scales
     if scales:
         return
-    unpacked = FORMATS[format].unpack(packed)
-    if not bool(torch.isfinite(unpacked).all()):
-        yield Fault(f"{linear}.weight", "holds NaN or infinite values", _REWRITE)
-    elif original is not None:
-        if f"{linear}.weight" not in original:
-            yield Fault(f"{linear}.weight", "is not in the source", "is this the right --source?")
+    whole = f"{linear}.weight"
+    weight = None
+    if original is not None:
+        spec, columns = original.specs.get(whole), FORMATS[format].unpack(_rows(packed, 0, 1)).shape[1]
+        if spec is None:
+            yield Fault(whole, "is not in the source", "is this the right --source?")
             return
-        weight = original.read(f"{linear}.weight").float()
-        if weight.shape != unpacked.shape:
-            yield Fault(f"{linear}.weight", "has another shape in the source", "is this the right --source?")
+        if spec.shape != (len(packed["weight"]), columns):
+            yield Fault(whole, "has another shape in the source", "is this the right --source?")
             return
-        yield from closeness_faults(f"{linear}.weight", weight, unpacked, packed, format, change)
+        weight = original.read(whole).to(packed["weight"].device)
+    rows, beyond, unsound, kept = len(packed["weight"]), 0, False, list[torch.Tensor]()
+    step = max(1, _PART[packed["weight"].device.type] // packed["weight"].shape[1])
+    for start in range(0, rows, step):  # a part that fits into the cache, and never the whole in float32
+        part = _rows(packed, start, start + step)
+        unpacked = FORMATS[format].unpack(part)
+        unsound = unsound or not all_finite(unpacked)
+        if weight is not None:
+            exact = weight[start : start + step].float()
+            beyond += elements_beyond(exact, unpacked, part, format, change)
+            kept += [unpacked] if change != "rounded" else []
+    if unsound:
+        yield Fault(whole, "holds NaN or infinite values", _REWRITE)
+    elif weight is not None and beyond:
+        what = f"{beyond / weight.numel():.2%} of the weights are further from the source than {format} rounding allows"
+        yield Fault(whole, what, "is this the right --source? else " + _REWRITE)
+    elif weight is not None and kept:
+        yield from tensor_faults(whole, weight.float(), torch.cat(kept), format, change)
+
+
+def _rows(packed: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+    """Some rows of a packed linear: scalars speak of all of them."""
+    return {suffix: tensor[start:end] if tensor.dim() == 2 else tensor for suffix, tensor in packed.items()}
 
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,10 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from tqdm import tqdm
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.files import INDEX, SINGLE, TensorFiles
-from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, plan_shards, spec_bytes
-from checkpoint.writing import check_output, finished_directory, save_tensors
+from checkpoint.files import INDEX, TensorFiles
+from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, spec_bytes
+from checkpoint.shards import Shards, Writer
+from checkpoint.writing import check_output, finished_directory
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.matching import exclude_list
 from quantize.formats import FORMATS, NVFP4_BLOCK, UNQUANTIZED
@@ -77,27 +79,59 @@ def write_checkpoint(
     """
     specs = output_specs(config, policy, source.specs)
     check_output(output, spec_bytes(specs))
-    shards = plan_shards(specs, shard_bytes)
     with finished_directory(output) as partial:
-        _copy_other_files(config.directory, partial)
-        tensors = _output_tensors(specs, source, packed)
-        weight_map: dict[str, str] = {}
-        with tqdm(total=spec_bytes(specs), desc="writing", unit="B", unit_scale=True, disable=None) as progress:
-            for number, names in enumerate(shards, start=1):
-                file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                shard = dict(next(tensors) for _ in names)
-                save_tensors(shard, partial / file)
-                weight_map.update(dict.fromkeys(names, file))
-                progress.update(spec_bytes({name: specs[name] for name in names}))
-        if len(shards) > 1:
-            _write_json(partial / INDEX, {"metadata": {"total_size": spec_bytes(specs)}, "weight_map": weight_map})
-        legacy = quantization_config(policy)
-        _write_json(partial / "hf_quant_config.json", legacy)
-        _write_json(
-            partial / "config.json",
-            dict(config.raw) | {"quantization_config": convert_hf_quant_config_format(legacy)},
-        )
-        write_manifest(partial, manifest)
+        with open_writer(config, source, policy, partial, shard_bytes) as writer:
+            for linear in packed:
+                writer.put(by_name(linear))
+        if missing := sorted(specs.keys() - writer.shards.written):
+            raise AssertionError(f"never came: {', '.join(missing)}")
+        write_companions(config, policy, source, partial, manifest, shard_bytes)
+
+
+@contextlib.contextmanager
+def open_writer(
+    config: CheckpointConfig, source: TensorFiles, policy: Policy, directory: Path, shard_bytes: int = SHARD_BYTES
+) -> Iterator[Writer]:
+    """Lay out the weight files in `directory` and copy what is not quantized, while the caller puts what is.
+
+    What an earlier run has put there stays. Leaving the context waits until all of it is written.
+
+    Raises:
+        OSError: When the disk is full.
+    """
+    specs = output_specs(config, policy, source.specs)
+    shards = Shards(directory, specs, shard_bytes)
+    shards.create()
+    with tqdm(total=spec_bytes(specs), desc="writing", unit="B", unit_scale=True, disable=None) as progress:
+        with Writer(shards, progress.update) as writer:
+            writer.copy([name for name, spec in specs.items() if source.specs.get(name) == spec], source.read)
+            yield writer
+
+
+def by_name(linear: PackedLinear) -> dict[str, torch.Tensor]:
+    """The tensors of a linear by the names they get on disk."""
+    return {f"{linear.name}.{suffix}": tensor for suffix, tensor in linear.tensors.items()}
+
+
+def write_companions(
+    config: CheckpointConfig,
+    policy: Policy,
+    source: TensorFiles,
+    directory: Path,
+    manifest: Manifest,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write everything beside the weights: index, configs, the source's other files, the manifest."""
+    specs = output_specs(config, policy, source.specs)
+    _copy_other_files(config.directory, directory)
+    weight_map = Shards(directory, specs, shard_bytes).weight_map
+    if len(set(weight_map.values())) > 1:
+        _write_json(directory / INDEX, {"metadata": {"total_size": spec_bytes(specs)}, "weight_map": weight_map})
+    legacy = quantization_config(policy)
+    _write_json(directory / "hf_quant_config.json", legacy)
+    section = convert_hf_quant_config_format(legacy)
+    _write_json(directory / "config.json", dict(config.raw) | {"quantization_config": section})
+    write_manifest(directory, manifest)
 
 
 def quantization_config(policy: Policy) -> dict[str, Any]:
@@ -115,24 +149,6 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
             for name, format in policy.quantized.items()
         }
     return {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
-
-
-def _output_tensors(
-    specs: Mapping[str, TensorSpec], source: TensorFiles, packed: Iterator[PackedLinear]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every output tensor in the order of `specs`, each checked against its shape and dtype."""
-    pending: dict[str, torch.Tensor] = {}
-    for name, spec in specs.items():
-        if source.specs.get(name) == spec:
-            tensor = source.read(name)
-        else:  # a packed weight, or a scale, which the source has not
-            if name not in pending:
-                ready = next(packed)
-                pending.update({f"{ready.name}.{suffix}": tensor for suffix, tensor in ready.tensors.items()})
-            tensor = pending.pop(name)
-        if tuple(tensor.shape) != spec.shape:
-            raise AssertionError(f"{name} has shape {tuple(tensor.shape)}, planned {spec.shape}")
-        yield name, tensor
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from torch import nn
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.native import module_name
 from quantize.algorithms import ALGORITHMS, modelopt_algorithm
+from quantize.amax import DeviceMax
 from quantize.formats import FORMATS, share_scales
 from quantize.policy import Policy
 
@@ -28,7 +30,7 @@ class PackedLinear:
     Attributes:
         name: Checkpoint name without `.weight`.
         format: `fp8` or `nvfp4`.
-        tensors: By the suffix they get on disk, on the CPU.
+        tensors: By the suffix they get on disk, where the model is.
     """
 
     name: str
@@ -48,6 +50,8 @@ def modelopt_config(
     for name, format in policy.quantized.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
             settings = FORMATS[format].quantizer(quantizer, device, searched)
+            if algorithm == "max" and quantizer == "input_quantizer":
+                settings["calibrator"] = DeviceMax
             entries.append({"quantizer_name": f"{module_name(name)}.{quantizer}", "cfg": settings, "enable": True})
     if policy.kv_cache == "fp8":
         entries += [dict(entry) for entry in mtq.FP8_KV_CFG["quant_cfg"]]
@@ -81,7 +85,9 @@ def quantize_model(
     device = next(language_model.parameters()).device.type
     results: list[Result] = []
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints how many quantizers it inserts
+        # ModelOpt prints how many quantizers it inserts, and warns of each range that calibration_faults will name.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*contains invalid values")
             mtq.quantize(
                 language_model,
                 modelopt_config(policy, algorithm, device, gptq_damping),
@@ -108,6 +114,9 @@ def calibration_faults(language_model: nn.Module, policy: Policy) -> list[Fault]
                 continue
             # A static quantizer has an amax a block, which is zero where all 16 weights are.
             amax = quantizer.amax if getattr(quantizer, "global_amax", None) is None else quantizer.global_amax
+            if amax is not None and bool(torch.isnan(amax).any()):  # whatever lies behind it has seen NaN too
+                what = "was given NaN in calibration"
+                return [*faults, Fault(f"{name}.{quantizer_name}", what, "are the weights before it sound?")]
             if amax is None or not bool((torch.isfinite(amax) & (amax > 0)).all()):
                 found = "no amax" if amax is None else f"amax {amax.flatten()[:4].tolist()}"
                 faults.append(Fault(f"{name}.{quantizer_name}", f"has {found} after calibration", remedy))
@@ -144,7 +153,7 @@ def packed_linears(language_model: nn.Module, policy: Policy) -> Iterator[Packed
             assert scale is not None  # calibration_faults has seen to it
             tensors[f"{short[0]}_scale"] = scale
         if tensors:
-            yield PackedLinear(name, format, {key: value.cpu().contiguous() for key, value in tensors.items()})
+            yield PackedLinear(name, format, {key: value.contiguous() for key, value in tensors.items()})
 
 
 def share_fused_scales(language_model: nn.Module, policy: Policy) -> None:

@@ -98,6 +98,13 @@ class Quantize(_Section):
     auto: Auto | None = None
     """Without it, every linear has the format that `layers` gives it."""
 
+    memory: Literal["auto", "whole", "stream"] = "auto"
+    """`whole` holds the model in the device's memory, `stream` one layer at a time; `auto` asks the device."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Samples of one length run together up to so many tokens, where that changes no bit."""
+    host_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Activations that `stream` keeps in host memory, in 1e9 bytes; what is beyond goes to a file beside the output."""
+
     @field_validator("algorithm", mode="before")
     @classmethod
     def _loadable(cls, name: Any) -> Any:

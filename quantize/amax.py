@@ -1,0 +1,25 @@
+"""ModelOpt's max calibrator without its questions: the range stays on the device until the last sample has passed.
+
+Upstream trap: ModelOpt 0.47's `MaxCalibrator.collect` asserts three times a call that the range is a sound number, and
+each assertion waits for the GPU. A NaN or an infinity is not lost: it stays in the maximum, and
+`quantize.ptq.calibration_faults` names it.
+"""
+
+from __future__ import annotations
+
+import torch
+from modelopt.torch.quantization.calib import MaxCalibrator
+from modelopt.torch.quantization.utils import convert_quantization_axis_to_reduce_axis, reduce_amax
+
+
+class DeviceMax(MaxCalibrator):
+    """Tracks the absolute maximum of all tensors it is shown."""
+
+    _calib_amax: torch.Tensor | None
+
+    @torch.no_grad()
+    def collect(self, x: torch.Tensor) -> None:
+        """Take a tensor of any shape into the range."""
+        axis = convert_quantization_axis_to_reduce_axis(x, self._axis)
+        amax = reduce_amax(x, axis=axis).detach()
+        self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)

@@ -1,0 +1,53 @@
+"""The end of every run: what is on disk, not what was in memory, is verified, read back and held against BF16."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from torch import nn
+
+from accuracy.agreement import States, compare
+from accuracy.gate import Thresholds, judge, show
+from checkpoint.config import CheckpointConfig
+from export.manifest import Manifest, write_manifest
+from export.verify import show_faults, verify
+from recipes.schema import Recipe
+
+say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
+
+
+def conclude(
+    recipe: Recipe,
+    config: CheckpointConfig,
+    manifest: Manifest,
+    reference: Callable[[], Sequence[States]],
+    read_back: Callable[[], tuple[Sequence[States], nn.Module]],
+) -> int:
+    """Verify and measure the output, write the verdict into its manifest.
+
+    Args:
+        recipe: The run's.
+        config: The BF16 checkpoint's.
+        manifest: The record of the run so far.
+        reference: Gives BF16's states of the held-out prompts.
+        read_back: Gives those of the directory read back, and its `lm_head`.
+
+    Returns:
+        0 when it is sound and the gate passed, 1 otherwise.
+    """
+    faults = verify(recipe.output, config.directory)
+    show_faults(recipe.output, faults)
+    gate: dict[str, object] = {"passed": False, "missed": [str(fault) for fault in faults]}
+    if not faults:
+        answers, lm_head = read_back()
+        measured = compare(reference(), answers, lm_head, config.image_token_id)
+        accuracy = recipe.accuracy
+        verdict = judge(measured, Thresholds(accuracy.max_kl, accuracy.min_top1, accuracy.max_perplexity_ratio))
+        show(verdict)
+        gate = verdict.as_dict()
+    write_manifest(recipe.output, dataclasses.replace(manifest, gate=gate))
+    say(f"{recipe.output}: {'done; next: python -m serve ' + str(recipe.output) if gate['passed'] else 'FAILED'}")
+    return 0 if gate["passed"] else 1

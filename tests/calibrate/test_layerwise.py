@@ -1,0 +1,80 @@
+"""A layer at a time: what is kept between layers, and which samples run together."""
+
+import contextlib
+
+import pytest
+import torch
+
+from calibrate.activations import Activations, Budget
+from calibrate.layerwise import Batching, runner
+from checkpoint.files import TensorFiles
+from checkpoint.layers import read_layers
+
+HIDDEN = 8
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Seven samples of three lengths, the first two in memory, the others in a file."""
+    with contextlib.closing(Activations(HIDDEN, "cpu", Budget(200), tmp_path / "spill")) as activations:
+        for number in range(7):
+            activations.add(torch.full((3 + number % 3, HIDDEN), float(number), dtype=torch.bfloat16))
+        yield activations
+
+
+def values(store) -> list[float]:
+    return [float(sample.unique()) for sample in store.each()]
+
+
+def test_samples_of_one_length_run_together_up_to_the_limit_and_each_once(store):
+    batches = store.batches(8)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert {len({store.lengths[index] for index in batch}) for batch in batches} == {1}
+    assert max(len(batch) * store.lengths[batch[0]] for batch in batches) <= 8
+    assert store.batches(1) == [(2,), (5,), (1,), (4,), (0,), (3,), (6,)]
+
+
+def test_every_sample_is_replaced_once_wherever_it_is_kept(store, tmp_path):
+    assert (tmp_path / "spill").stat().st_size > 0
+    for _ in range(3):
+        store.replace(lambda inputs: inputs + 10, store.batches(8))
+    assert values(store) == [30.0 + number for number in range(7)]
+
+
+def test_what_was_saved_is_restored_in_memory_or_file(store, tmp_path):
+    store.save(tmp_path / "saved")
+    for budget in (0, 10**6):
+        again = Activations(HIDDEN, "cpu", Budget(budget), tmp_path / "again")
+        with contextlib.closing(again):
+            again.restore(tmp_path / "saved", store.lengths)
+            assert values(again) == list(range(7))
+        assert not (tmp_path / "again").exists()
+
+
+def test_layers_read_one_by_one_give_the_whole_models_states(tiny_config, tiny_model):
+    hidden = torch.randn(1, 70, tiny_config.text["hidden_size"], dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole = tiny_model.language_model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        for _, layer in read_layers(tiny_config, "cpu", TensorFiles(tiny_config.directory).read):
+            hidden = runner(layer)(hidden)
+        assert torch.equal(tiny_model.language_model.model.norm_f(hidden), whole)
+
+
+class Layer(torch.nn.Module):
+    """Stands for a block; `apart` makes a batch's numbers differ from one by one, as another kernel might."""
+
+    def __init__(self, apart: float) -> None:
+        super().__init__()
+        self.linear, self.apart = torch.nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), apart
+
+    def model(self, inputs_embeds, use_cache):
+        inputs = inputs_embeds + (self.apart if len(inputs_embeds) > 1 else 0.0)
+        return type("Output", (), {"last_hidden_state": inputs_embeds + 0 * self.linear(inputs)})
+
+
+@pytest.mark.parametrize(("apart", "largest"), [(0.0, 3), (0.5, 1)])
+def test_samples_run_together_only_where_no_linear_sees_another_bit(store, apart, largest):
+    """The outputs of both are equal: it is the linear's input that a range is taken from."""
+    batches = Batching(100).batches(store, Layer(apart), "mlp")
+    assert max(map(len, batches)) == largest
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
