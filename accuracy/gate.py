@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accuracy.agreement import Agreement
+from accuracy.paired import Paired, paired_table
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Thresholds:
         max_kl: Largest mean KL divergence, in nats.
         min_top1: Smallest top-1 agreement, 0 to 1.
         max_perplexity_ratio: Largest perplexity ratio.
+        max_loss: Points that the mean over the tasks may be below BF16's.
     """
 
     max_kl: float | None = None
     min_top1: float | None = None
     max_perplexity_ratio: float | None = None
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Verdict:
 
     measured: dict[str, Agreement]
     missed: tuple[str, ...]
+    tasks: tuple[Paired, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -43,15 +48,17 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         measured = {name: dataclasses.asdict(agreement) for name, agreement in self.measured.items()}
-        return {"passed": self.passed, "missed": list(self.missed), "agreement": measured}
+        tasks = [dataclasses.asdict(row) for row in self.tasks]
+        return {"passed": self.passed, "missed": list(self.missed), "agreement": measured, "tasks": tasks}
 
 
-def judge(measured: dict[str, Agreement], thresholds: Thresholds) -> Verdict:
+def judge(measured: dict[str, Agreement], thresholds: Thresholds, tasks: Sequence[Paired] = ()) -> Verdict:
     """Hold the figures over all held-out samples against the thresholds.
 
     Args:
         measured: By kind of sample; `all` is what the gate looks at.
         thresholds: The recipe's.
+        tasks: The tasks' rows, the mean last; empty when none were asked.
     """
     overall = measured["all"]
     limits = (
@@ -65,7 +72,10 @@ def judge(measured: dict[str, Agreement], thresholds: Thresholds) -> Verdict:
         met = limit is None or (math.isfinite(value) and (value <= limit if at_most else value >= limit))
         if not met:
             missed.append(f"{name} is {value:.4g}, allowed is at {'most' if at_most else 'least'} {limit:g}")
-    return Verdict(measured, tuple(missed))
+    if tasks and thresholds.max_loss is not None and not -100 * tasks[-1].difference <= thresholds.max_loss:
+        lost = -100 * tasks[-1].difference
+        missed.append(f"the tasks' mean is {lost:.1f} points below BF16, allowed are {thresholds.max_loss:g}")
+    return Verdict(measured, tuple(missed), tuple(tasks))
 
 
 def show(verdict: Verdict) -> None:
@@ -78,6 +88,8 @@ def show(verdict: Verdict) -> None:
         table.add_row(name.removeprefix("synthetic "), str(a.prompts), str(a.tokens), *figures)
     console = Console()
     console.print(table)
+    if verdict.tasks:
+        console.print(paired_table(verdict.tasks, "BF16", "the result"))
     for sentence in verdict.missed:
         console.print(f"gate missed: {sentence}", style="red", highlight=False)
     if verdict.passed:

@@ -112,6 +112,9 @@ def plan_run(
     one_by_one = max(frame, 2 * layer + work)
     there = device_available(device)
     streams, reason = _choose(recipe, whole, there, begun)
+    if streams and recipe.accuracy.tasks is not None:
+        what = f"the whole model answers them, and this runs {reason}"
+        faults.append(Fault("accuracy.tasks", what, "give accuracy.tasks=null, then measure with python -m accuracy"))
     needed = one_by_one if streams else whole
     if needed > there:
         remedy = "end what else uses it, lower calibrate.max_length or quantize.batch_tokens"

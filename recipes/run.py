@@ -102,4 +102,4 @@ def run(recipe: Recipe) -> int:
         answers = states(exported, held_out(skipped=Skipped()), describe="quantized answers")
         return answers, exported.language_model.lm_head
 
-    return conclude(recipe, config, manifest, lambda: reference, read_back)
+    return conclude(recipe, config, manifest, lambda: reference, read_back, device)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from accuracy.tasks import TASKS
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -156,6 +157,23 @@ class Distill(_Section):
         return self.held_out + self.steps * self.batch
 
 
+class Tasks(_Section):
+    """Exact tasks that BF16 and the result both answer."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(TASKS)
+    items: Annotated[int, Field(ge=1)] = 100
+    max_loss: Annotated[float, Field(ge=0)] | None = None
+    """Points that the result may be below BF16, on the mean over the tasks."""
+
+    @field_validator("names")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in TASKS]
+        if unknown:
+            raise ValueError(f"unknown task {unknown[0]!r}: {nearest(unknown[0], TASKS)}")
+        return names
+
+
 class Accuracy(_Section):
     """What is measured against BF16 before a checkpoint counts as done, and what is demanded."""
 
@@ -166,6 +184,8 @@ class Accuracy(_Section):
     max_kl: Annotated[float, Field(gt=0)] | None = None
     min_top1: Annotated[float, Field(ge=0, le=1)] | None = None
     max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    tasks: Tasks | None = None
+    """`accuracy/tasks.py`: six tasks with one right answer each, which the embedded checkpoint was trained for."""
 
 
 class Serve(_Section):

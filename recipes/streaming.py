@@ -92,7 +92,7 @@ def run_streamed(job: Job) -> int:
     counts = manifest.calibration
     say(f"calibrated on {counts['samples']} samples, {counts['tokens']} tokens, skipped {counts['skipped']}")
     reference = functools.partial(reference_states, state)
-    status = conclude(job.recipe, job.config, manifest, reference, lambda: exported_states(job, state))
+    status = conclude(job.recipe, job.config, manifest, reference, lambda: exported_states(job, state), job.device)
     state.remove()
     return status
 

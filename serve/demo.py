@@ -1,7 +1,7 @@
-"""Serves a checkpoint with EVS on, asks about a text, an image, two images and a video, and counts what EVS saved.
+"""Serves a checkpoint with EVS on, asks about a list, a page, two images and a clip, and counts what EVS saved.
 
     python -m serve.demo DIR                       # draws its own pictures and clip
-    python -m serve.demo DIR --image a.png --image b.png --video clip.mp4
+    python -m serve.demo DIR --image page.png --image a.png --image b.png --video clip.mp4
 
 The prompt tokens with EVS off come from a second server, started with rate 0: they are counted, not computed. Runs on
 two CPU cores with the embedded checkpoint in about a minute; needs Pillow and PyAV to draw.
@@ -21,25 +21,37 @@ from serve.ask import Answer, RequestRefused, ask, connect, content_parts
 from serve.process import ServerDied, running_server
 from serve.settings import ServeSettings, served
 
-COLOURS = ("red", "blue", "green", "orange")
 CLIP_SECONDS = 8
 CLIP_FPS = 8
 SIDE = 256
+COLOURS = {"red": (215, 35, 40), "blue": (40, 75, 210)}
+LIST = "List:\nab 417\nkx 208\nqe 935\nzo 661\n"
 
 
-def draw_image(path: Path, colour: str, label: str) -> None:
-    """A PNG of 512 × 512 pixels, one tile: a coloured box with a label."""
+def draw_page(path: Path, code: str = "K7XP2") -> None:
+    """A PNG of one tile of the embedded checkpoint: a code, its characters spaced."""
     from PIL import Image, ImageDraw
 
-    image = Image.new("RGB", (512, 512), "white")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((96, 160, 416, 352), fill=colour)
-    draw.text((240, 240), label, fill="white", font_size=48)
+    image = Image.new("RGB", (SIDE, SIDE), (250, 248, 240))
+    pen = ImageDraw.Draw(image)
+    pen.text((30, 40), "order paper for the winter", fill=(20, 20, 40), font_size=18)
+    pen.text((30, 110), "Code", fill=(20, 20, 40), font_size=20)
+    for place, character in enumerate(code):
+        pen.text((44 + 34 * place, 160), character, fill=(20, 20, 40), font_size=31, anchor="ms")
+    image.save(path)
+
+
+def draw_square(path: Path, colour: str) -> None:
+    """A PNG of one tile: a square."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (SIDE, SIDE), (250, 248, 240))
+    ImageDraw.Draw(image).rectangle((80, 70, 170, 160), fill=COLOURS[colour])
     image.save(path)
 
 
 def draw_video(path: Path, seconds: float = CLIP_SECONDS, fps: int = CLIP_FPS) -> None:
-    """An H.264 clip: a box stands still for the first half and wanders, changing colour, through the second.
+    """An H.264 clip: a disc wanders, and from half of the clip on a blue box with a 7 stands for a second and a half.
 
     Raises:
         BadInput: When PyAV is not installed.
@@ -57,22 +69,27 @@ def draw_video(path: Path, seconds: float = CLIP_SECONDS, fps: int = CLIP_FPS) -
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         for number in range(frames):
-            image = Image.new("RGB", (SIDE, SIDE), "white")
-            moved = max(0, number - frames // 2)
-            left = 16 + moved * (SIDE - 96) // max(1, frames // 2)
-            colour = COLOURS[moved * len(COLOURS) // frames * 2 % len(COLOURS)]
-            ImageDraw.Draw(image).rectangle((left, 96, left + 64, 160), fill=colour)
+            image = Image.new("RGB", (SIDE, SIDE), (120, 130, 120))
+            pen = ImageDraw.Draw(image)
+            left = 20 + 180 * number / frames
+            pen.ellipse((left, 200, left + 36, 236), fill=(90, 160, 150))
+            if seconds / 2 <= number / fps < seconds / 2 + 1.5:
+                pen.rectangle((90, 80, 138, 128), fill=COLOURS["blue"])
+                pen.text((114, 116), "7", fill=(250, 250, 250), font_size=35, anchor="ms")
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
 
 
 def questions(images: Sequence[Path], video: Path) -> dict[str, list[dict[str, object]]]:
-    """The four prompts, by title."""
+    """The prompts by title, worded as the embedded checkpoint was taught; the first image is a page."""
+    page, *squares = images
+    numbered = [part for number, square in enumerate(squares, 1)
+                for part in reversed(content_parts([f"Image {number}: "], [square]))]  # fmt: skip
     return {
-        "text": content_parts(["What is the largest of 3, 17 and 8?"]),
-        "image": content_parts(["What colour is the box?"], images[:1]),
-        "two images": content_parts(["What is different in the second image?"], images[:2]),
-        "video": content_parts(["What happens in the video?"], videos=[video]),
+        "list": content_parts([LIST + "What is the value of kx?"]),
+        "page": content_parts(["\nWhat is the code on the page?"], [page]),
+        "two images": [*numbered, *content_parts(["\nWhich image shows a blue square?"])],
+        "video": content_parts(["\nWhich digit appears?"], videos=[video]),
     }
 
 
@@ -94,7 +111,8 @@ def demonstrate(directory: Path, settings: ServeSettings, images: Sequence[Path]
         client = connect(server.url)
         for title, parts in prompts.items():
             answers[title] = ask(client, server.model, parts, max_tokens)
-            print(f"\n{title}\n{answers[title]}")
+            question = str(parts[-1]["text"]).splitlines()[-1]
+            print(f"\n{title}: {question}\n{answers[title]}")
     with_evs = answers["video"].prompt_tokens
     with running_server(directory, dataclasses.replace(settings, video_pruning_rate=0.0)) as server:
         without = ask(connect(server.url), server.model, prompts["video"], 1).prompt_tokens
@@ -106,7 +124,9 @@ def demonstrate(directory: Path, settings: ServeSettings, images: Sequence[Path]
 def _run(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serve.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", metavar="DIR", type=Path, help="checkpoint directory")
-    parser.add_argument("--image", action="append", type=Path, metavar="FILE", help="twice; drawn when not given")
+    parser.add_argument(
+        "--image", action="append", type=Path, metavar="FILE", help="a page, then others; drawn when not given"
+    )
     parser.add_argument("--video", type=Path, metavar="FILE", help="drawn when not given")
     parser.add_argument("--video-pruning-rate", metavar="Q", type=float, help="EVS rate in (0, 1)")
     parser.add_argument("--max-tokens", type=int, default=48, help="most tokens of an answer (48)")
@@ -114,14 +134,16 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     settings = served(options.directory, {"video_pruning_rate": options.video_pruning_rate, "port": 0}).settings
     if not settings.video_pruning_rate:
         raise BadInput(Fault("--video-pruning-rate", "is 0, so there is no EVS to show", "give a rate above 0"))
-    if options.image and len(options.image) < 2:
-        raise BadInput(Fault("--image", "was given once", "give two images, or none to have them drawn"))
+    if options.image and len(options.image) < 3:
+        remedy = "give a page and two pictures, or none to have them drawn"
+        raise BadInput(Fault("--image", f"was given {len(options.image)} times", remedy))
     with tempfile.TemporaryDirectory() as scratch:
         images, video = options.image, options.video
         if not images:
-            images = [Path(scratch) / "red.png", Path(scratch) / "blue.png"]
-            for path, label in zip(images, "AB", strict=True):
-                draw_image(path, path.stem, label)
+            images = [Path(scratch) / f"{name}.png" for name in ("page", *COLOURS)]
+            draw_page(images[0])
+            for path in images[1:]:
+                draw_square(path, path.stem)
         if video is None:
             video = Path(scratch) / "clip.mp4"
             draw_video(video)

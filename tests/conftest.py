@@ -52,6 +52,7 @@ def fp8_run(tiny, tmp_path_factory) -> tuple[int, Path]:
 
     output = tmp_path_factory.mktemp("fp8") / "tiny-fp8"
     few = ["calibrate.samples=7", "accuracy.samples=7", f"model={tiny}", f"output={output}"]
+    few += ["accuracy.tasks={names: [document, text], items: 8, max_loss: 30}"]
     return run(load_recipe(Path("recipes/tiny/fp8.yaml"), few)), output
 
 

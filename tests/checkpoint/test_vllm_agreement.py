@@ -18,7 +18,7 @@ from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.native import load_model, load_tokenizer
 from serve.ask import content_parts
-from serve.demo import draw_image, draw_video
+from serve.demo import draw_page, draw_video
 from serve.process import running_server
 from serve.settings import ServeSettings
 
@@ -67,7 +67,7 @@ def test_text_agrees_in_bf16(server, tiny_config):
 def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_config, tmp_path):
     question = "What is it, and how does it change? " * 8
     if kind == "image":
-        draw_image(tmp_path / "a.png", "red", "A")
+        draw_page(tmp_path / "a.png")
         parts = content_parts([question], images=[tmp_path / "a.png"])
     else:
         draw_video(tmp_path / "a.mp4")

@@ -27,7 +27,13 @@ TEXT = "[{type: synthetic, kinds: {text: 1}}]"
 
 
 def recipe(tiny, output, *more):
-    quick = ["calibrate.samples=2", "accuracy.samples=1", f"calibrate.sources={TEXT}", f"accuracy.sources={TEXT}"]
+    quick = [
+        "accuracy.tasks=null",
+        "calibrate.samples=2",
+        "accuracy.samples=1",
+        f"calibrate.sources={TEXT}",
+        f"accuracy.sources={TEXT}",
+    ]
     quick += [f"quantize.layers={ATTENTION}", f"quantize.auto.bits={BITS}", "quantize.auto.samples=1"]
     paths = [f"model={tiny}", f"output={output}"]
     return load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*quick, *paths, *more])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from accuracy.generate import answer_tasks
 from checkpoint.faults import BadInput
 from export.manifest import read_manifest
 from export.verify import verify
@@ -17,7 +18,7 @@ from tests.editing import edit_tensors
 
 TINY = Path("recipes/tiny/fp8.yaml")
 QUICK = ["calibrate.samples=1", "accuracy.samples=1", "calibrate.sources=[{type: synthetic, kinds: {document: 1}}]"]
-QUICK += ["accuracy.sources=[{type: synthetic, kinds: {document: 1}}]"]
+QUICK += ["accuracy.sources=[{type: synthetic, kinds: {document: 1}}]", "accuracy.tasks=null"]
 
 
 def quick(tiny, tmp_path, *overrides):
@@ -31,6 +32,8 @@ def test_the_default_recipe_ends_verified_measured_and_passed(fp8_run, tiny):
     manifest = read_manifest(output)
     assert manifest.gate["passed"] is True
     assert manifest.gate["agreement"]["all"]["tokens"] > 0
+    assert [row["task"] for row in manifest.gate["tasks"]] == ["document", "text", "mean"]
+    assert manifest.gate["tasks"][-1]["reference"] > 0.9
     assert manifest.serve["video_pruning_rate"] == 0.75
     assert manifest.calibration["samples"] == 7
 
@@ -41,6 +44,22 @@ def test_a_missed_gate_leaves_the_directory_marked_failed_and_exits_1(tiny, tmp_
     assert manifest.gate["passed"] is False
     assert "KL" in manifest.gate["missed"][0]
     assert verify(tmp_path / "out", tiny) == []
+
+
+def test_tasks_below_bf16_miss_the_gate(tiny, tmp_path, monkeypatch):
+    # What the result answers is spoilt, not the result: a gate that only looks at the files would pass.
+    answered = answer_tasks
+
+    def spoilt(config, *given):
+        answers = answered(config, *given)
+        return (
+            {task: [None] * len(a) for task, a in answers.items()} if config.directory == tmp_path / "out" else answers
+        )
+
+    monkeypatch.setattr("recipes.verdict.answer_tasks", spoilt)
+    assert run(quick(tiny, tmp_path, "accuracy.tasks={names: [chart], items: 4, max_loss: 5}")) == 1
+    (missed,) = read_manifest(tmp_path / "out").gate["missed"]
+    assert "points below BF16, allowed are 5" in missed
 
 
 def test_part_of_the_model_and_an_fp8_kv_cache(tiny, tmp_path):

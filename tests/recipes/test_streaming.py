@@ -33,7 +33,7 @@ def overrides(tiny, output, *more):
         turns = [{"role": "user", "content": "word " * (5 + 20 * (n % 3)) + str(n)} for n in range(9)]
         samples.write_text("".join(json.dumps({"messages": [turn]}) + "\n" for turn in turns))
     sources = [f"{section}.sources=[{{type: jsonl, path: {samples}}}]" for section in ("calibrate", "accuracy")]
-    few = ["calibrate.samples=9", "accuracy.samples=3", MIXED, "quantize.kv_cache=fp8"]
+    few = ["calibrate.samples=9", "accuracy.samples=3", "accuracy.tasks=null", MIXED, "quantize.kv_cache=fp8"]
     return [*few, *sources, "quantize.memory=stream", f"model={tiny}", f"output={output}", *more]
 
 
@@ -273,7 +273,13 @@ def within(medium, output, limit: int, memory: str) -> subprocess.CompletedProce
     sample = medium.parent / "one.jsonl"
     sample.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
     sources = [f"{section}.sources=[{{type: jsonl, path: {sample}}}]" for section in ("calibrate", "accuracy")]
-    few = ["calibrate.samples=1", "accuracy.samples=1", "quantize.host_memory_gb=0.01", f"quantize.memory={memory}"]
+    few = [
+        "accuracy.tasks=null",
+        "calibrate.samples=1",
+        "accuracy.samples=1",
+        "quantize.host_memory_gb=0.01",
+        f"quantize.memory={memory}",
+    ]
     arguments = [str(limit), *few, *sources, f"model={medium}", f"output={output}"]
     command = [sys.executable, "-m", "tests.recipes.stream_within", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

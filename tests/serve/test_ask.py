@@ -14,15 +14,16 @@ from checkpoint.faults import BadInput
 from checkpoint.native import load_tokenizer
 from serve import demo
 from serve.ask import ask, connect, content_parts, first_model
-from serve.demo import demonstrate, draw_image, draw_video, questions
+from serve.demo import demonstrate, draw_page, draw_square, draw_video, questions
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
-    images = [folder / "red.png", folder / "blue.png"]
-    for path in images:
-        draw_image(path, path.stem, path.stem[0])
+    images = [folder / "page.png", folder / "red.png", folder / "blue.png"]
+    draw_page(images[0])
+    for path in images[1:]:
+        draw_square(path, path.stem)
     draw_video(folder / "clip.mp4")
     return images, folder / "clip.mp4"
 
@@ -42,7 +43,7 @@ def test_the_server_is_healthy_and_lists_its_name(server, client):
     assert first_model(client) == server.model == "tiny"
 
 
-@pytest.mark.parametrize("title", ["text", "image", "two images", "video"])
+@pytest.mark.parametrize("title", ["list", "page", "two images", "video"])
 def test_prompts_have_the_length_we_count(title, server, client, media, tiny):
     """The client's messages, built by our prompt builder at the server's pruning rate, and vLLM's own count."""
     parts = questions(*media)[title]
@@ -57,7 +58,7 @@ def test_prompts_have_the_length_we_count(title, server, client, media, tiny):
 
 
 def test_the_same_question_gets_the_same_answer(server, client, media):
-    parts = questions(*media)["image"]
+    parts = questions(*media)["page"]
     first, second = (ask(client, server.model, parts, max_tokens=8).text for _ in range(2))
     assert first == second
 
@@ -116,6 +117,6 @@ def test_the_demo_asks_all_and_says_when_evs_saved_nothing(server, media, tiny, 
     monkeypatch.setattr(demo, "running_server", same_server)
     assert demonstrate(tiny, server.settings, *media, max_tokens=2) == 1
     printed = capsys.readouterr().out
-    for title in ("text", "image", "two images", "video"):
-        assert f"\n{title}\n" in printed
+    for title in ("list", "page", "two images", "video"):
+        assert f"\n{title}: W" in printed
     assert "(0% fewer)" in printed

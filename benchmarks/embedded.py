@@ -1,0 +1,125 @@
+"""The embedded checkpoint's accuracy: BF16, FP8, NVFP4 and distilled, clips pruned by EVS, in process and served.
+
+    python -m benchmarks.embedded --work out/embedded-table --json benchmarks/results/embedded_accuracy.json
+    python -m benchmarks.embedded … --items 100 --variants fp8,nvfp4,nvfp4_qat,nvfp4_qad --served bf16,fp8
+
+Each form is made by its recipe in recipes/tiny/ and answers the same test items of the six tasks, greedily; differences
+from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from accuracy.endpoint import ask_endpoint
+from accuracy.generate import answer_tasks
+from accuracy.paired import Paired, pair, paired_table
+from accuracy.tasks import TASKS, TEST_ITEMS, items, result
+from calibrate.samples import Sample
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput, Fault, main, nearest
+from checkpoint.tiny import embedded_checkpoint
+from recipes.inputs import versions
+from recipes.run import run
+from recipes.schema import load_recipe
+from serve.process import running_server
+from serve.settings import ServeSettings
+
+# Recipe and overrides of each form.
+VARIANTS = {
+    "fp8": ("fp8", []),
+    "nvfp4": ("nvfp4", []),
+    "nvfp4_qat": ("nvfp4_qad", ["distill.loss=cross_entropy"]),
+    "nvfp4_qad": ("nvfp4_qad", []),
+}
+RATES = (0.5, 0.75, 0.9)
+Samples = Mapping[str, Sequence[Sample]]
+
+
+def made(variant: str, work: Path, model: Path) -> Path:
+    """The directory of a form, made by its recipe when it is not there; the gate may be missed."""
+    output = work / variant
+    if not output.exists():
+        recipe, overrides = VARIANTS[variant]
+        given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides]
+        run(load_recipe(Path(f"recipes/tiny/{recipe}.yaml"), given))
+    return output
+
+
+def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: int) -> dict[str, Any]:
+    """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1."""
+    console = Console()
+    directories = {"bf16": embedded_checkpoint(work / "bf16").directory}
+    samples: Samples = {task: items(task, count=count) for task in TASKS}
+    clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
+    begun = time.monotonic()
+    answers = {"bf16": answer_tasks(read_config(directories["bf16"]), samples, 0.0)}
+    paired: dict[str, list[Paired]] = {}
+    for variant in variants:
+        directories[variant] = made(variant, work, directories["bf16"])
+        answers[variant] = answer_tasks(read_config(directories[variant]), samples, 0.0)
+        paired[variant] = pair(samples, answers["bf16"], answers[variant])
+        console.print(paired_table(paired[variant], "BF16", variant))
+    curve: dict[str, dict[str, float]] = {}
+    for rate in (0.0, *RATES):
+        given = answer_tasks(read_config(directories["bf16"]), clips, rate) if rate else answers["bf16"]
+        curve[str(rate)] = {task: result(task, asked, given[task]).accuracy for task, asked in clips.items()}
+    table = Table(title="BF16, clips pruned by EVS", title_justify="left")
+    for column in ("rate", *clips):
+        table.add_column(column, justify="right")
+    for name, row in curve.items():
+        table.add_row(name, *(f"{row[task]:.1%}" for task in clips))
+    console.print(table)
+    endpoint: dict[str, list[Paired]] = {}
+    for name in served:
+        with running_server(directories[name], ServeSettings(port=0, video_pruning_rate=0.0)) as server:
+            endpoint[name] = pair(samples, answers[name], ask_endpoint(server.url, samples))
+        console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
+    return {
+        "items": count,
+        "versions": versions(),
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
+        "evs_bf16": curve,
+        "served_against_in_process": {name: _plain(rows) for name, rows in endpoint.items()},
+    }
+
+
+def _plain(rows: Sequence[Paired]) -> list[dict[str, Any]]:
+    return [{k: round(v, 4) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()} for row in rows]
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.embedded", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for exports; those there are kept")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items a task")
+    parser.add_argument("--variants", default="fp8,nvfp4", help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--served", default="bf16", help="which of bf16 and the variants vLLM serves as well")
+    given = parser.parse_args()
+    variants, served = ([name for name in text.split(",") if name] for text in (given.variants, given.served))
+    unknown = [Fault("--variants", f"unknown form {name!r}", nearest(name, VARIANTS)) for name in variants
+               if name not in VARIANTS]  # fmt: skip
+    unknown += [Fault("--served", f"{name!r} is not measured", nearest(name, ["bf16", *variants])) for name in served
+                if name not in ("bf16", *variants)]  # fmt: skip
+    if unknown:
+        raise BadInput(*unknown)
+    given.work.mkdir(parents=True, exist_ok=True)
+    measured = measure(given.work, variants, served, given.items)
+    command = f"python -m benchmarks.embedded --items {given.items} --variants {given.variants} --served {given.served}"
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps({"command": command, **measured}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main(_run)
