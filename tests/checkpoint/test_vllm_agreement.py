@@ -43,24 +43,30 @@ def random_ids(config):
 
 
 @torch.no_grad()
-def text_difference(server, config, dtype):
+def text_log_probabilities(server, config, dtype):
     ids = random_ids(config)
     theirs = logprobs(post(server, "/completions", {"prompt": ids})["choices"][0]["prompt_logprobs"])
     given = torch.tensor([ids])
     ours = load_model(config, dtype=dtype).language_model(input_ids=given, use_cache=False).logits[0, :-1]
-    ours = ours.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0]
-    return (ours - theirs).abs()
+    return ours.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0], theirs
+
+
+def assert_bf16_close(ours, theirs):
+    """BF16 has 8 bits: on random tokens our own logits are 0.2 % from float32's on average, and so are vLLM's."""
+    difference, scale = (ours - theirs).abs(), theirs.abs().mean()
+    assert difference.mean() < 0.005 * scale
+    assert difference.max() < 0.04 * scale
 
 
 def test_text_agrees_in_float32_to_5e_5(tiny, tiny_config):
     with running_server(tiny, ServeSettings(port=0, dtype="float32")) as server:
-        assert text_difference(server, tiny_config, torch.float32).max() < 5e-5
+        ours, theirs = text_log_probabilities(server, tiny_config, torch.float32)
+    assert (ours - theirs).abs().max() < 5e-5
 
 
 def test_text_agrees_in_bf16(server, tiny_config):
-    difference = text_difference(server, tiny_config, torch.bfloat16)
-    assert difference.mean() < 0.03
-    assert difference.max() < 0.15
+    ours, theirs = text_log_probabilities(server, tiny_config, torch.bfloat16)
+    assert_bf16_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -81,7 +87,5 @@ def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_confi
     ours = logits(model, embedded)[:-1].float().log_softmax(-1)
     ours = ours.gather(1, embedded.token_ids[1:, None])[:, 0]
     after = len(prompt.token_ids) - prompt.media[-1].span.end  # the question, and the turn that follows
-    difference = (ours - logprobs(theirs)).abs()[-after:]
     assert after > 50
-    assert difference.mean() < 0.03
-    assert difference.max() < 0.15
+    assert_bf16_close(ours[-after:], logprobs(theirs)[-after:])

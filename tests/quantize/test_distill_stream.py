@@ -118,6 +118,9 @@ def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(tiny_
     assert tiny_config.image_token_id not in counted.tolist()
     assert draw(kind, 5, 2).answer in tokenizer.decode(counted)
     visual = int((batch["labels"] == IGNORE).sum())
-    assert visual == {"chart": 256, "video_static": 256, "text": 0}[kind]  # a clip of 4 frames keeps one frame's worth
+    each = tiny_config.tokens_per_tile
+    assert (
+        visual == {"chart": each, "video_static": each, "text": 0}[kind]
+    )  # a clip of 4 frames keeps one frame's worth
     embeddings = tiny_model.get_input_embeddings()
     assert torch.equal(batch["inputs_embeds"][batch["labels"] != IGNORE], embeddings(counted))

@@ -32,7 +32,7 @@ def test_what_an_earlier_run_has_left_counts_as_room(tmp_path, monkeypatch):
 
 
 def test_the_largest_state_is_what_was_asked_for(tiny_config, tmp_path, monkeypatch):
-    small, sizes = Small(tiny_config, tmp_path, steps=3, learning_rate=3e-5), []
+    small, sizes = Small(tiny_config, tmp_path, format="nvfp4", steps=3, learning_rate=1e-5), []
     flush = qad_trainer.flush
 
     def measured(path):
