@@ -8,6 +8,7 @@ import pytest
 
 from checkpoint.faults import BadInput
 from checkpoint.layout import language_model_linears
+from checkpoint.tiny import write_tiny
 from quantize import qad_state, qad_trainer
 from quantize.qad_state import state_bytes
 from tests.quantize.distilling import Small, one_thread  # noqa: F401
@@ -31,8 +32,10 @@ def test_what_an_earlier_run_has_left_counts_as_room(tmp_path, monkeypatch):
     assert len(list(qad_state.space_faults(tmp_path, 6_000_000))) == 1
 
 
-def test_the_largest_state_is_what_was_asked_for(tiny_config, tmp_path, monkeypatch):
-    small, sizes = Small(tiny_config, tmp_path, format="nvfp4", steps=3, learning_rate=1e-5), []
+def test_the_largest_state_is_what_was_asked_for(tmp_path, monkeypatch):
+    # Random weights gain from a few steps; only what is better than PTQ is kept as the best.
+    config = write_tiny(tmp_path / "bf16", trained=False)
+    small, sizes = Small(config, tmp_path, steps=3, learning_rate=3e-5), []
     flush = qad_trainer.flush
 
     def measured(path):
@@ -42,6 +45,6 @@ def test_the_largest_state_is_what_was_asked_for(tiny_config, tmp_path, monkeypa
     monkeypatch.setattr(qad_trainer, "flush", measured)  # before a checkpoint is renamed and the older one removed
     monkeypatch.setattr(qad_state, "flush", measured)
     assert small.run().best_step > 0
-    weights = sum(math.prod(linear.shape) for linear in language_model_linears(tiny_config))
+    weights = sum(math.prod(linear.shape) for linear in language_model_linears(config))
     assert 0.98 < max(sizes) / state_bytes(weights) <= 1.02
     shutil.rmtree(small.plan.directory)
