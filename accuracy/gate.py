@@ -84,7 +84,7 @@ def show(verdict: Verdict) -> None:
     for column in ("samples", "prompts", "tokens", "KL (nats)", "top-1", "perplexity", "ratio"):
         table.add_column(column, justify="left" if column == "samples" else "right", no_wrap=True)
     for name, a in verdict.measured.items():
-        figures = (f"{a.kl:.5f}", f"{a.top1:.2%}", f"{a.perplexity:.3f}", f"{a.perplexity_ratio:.4f}")
+        figures = (f"{a.kl:.5f}", f"{a.top1:.2%}", f"{a.perplexity:.4g}", f"{a.perplexity_ratio:.4f}")
         table.add_row(name.removeprefix("synthetic "), str(a.prompts), str(a.tokens), *figures)
     console = Console()
     console.print(table)
