@@ -78,28 +78,32 @@ class Pool:
     Drawing pages takes sixteen processors longer than training on them takes the GPU. Iterating gives (batch, new).
     """
 
-    def __init__(self, batches: Iterator[Batch], device: str, size: int = 300) -> None:
-        self.batches, self.device, self.size = batches, device, size
+    def __init__(self, batches: Iterator[Batch], device: str, size: int = 300, first: int = 60) -> None:
+        """Nothing is repeated before there are `first` batches to choose from: some kinds come late."""
+        self.batches, self.device, self.size, self.first = batches, device, size, first
         self.held: list[Batch] = []
         self.place = 0
         self.random = random.Random(0)
         self.fresh: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=4)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._bring, daemon=True)
-        if device == "cuda":
-            self.thread.start()
+        self.thread.start()
 
     def _bring(self) -> None:
-        copies = torch.cuda.Stream()
         try:
             while not self.stopped.is_set():
-                batch = next(self.batches)
-                with torch.cuda.stream(copies):
-                    moved = batch.with_tensors([part.to(self.device, non_blocking=True) for part in batch.tensors])
-                copies.synchronize()
-                self.fresh.put(moved)
+                self.fresh.put(self._moved(next(self.batches)))
         except BaseException as error:
             self.fresh.put(error)
+
+    def _moved(self, batch: Batch) -> Batch:
+        if self.device != "cuda":
+            return batch
+        copies = torch.cuda.Stream()
+        with torch.cuda.stream(copies):
+            moved = batch.with_tensors([part.to(self.device, non_blocking=True) for part in batch.tensors])
+        copies.synchronize()
+        return moved
 
     def close(self) -> None:
         """End the thread, and let go of the loader, which then ends its workers."""
@@ -111,12 +115,8 @@ class Pool:
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
         while True:
-            if self.device != "cuda":
-                yield next(self.batches), True
-                continue
             try:
-                # Some kinds come late: nothing is repeated before there is a choice.
-                brought = self.fresh.get(block=len(self.held) < min(self.size, 60), timeout=300)
+                brought = self.fresh.get(block=len(self.held) < self.first)
             except queue.Empty:
                 yield self.random.choice(self.held), False
                 continue
