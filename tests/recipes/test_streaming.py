@@ -220,6 +220,8 @@ def live(recipe, seconds: float) -> bool:
     child = os.fork()
     if child == 0:
         try:
+            # A fork leaves torch's thread pool behind; two threads that ask for a new one at once fail an assertion.
+            torch.set_num_threads(1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os._exit(run(recipe))
         except BaseException:

@@ -64,7 +64,7 @@ def test_the_same_question_gets_the_same_answer(server, client, media):
 
 
 def test_the_command_prints_answer_counts_and_time(server, media):
-    (image, _), video = media
+    (image, *_), video = media
     done = run(server.url.removesuffix("/v1"), "--image", image, "--video", video, "--text", "What?", "--max-tokens", 2)
     assert done.returncode == 0, done.stderr
     assert " prompt tokens, " in done.stdout.splitlines()[-1]
