@@ -101,9 +101,7 @@ class Trainer:
             fuse_elementwise()
         matrices, others = [], [*self.dense.parameters()]
         for name, parameter in self.model.named_parameters():
-            if parameter.ndim == 2 and any(
-                part in name for part in ("layers.", "encoder.layer.", "projector", "patch_proj")
-            ):
+            if parameter.ndim == 2 and any(part in name for part in _INSIDE):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
@@ -262,6 +260,7 @@ def train(settings: Settings) -> dict[str, Any] | None:
             done.value = trainer.done
             if trainer.step % 500 == 0 or trainer.done >= 1:
                 line = {"step": trainer.step, "seconds": round(trainer.seconds, 1), "done": round(trainer.done, 3)}
+                trainer.steps.wait()
                 line |= seen.line()
                 log.write(json.dumps(line) + "\n")
                 log.flush()

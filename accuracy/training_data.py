@@ -68,7 +68,7 @@ class Item:
         kind: Of `SHARES`.
         token_ids: Prompt, answer and end of turn, and so on for every question.
         answers: Where each answer and its end of turn stand: (start, end).
-        tiles: uint8 [tiles, side, side, 3]; clips keep their own side and are scaled up on the GPU.
+        tiles: uint8 [tiles, side, side, 3]; a clip's frames are one tile each.
         labels: uint8 [tiles, patches, patches, 3]: glyph, place in its word and link of every patch.
     """
 
@@ -326,8 +326,7 @@ class Seen:
             self.figures.append(figures)
 
     def line(self) -> dict[str, Any]:
-        """The log line's figures."""
-        torch.cuda.synchronize() if self.figures and self.figures[0].is_cuda else None
+        """The log line's figures; the steps must be done."""
         by_kind: dict[str, list[bool]] = defaultdict(list)
         for kinds, rate, right in self.answered:
             for kind, exact in zip(kinds, right.tolist(), strict=False):

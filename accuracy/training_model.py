@@ -113,16 +113,11 @@ def _look_at(attention: Any, head: int, rows: int, cols: int) -> None:
 
 
 def tile_embeddings(model: NemotronH_Omni_Reasoning_V3, config: CheckpointConfig, tiles: torch.Tensor) -> torch.Tensor:
-    """Projector output [tiles, tokens, hidden] of uint8 tiles [tiles, side, side, 3], scaled up to the tile size."""
+    """Projector output [tiles, tokens, hidden] of uint8 tiles [tiles, side, side, 3] of the tile size."""
     values = tiles.permute(0, 3, 1, 2).float()
-    size = config.tile_size
-    if values.shape[-1] != size:
-        values = nn.functional.interpolate(
-            values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
-        )
     mean, deviation = (_channels(tuple(config.raw[key]), tiles.device) for key in ("norm_mean", "norm_std"))
     features = model.vision_model(((values / 255.0 - mean) / deviation).bfloat16()).features
-    side = size // config.raw["patch_size"]
+    side = config.tile_size // config.raw["patch_size"]
     return model.project_vision_features(features, side, side)
 
 

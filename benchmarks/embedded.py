@@ -24,6 +24,7 @@ from accuracy.endpoint import ask_endpoint
 from accuracy.generate import answer_tasks
 from accuracy.paired import Paired, pair, paired_table
 from accuracy.tasks import TASKS, TEST_ITEMS, items, result
+from accuracy.training_evaluation import PRUNING_RATES
 from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
@@ -41,7 +42,6 @@ VARIANTS = {
     "nvfp4_qat": ("nvfp4_qad", ["distill.loss=cross_entropy"]),
     "nvfp4_qad": ("nvfp4_qad", []),
 }
-RATES = (0.5, 0.75, 0.9)
 Samples = Mapping[str, Sequence[Sample]]
 
 
@@ -70,7 +70,7 @@ def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: i
         paired[variant] = pair(samples, answers["bf16"], answers[variant])
         console.print(paired_table(paired[variant], "BF16", variant))
     curve: dict[str, dict[str, float]] = {}
-    for rate in (0.0, *RATES):
+    for rate in PRUNING_RATES:
         given = answer_tasks(read_config(directories["bf16"]), clips, rate) if rate else answers["bf16"]
         curve[str(rate)] = {task: result(task, asked, given[task]).accuracy for task, asked in clips.items()}
     table = Table(title="BF16, clips pruned by EVS", title_justify="left")

@@ -35,11 +35,12 @@ from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model
 from export.manifest import Manifest
 from export.verify import verify
-from export.write import by_name, open_writer, write_checkpoint, write_companions
+from export.write import open_writer, write_checkpoint, write_companions
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
 from quantize.streaming import quantize_layers
 from recipes.inputs import versions
+from recipes.streaming import named_tensors
 
 _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 
@@ -172,7 +173,7 @@ def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: 
             layers = quantize_layers(config, policy, read, "cuda", kept, none, batch_tokens=8192)
             with open_writer(config, source, policy, out) as writer:
                 for layer in layers:
-                    writer.put({name: t for linear in layer.linears for name, t in by_name(linear).items()})
+                    writer.put(named_tensors(layer))
             write_companions(config, policy, source, out, Manifest({}, versions(), policy.counts(), {}, {}))
 
     clock.time("streamed: calibrate and export", work)

@@ -11,7 +11,8 @@ import torch
 
 from checkpoint.faults import BadInput, Fault
 
-_EXHAUSTED = re.compile("can't allocate memory|out of memory|Cannot allocate memory")
+# The last is Python's, when there is no room for a thread's stack.
+_EXHAUSTED = re.compile("can't allocate memory|out of memory|Cannot allocate memory|can't start new thread")
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -203,13 +203,14 @@ def _pass_layers(job: Job, state: StreamState, stores: dict[str, Activations], f
         for layer in layers:
             done = layer.index + 1
             if writer and layer.index >= finished:
-                writer.put(_named(layer), then=functools.partial(state.finish_layer, done))
+                writer.put(named_tensors(layer), then=functools.partial(state.finish_layer, done))
             if done < len(job.config.pattern):
                 _save_if_due(state, stores, done, writer.drain if writer else None)
         _keep_reference(job, state, stores["held_out"])
 
 
-def _named(layer: FinishedLayer) -> dict[str, torch.Tensor]:
+def named_tensors(layer: FinishedLayer) -> dict[str, torch.Tensor]:
+    """A layer's packed tensors by the names they get on disk."""
     return {name: tensor for linear in layer.linears for name, tensor in by_name(linear).items()}
 
 

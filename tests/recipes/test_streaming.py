@@ -289,11 +289,11 @@ def within(medium, output, limit: int, memory: str) -> subprocess.CompletedProce
 
 
 def test_a_model_larger_than_the_memory_allowed_is_quantized_a_layer_at_a_time(medium, tmp_path):
-    """The kernel refuses more than 1.3 GB for a model of 1.56 GB, half of it vocabulary."""
-    result = within(medium, tmp_path / "out", 1_300_000_000, "stream")
+    """The kernel refuses more than 1.5 GB; the model has 1.56, half of it vocabulary, and takes 3.4 as a whole."""
+    result = within(medium, tmp_path / "out", 1_500_000_000, "stream")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()
-    refused = within(medium, tmp_path / "whole", 1_300_000_000, "whole")
+    refused = within(medium, tmp_path / "whole", 1_500_000_000, "whole")
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "memory: the run ran out of memory" in refused.stderr
     assert "Traceback" not in refused.stderr
