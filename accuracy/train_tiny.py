@@ -59,6 +59,8 @@ _RATE_SHARES = (0.6, 0.15, 0.15, 0.1)
 # Shares of the run: clips are not pruned yet; the learning rate stays level.
 _WHOLE_CLIPS, _LEVEL = 0.35, 0.5
 _WARM_UP = 300
+# Of the loss over all text, most of which is chance: enough for a perplexity that says something.
+_TEXT_WEIGHT = 0.1
 # Matrices that Muon moves.
 _INSIDE = ("layers.", "encoder.layer.", "projector", "patch_projection")
 _RATES = {"muon": 2e-3, "adam": 2e-3}
@@ -132,7 +134,7 @@ class Trainer:
         return min(1.0, (self.step + 1) / _WARM_UP, (1 - self.done) / (1 - _LEVEL))
 
     def losses(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [4]: answer loss (cross-entropy a token) and `dense_losses`; bool [questions]: answered exactly?
+        """float32 [5]: answer loss and text loss (cross-entropy a token), `dense_losses`; bool [questions]: all right?
 
         With every answer token the most likely one after the right ones before it, greedy decoding says the same.
         Nothing here waits for the GPU.
@@ -151,22 +153,27 @@ class Trainer:
                 if rate > 0 and batch.moving:
                     kept, new = without_pruned(visual.detach(), places, length, items, rate)
                     embeds = embeds.gather(1, kept[..., None].expand(-1, -1, embeds.shape[-1]))
-                    columns = new[rows, columns]
+                    tokens, columns = tokens.gather(1, kept), new[rows, columns]
             hidden = self.model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             # The position before a token predicts it.
-            logits = self.model.language_model.lm_head(hidden[rows, columns - 1]).float()
-        asked = (question < batch.questions).float()
+            logits = self.model.language_model.lm_head(hidden[:, :-1]).float()
+        following = tokens[:, 1:]
+        said = ((following != 0) & (following != self.config.image_token_id)).float()
+        every = nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none")
+        asked, logits = (question < batch.questions).float(), logits[rows, columns - 1]
         each = nn.functional.cross_entropy(logits, targets, reduction="none") * asked
         wrong = torch.zeros(batch.questions + 1, device=asked.device)
         wrong.index_add_(0, question, (logits.argmax(-1) != targets).float())
-        return torch.stack([each.sum() / asked.sum(), *dense]), wrong[:-1] == 0
+        text = (every * said).sum() / said.sum()
+        return torch.stack([each.sum() / asked.sum(), text, *dense]), wrong[:-1] == 0
 
     def update(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of both optimizers; returns what `losses` does."""
         figures, right = self.losses(batch, rate)
         # By the root of the items: a batch of few long clips counts less than one of many pages, but not by as much as
         # it is smaller.
-        (figures[0] * (batch.items / 64) ** 0.5 + self.dense_weight * figures[1]).backward()
+        answers = (figures[0] + _TEXT_WEIGHT * figures[1]) * (batch.items / 64) ** 0.5
+        (answers + self.dense_weight * figures[2]).backward()
         nn.utils.clip_grad_norm_(self.others, 1.0)
         for optimizer in self.optimizers.values():
             optimizer.step()

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from accuracy.tasks import series
 from calibrate.clips import FPS
 from calibrate.drawing import COLORS, SHAPES, mp4_bytes, stream
-from calibrate.scenes import Picture, Scene, code_list, form
+from calibrate.scenes import Picture, Scene, code_list, form, image_list
 from calibrate.synthetic import KINDS
 from calibrate.tiles import tile_grid
 from calibrate.video import decode
@@ -33,21 +33,22 @@ from checkpoint.config import CheckpointConfig
 
 # Share of items. A clip has several times the tokens of a page, so clips take a third of the tokens all the same.
 SHARES = {
-    "document": 0.16,
+    "document": 0.15,
     "form": 0.18,
     "chart": 0.18,
     "table": 0.04,
-    "images": 0.14,
+    "images": 0.12,
     "video_event": 0.10,
     "video_static": 0.06,
     "text": 0.08,
     "code_list": 0.06,
+    "image_list": 0.03,
 }
-_TEXTS = ("text", "code_list")
+_TEXTS = ("text", "code_list", "image_list")
 # While the tower learns to read alone, the language model has lists to learn recall from.
 EASY_TEXT = 0.5
 _EASY = 0.2
-_MAKERS = KINDS | {"form": form, "code_list": code_list}
+_MAKERS = KINDS | {"form": form, "code_list": code_list, "image_list": image_list}
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _GLYPHS = [*CHARACTERS, *SHAPES]
 # Classes of a patch: nothing, running text, or a glyph; which place in its word; what it is linked to.
@@ -333,10 +334,13 @@ class Seen:
                 by_kind[kind if rate == 0 else f"{kind}@{rate}"].append(exact)
         elapsed = time.monotonic() - self.started
         every = torch.stack([figures.float() for figures in self.figures]).cpu()
-        visual = every[every[:, 1] > 0]
-        line: dict[str, Any] = {"loss": round(float(every[:, 0].mean()), 4)}
+        visual = every[every[:, 2] > 0]
+        line: dict[str, Any] = {
+            "loss": round(float(every[:, 0].mean()), 4),
+            "text": round(float(every[:, 1].mean()), 4),
+        }
         line |= {name: round(float(visual[:, place].mean()), 4) if len(visual) else None
-                 for place, name in enumerate(("dense", "glyphs", "characters"), 1)}  # fmt: skip
+                 for place, name in enumerate(("dense", "glyphs", "characters"), 2)}  # fmt: skip
         line |= {"steps_s": round(self.steps / elapsed, 1), "tokens_s": round(self.tokens / elapsed),
                  "new": round(len(self.figures) / self.steps, 2)}  # fmt: skip
         line["accuracy"] = {name: round(sum(v) / len(v), 3) for name, v in sorted(by_kind.items())}

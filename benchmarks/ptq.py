@@ -3,8 +3,9 @@
     python -m benchmarks.ptq MODEL --work DIR --json benchmarks/results/ptq_fp8.json [--format fp8] [--samples 64]
     python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full --work /data --json …
 
-One process, one GPU, one set of prompts: random token ids of one length, so that the forward rate means something. Each
-stage is timed once after a warm-up of the kernels; ratios are between stages of the same run.
+One process, one device, one set of prompts: random token ids of one length, so that the forward rate means something.
+Each stage is timed once after a warm-up of the kernels; ratios are between stages of the same run. `--device cpu` tries
+the program on the embedded checkpoint, FP8 alone: stock ModelOpt has no NVFP4 there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from calibrate.activations import Activations, Budget
 from checkpoint.config import CheckpointConfig, read_config
-from checkpoint.faults import main
+from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles, check_weights
 from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model
@@ -48,22 +49,25 @@ _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 class Clock:
     """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
         self.seconds: dict[str, float] = {}
         self.peak: dict[str, float] = {}
         self.host: dict[str, float] = {}
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` under a name and return what it returns."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):  # where it is not allowed, peaks are those since the process began
             Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         result = work()
-        torch.cuda.synchronize()
+        if self.cuda:
+            torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
-        self.peak[name] = torch.cuda.max_memory_allocated() / 1e9
+        self.peak[name] = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
         self.host[name] = _peak_resident() / 1e9
         gpu, host = self.peak[name], self.host[name]
         print(f"{name}: {self.seconds[name]:.1f} s, GPU {gpu:.1f} GB, host {host:.1f} GB", flush=True)
@@ -75,7 +79,7 @@ def _peak_resident() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
+def sequential_write_rate(folder: Path, gigabytes: float) -> float:
     """GB/s of writing and syncing one file."""
     block = os.urandom(1 << 26)
     path = folder / "rate.bin"
@@ -91,37 +95,39 @@ def sequential_write_rate(folder: Path, gigabytes: float = 4.0) -> float:
     return size / 1e9 / seconds
 
 
-def measure(model_directory: Path, work: Path, format: str, samples: int, tokens: int) -> dict[str, Any]:
+def measure(
+    model_directory: Path, work: Path, format: str, samples: int, tokens: int, device: str = "cuda"
+) -> dict[str, Any]:
     """Run every stage once and return the figures; seconds, GB (1e9 bytes) and ratios."""
-    config, clock = read_config(model_directory), Clock()
+    config, clock = read_config(model_directory), Clock(device)
+    work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
     for folder in (ours, streamed, stock):
         shutil.rmtree(folder, ignore_errors=True)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).cuda()
+    ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).to(device)
 
     def forward(language_model: Any, count: int = samples) -> None:
         with torch.no_grad():
             for sample in ids[:count]:
                 language_model(sample, use_cache=False, logits_to_keep=1)
 
-    _measure_ours(config, clock, format, forward, ours)
+    _measure_ours(config, clock, format, forward, ours, device)
     faults = clock.time("ours: verify", lambda: verify(ours, model_directory))
-    gc.collect()
-    torch.cuda.empty_cache()
-    _measure_streamed(config, clock, format, ids, streamed)
+    _let_go()
+    _measure_streamed(config, clock, format, ids, streamed, device)
     faults += clock.time("streamed: verify", lambda: verify(streamed, model_directory))
     same = all((ours / file).read_bytes() == (streamed / file).read_bytes() for file in TensorFiles(ours).files)
-    rate = sequential_write_rate(work)
-    _measure_stock(config, clock, format, forward, stock)
-    seconds, total = clock.seconds, samples * tokens
     written = TensorFiles(ours).total_bytes / 1e9
+    rate = sequential_write_rate(work, max(0.1, min(4.0, written)))
+    _measure_stock(config, clock, format, forward, stock, device)
+    seconds, total = clock.seconds, samples * tokens
     stages: dict[str, tuple[str, ...]] = {"ours": ("load", "ours: calibrate", "ours: export", "ours: verify")}
     stages["streamed"] = ("streamed: calibrate and export", "streamed: verify")
     stages["stock"] = ("stock: load", "stock: calibrate", "stock: export")
     end_to_end = {side: sum(seconds[stage] for stage in named) for side, named in stages.items()}
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "versions": versions(),
         "format": format,
         "samples": samples,
@@ -144,10 +150,18 @@ def measure(model_directory: Path, work: Path, format: str, samples: int, tokens
     }
 
 
-def _measure_ours(config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path) -> None:
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure_ours(
+    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
+) -> None:
     policy = make_policy([Rule(format)], language_model_linears(config))
     source = clock.time("check BF16 weights", lambda: check_weights(config))
-    language_model = clock.time("load", lambda: load_model(config, "cuda")).language_model
+    language_model = clock.time("load", lambda: load_model(config, device)).language_model
     clock.time("warm up kernels", lambda: forward(language_model, 2))
     clock.time("raw forward", lambda: forward(language_model))
     clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
@@ -156,21 +170,23 @@ def _measure_ours(config: CheckpointConfig, clock: Clock, format: str, forward: 
     clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest))
 
 
-def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path) -> None:
+def _measure_streamed(
+    config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path, device: str
+) -> None:
     """From the files to the written directory, as `recipes.streaming` does it, without its saves."""
     policy, source = make_policy([Rule(format)], language_model_linears(config)), TensorFiles(config.directory)
     hidden = config.text["hidden_size"]
 
     def work() -> None:
         budget = Budget(22_000_000_000)
-        kept, none = (Activations(hidden, "cuda", budget, out.with_name(name)) for name in ("kept", "none"))
+        kept, none = (Activations(hidden, device, budget, out.with_name(name)) for name in ("kept", "none"))
         with contextlib.closing(kept), contextlib.closing(none):
-            embeddings = source.read("language_model.backbone.embeddings.weight").cuda()
+            embeddings = source.read("language_model.backbone.embeddings.weight").to(device)
             for sample in ids:
                 kept.add(embeddings[sample[0]])
             del embeddings
-            read = functools.partial(source.read, pin=True)
-            layers = quantize_layers(config, policy, read, "cuda", kept, none, batch_tokens=8192)
+            read = functools.partial(source.read, pin=device == "cuda")
+            layers = quantize_layers(config, policy, read, device, kept, none, batch_tokens=8192)
             with open_writer(config, source, policy, out) as writer:
                 for layer in layers:
                     writer.put(named_tensors(layer))
@@ -180,11 +196,10 @@ def _measure_streamed(config: CheckpointConfig, clock: Clock, format: str, ids: 
 
 
 def _measure_stock(
-    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path
+    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
 ) -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    model = clock.time("stock: load", lambda: load_model(config, "cuda")).language_model
+    _let_go()
+    model = clock.time("stock: load", lambda: load_model(config, device)).language_model
     clock.time("stock: calibrate", lambda: mtq.quantize(model, _STOCK[format], forward))
     clock.time("stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out))
 
@@ -197,10 +212,16 @@ def _run() -> int:
     parser.add_argument("--format", choices=sorted(_STOCK), default="fp8")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2048)
-    arguments = parser.parse_args()
-    result = measure(arguments.model, arguments.work, arguments.format, arguments.samples, arguments.tokens)
-    result["command"] = f"python -m benchmarks.ptq MODEL --format {arguments.format} --samples {arguments.samples}"
-    table = Table(title=f"{arguments.format} on {result['gpu']}", title_justify="left")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput(Fault("--device", "there is no CUDA device", "try --device cpu with the embedded checkpoint"))
+    if given.device == "cpu" and given.format != "fp8":
+        raise BadInput(Fault("--format", f"stock ModelOpt cannot quantize to {given.format} on a CPU", "use fp8"))
+    result = measure(given.model, given.work, given.format, given.samples, given.tokens, given.device)
+    shape = f"--format {given.format} --samples {given.samples} --tokens {given.tokens}"
+    result["command"] = f"python -m benchmarks.ptq MODEL --work DIR {shape}"
+    table = Table(title=f"{given.format} on {result['device']}", title_justify="left")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("peak GPU, GB", justify="right")
@@ -209,8 +230,8 @@ def _run() -> int:
         gpu, host = result["peak_gpu_gb"][stage], result["peak_host_gb"][stage]
         table.add_row(stage, f"{seconds:.1f}", f"{gpu:.1f}", f"{host:.1f}")
     Console().print(table)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(
         {
             key: value

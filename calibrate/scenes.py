@@ -255,9 +255,18 @@ def images(random: np.random.RandomState) -> Scene:
             x, y = random.uniform(0, side - extent, 2)
             page.shape(thing[0], (x, y, x + extent, y + extent), thing[1])
         pictures.append(finished(page))
+    shown = [str(thing) if lettered else f"{thing[1]} {thing[0]}" for thing in things]
+    return Scene(questions[answer], str(answer + 1), tuple(pictures), more=_further(random, questions, shown, answer))
+
+
+def _further(
+    random: np.random.RandomState, questions: list[str], shown: list[str], answer: int
+) -> tuple[tuple[str, str], ...]:
+    """Other questions about the pictures, mixed and not all: asked in turn, the later ones fall to elimination."""
     more = [(question, str(place + 1)) for place, question in enumerate(questions)
             if place != answer and questions.count(question) == 1]  # fmt: skip
-    return Scene(questions[answer], str(answer + 1), tuple(pictures), more=tuple(more))
+    more += [(f"What does image {place} show?", thing) for place, thing in enumerate(shown, 1)]
+    return tuple(more[place] for place in random.permutation(len(more))[: len(shown)])
 
 
 def _like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, str]:
@@ -292,3 +301,16 @@ def code_list(random: np.random.RandomState) -> Scene:
     first, *more = [questions[place] for place in random.permutation(lines)]
     listed = "\n".join(f"{label} {word}" for label, word in zip(labels, words, strict=True))
     return Scene(f"List:\n{listed}\n{first[0]}", first[1], more=tuple(more))
+
+
+def image_list(random: np.random.RandomState) -> Scene:
+    """What `images` shows, as text. Training alone draws it, to learn what is asked of pictures from words."""
+    count = int(random.randint(2, 6))
+    things = [(str(random.choice(SHAPES)), str(random.choice(list(COLORS)))) for _ in range(count)]
+    answer = int(random.randint(count))
+    things = [thing if place == answer else _like(random, things[answer]) for place, thing in enumerate(things)]
+    shown = [f"{color} {shape}" for shape, color in things]
+    questions = [f"Which image shows a {thing}?" for thing in shown]
+    listed = "\n".join(f"Image {place}: {thing}" for place, thing in enumerate(shown, 1))
+    more = _further(random, questions, shown, answer)
+    return Scene(f"{listed}\n{questions[answer]}", str(answer + 1), more=more)

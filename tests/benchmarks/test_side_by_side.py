@@ -1,0 +1,24 @@
+"""The side-by-side measurement runs whole on a CPU, so that a GPU's time is not spent on finding its mistakes."""
+
+import sys
+
+import pytest
+
+from benchmarks import ptq
+from checkpoint.faults import BadInput
+
+
+def test_whole_streamed_and_stock_are_measured_in_one_run(tiny, tmp_path):
+    result = ptq.measure(tiny, tmp_path, "fp8", samples=2, tokens=40, device="cpu")
+    assert result["streamed_bytes_equal"]
+    assert result["faults"] == []
+    assert set(result["times_faster_than_stock"]) == {"ours", "streamed"}
+    assert min(result["seconds"].values()) > 0
+    assert result["written_gb"] > result["stock_written_gb"] > 0, "stock writes the language model alone"
+
+
+def test_a_measurement_that_cannot_run_is_refused(monkeypatch, tmp_path):
+    given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", str(tmp_path / "j"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*given, "--format", "nvfp4"])
+    with pytest.raises(BadInput, match="stock ModelOpt cannot quantize to nvfp4 on a CPU"):
+        ptq._run()
