@@ -45,6 +45,7 @@ from accuracy.training_model import (
     fuse_elementwise,
     initialise,
     save_released,
+    text_loss,
     tile_embeddings,
     without_layer_scale,
     without_pruned,
@@ -157,14 +158,11 @@ class Trainer:
             hidden = self.model.language_model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             # The position before a token predicts it.
             logits = self.model.language_model.lm_head(hidden[:, :-1]).float()
-        following = tokens[:, 1:]
-        said = ((following != 0) & (following != self.config.image_token_id)).float()
-        every = nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none")
+        text = text_loss(logits, tokens[:, 1:], self.config.image_token_id)
         asked, logits = (question < batch.questions).float(), logits[rows, columns - 1]
         each = nn.functional.cross_entropy(logits, targets, reduction="none") * asked
         wrong = torch.zeros(batch.questions + 1, device=asked.device)
         wrong.index_add_(0, question, (logits.argmax(-1) != targets).float())
-        text = (every * said).sum() / said.sum()
         return torch.stack([each.sum() / asked.sum(), text, *dense]), wrong[:-1] == 0
 
     def update(self, batch: Batch, rate: float) -> tuple[torch.Tensor, torch.Tensor]:

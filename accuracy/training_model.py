@@ -165,6 +165,19 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
     return torch.stack([total, named, matched])
 
 
+def text_loss(logits: torch.Tensor, following: torch.Tensor, visual_id: int) -> torch.Tensor:
+    """Mean cross-entropy of a text's tokens, without what stands for pictures and the padding (0).
+
+    Args:
+        logits: float32 [items, length, vocabulary].
+        following: int64 [items, length]: the token that each predicts.
+        visual_id: The token that stands for a visual one.
+    """
+    text = ((following != 0) & (following != visual_id)).float()
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), following, reduction="none")
+    return (each * text).sum() / text.sum()
+
+
 def without_pruned(
     visual: torch.Tensor, places: torch.Tensor, length: int, items: int, rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,14 @@
 """What training sees is what is served: the same prompts, EVS, and released names."""
 
+import math
+
 import pytest
 import torch
 
 from accuracy.muon import orthogonal
 from accuracy.tasks import TASKS, items, scene
 from accuracy.training_data import GLYPH_CLASSES, PromptBuilder, collate, make_item, patch_labels
-from accuracy.training_model import initialise, save_released, without_layer_scale, without_pruned
+from accuracy.training_model import initialise, save_released, text_loss, without_layer_scale, without_pruned
 from calibrate.drawing import blank
 from calibrate.evs import retention_mask
 from calibrate.prompts import build_prompt
@@ -45,6 +47,15 @@ def test_later_turns_are_those_of_the_chat_template(builder):
     assert len(batch.kinds) == len(drawn.more) + 2
     asked = batch.tokens[batch.rows, batch.columns][batch.question == 0].tolist()
     assert asked == item.token_ids[slice(*item.answers[0])]
+
+
+def test_text_loss_leaves_pictures_and_padding_out():
+    following = torch.tensor([[5, 9, 9, 6, 0]])
+    logits = torch.full((1, 5, 10), -20.0).scatter(2, following[..., None], 20.0)
+    logits[0, 1:3] = logits[0, 4] = 0.0
+    assert text_loss(logits, following, visual_id=9) < 1e-6
+    logits[0, 3] = 0.0
+    assert text_loss(logits, following, visual_id=9) == pytest.approx(math.log(10) / 2)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.75, 0.9])

@@ -10,7 +10,7 @@ from PIL import Image
 from calibrate.clips import SIDE, video_event, video_static
 from calibrate.drawing import mp4_bytes, png_bytes, stream
 from calibrate.samples import media_bytes
-from calibrate.scenes import TILE
+from calibrate.scenes import TILE, image_list
 from calibrate.synthetic import KINDS, compose, draw, synthetic
 from checkpoint.faults import BadInput
 
@@ -110,6 +110,26 @@ def test_further_questions_have_answers_and_are_not_the_first_again():
             questions = [scene.question.rsplit("\n", 1)[-1], *(question for question, _ in scene.more)]
             assert len(set(questions)) == len(questions)
             assert all(answer for _, answer in scene.more)
+
+
+def test_pictures_are_asked_about_in_mixed_order_and_not_all():
+    """Asked in turn and all, the later questions fall to elimination, and no picture needs to be looked at."""
+    scenes = [compose("images", 0, index) for index in range(40)]
+    assert all(len(scene.more) == len(scene.pictures) for scene in scenes)
+    asked = [[question.startswith("Which") for question, _ in scene.more] for scene in scenes]
+    assert any(kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True) for kinds in asked)
+
+
+def test_answers_about_a_list_of_pictures_stand_in_the_list():
+    for index in range(20):
+        scene = image_list(stream("image_list", 0, index))
+        *lines, question = scene.question.split("\n")
+        shown = dict(line.removeprefix("Image ").split(": ") for line in lines)
+        for asked, answer in [(question, scene.answer), *scene.more]:
+            if asked.startswith("Which"):
+                assert f"Which image shows a {shown[answer]}?" == asked
+            else:
+                assert shown[asked.removeprefix("What does image ").removesuffix(" show?")] == answer
 
 
 def test_bad_kinds_and_weights_are_all_named_before_the_first_sample():
