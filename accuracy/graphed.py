@@ -90,16 +90,17 @@ class Pool:
         self.thread.start()
 
     def _bring(self) -> None:
+        # One stream for good: PyTorch hands out the same few in turn, and one that is being captured takes no copy.
+        copies = torch.cuda.Stream() if self.device == "cuda" else None
         try:
             while not self.stopped.is_set():
-                self.fresh.put(self._moved(next(self.batches)))
+                self.fresh.put(self._moved(next(self.batches), copies))
         except BaseException as error:
             self.fresh.put(error)
 
-    def _moved(self, batch: Batch) -> Batch:
-        if self.device != "cuda":
+    def _moved(self, batch: Batch, copies: torch.cuda.Stream | None) -> Batch:
+        if copies is None:
             return batch
-        copies = torch.cuda.Stream()
         with torch.cuda.stream(copies):
             moved = batch.with_tensors([part.to(self.device, non_blocking=True) for part in batch.tensors])
         copies.synchronize()

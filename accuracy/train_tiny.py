@@ -34,12 +34,13 @@ from accuracy.muon import Muon
 from accuracy.training_data import (
     CHARACTERS,
     LABEL_SIZES,
+    NAMES,
     Batch,
     Batches,
     PromptBuilder,
     Seen,
 )
-from accuracy.training_evaluation import PRUNING_RATES, evaluated
+from accuracy.training_evaluation import PRUNING_RATES, drawn_items, evaluated
 from accuracy.training_model import (
     dense_losses,
     fuse_elementwise,
@@ -60,8 +61,8 @@ _RATE_SHARES = (0.6, 0.15, 0.15, 0.1)
 # Shares of the run: clips are not pruned yet; the learning rate stays level.
 _WHOLE_CLIPS, _LEVEL = 0.35, 0.5
 _WARM_UP = 300
-# Of the loss over all text, most of which is chance: enough for a perplexity that says something.
-_TEXT_WEIGHT = 0.1
+# Of the loss over all text, most of which is chance: enough for a perplexity that says something, once recall stands.
+_TEXT_WEIGHT, _TEXT_FROM = 0.1, 0.35
 # Matrices that Muon moves.
 _INSIDE = ("layers.", "encoder.layer.", "projector", "patch_projection")
 _RATES = {"muon": 2e-3, "adam": 2e-3}
@@ -111,6 +112,7 @@ class Trainer:
         # What changes from step to step stands on the device, where a CUDA graph reads it.
         on_gpu = settings.device == "cuda"
         self.dense_weight = torch.ones((), device=settings.device)
+        self.text_weight = torch.zeros((), device=settings.device)
         self.rates = {name: torch.zeros((), device=settings.device) for name in _RATES}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(matrices, self.rates["muon"]),
@@ -118,9 +120,11 @@ class Trainer:
                                       fused=on_gpu, capturable=on_gpu),
         }  # fmt: skip
         self.others = others
-        self.characters = torch.tensor(
-            [self.tokenizer.encode(c, add_special_tokens=False)[0] for c in CHARACTERS], device=settings.device
-        )
+        spelled = [name if name in CHARACTERS else f" {name}" for name in NAMES]
+        tokens = [self.tokenizer.encode(name, add_special_tokens=False) for name in spelled]
+        if any(len(token) > 1 for token in tokens):
+            raise ValueError(f"not one token each: {spelled}")
+        self.names = torch.tensor(tokens, device=settings.device)[:, 0]
         self.steps = GraphedSteps(self.update, settings.device)
         self.step = 0
         self.seconds = 0.0
@@ -148,7 +152,7 @@ class Trainer:
             dense = embeds.new_zeros(3)
             if len(tiles):
                 visual = tile_embeddings(self.model, self.config, tiles)
-                alike = visual @ self.model.language_model.model.embeddings.weight[self.characters].T
+                alike = visual @ self.model.language_model.model.embeddings.weight[self.names].T
                 dense = dense_losses(self.dense(visual), alike * visual.shape[-1] ** -0.5, labels)
                 embeds = embeds.flatten(0, 1).index_copy(0, places, visual.float().flatten(0, 1)).view(embeds.shape)
                 if rate > 0 and batch.moving:
@@ -170,7 +174,7 @@ class Trainer:
         figures, right = self.losses(batch, rate)
         # By the root of the items: a batch of few long clips counts less than one of many pages, but not by as much as
         # it is smaller.
-        answers = (figures[0] + _TEXT_WEIGHT * figures[1]) * (batch.items / 64) ** 0.5
+        answers = (figures[0] + self.text_weight * figures[1]) * (batch.items / 64) ** 0.5
         (answers + self.dense_weight * figures[2]).backward()
         nn.utils.clip_grad_norm_(self.others, 1.0)
         for optimizer in self.optimizers.values():
@@ -186,6 +190,7 @@ class Trainer:
         rate = rate if done > _WHOLE_CLIPS and batch.moving else 0.0
         with self.steps.stream():
             self.dense_weight.fill_(1.0 - 0.8 * done)
+            self.text_weight.fill_(_TEXT_WEIGHT if done > _TEXT_FROM else 0.0)
             for name, full in _RATES.items():
                 self.rates[name].fill_(full * self.schedule())
         figures, right = self.steps(batch, rate)
@@ -283,7 +288,8 @@ def train(settings: Settings) -> dict[str, Any] | None:
         print(f"paused at step {trainer.step}; the same command goes on")
         return None
     save_released(trainer.model, trainer.config, released)
-    accuracy = evaluated(trainer.losses, trainer.directory, settings.workers)
+    items = drawn_items(trainer.directory, settings.workers)
+    accuracy = evaluated(trainer.losses, items, trainer.config.image_token_id)
     evaluation = {"step": trainer.step, "seconds": round(trainer.seconds), "accuracy": accuracy}
     (settings.out / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(evaluation), flush=True)

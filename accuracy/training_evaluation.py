@@ -18,28 +18,32 @@ PRUNING_RATES = (0.0, 0.5, 0.75, 0.9)
 _TOKENS = 16384
 
 
+def drawn_items(directory: Path, workers: int, count: int = TEST_ITEMS) -> list[Item]:
+    """The first `count` test items of every task.
+
+    Args:
+        directory: A checkpoint with the tokenizer and the configuration.
+        workers: Processes that draw items; 0 for none.
+        count: Items of a task.
+    """
+    jobs = [(task, index, str(directory)) for task in TASKS for index in range(count)]
+    if not workers:
+        return [_item(job) for job in jobs]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return pool.map(_item, jobs, chunksize=8)
+
+
 @torch.no_grad()
 def evaluated(
-    losses: Callable[[Batch, float], tuple[torch.Tensor, torch.Tensor]],
-    directory: Path,
-    workers: int,
-    count: int = TEST_ITEMS,
+    losses: Callable[[Batch, float], tuple[torch.Tensor, torch.Tensor]], items: list[Item], visual_id: int
 ) -> dict[str, float]:
     """Share of right answers by task, clips at every pruning rate as `task@rate`.
 
     Args:
         losses: Of a batch at a pruning rate, whose second result says which questions would be answered exactly.
-        directory: A checkpoint with the tokenizer and the configuration.
-        workers: Processes that draw items; 0 for none.
-        count: Items of a task.
+        items: As `drawn_items` gives them.
+        visual_id: The token that stands for a visual one.
     """
-    config = read_config(directory)
-    jobs = [(task, index, str(directory)) for task in TASKS for index in range(count)]
-    if workers:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            items = pool.map(_item, jobs, chunksize=8)
-    else:
-        items = [_item(job) for job in jobs]
     results = {}
     for task in TASKS:
         groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
@@ -51,7 +55,7 @@ def evaluated(
             for group in groups.values():
                 size = max(1, _TOKENS // len(group[0].token_ids))
                 for start in range(0, len(group), size):
-                    batch = collate(group[start : start + size], config.image_token_id)
+                    batch = collate(group[start : start + size], visual_id)
                     right += losses(batch, rate)[1][: len(batch.kinds)].tolist()
             results[task if rate == 0 else f"{task}@{rate}"] = round(sum(right) / len(right), 4)
     return results

@@ -21,7 +21,8 @@ from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
-from accuracy.training_data import IGNORED, LABEL_SIZES
+from accuracy.training_data import IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES
+from calibrate.drawing import COLORS
 from calibrate.evs import retained_tokens
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import SINGLE, TensorFiles, check_weights
@@ -132,13 +133,13 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
 
     Args:
         predicted: [tiles, tokens, 4 x the classes of `LABEL_SIZES`].
-        alike: [tiles, tokens, characters]: likeness to the characters' own embeddings. With it, what the language model
+        alike: [tiles, tokens, `NAMES`]: likeness to the names' own embeddings. With it, what the language model
             learns of copying from lists holds for pages too.
         labels: uint8 [tiles, patches, patches, 3].
 
     Returns:
         float32 [3]: the loss; share of the glyphs to be read that are named rightly; share of the tokens with one
-        character that are most like its embedding.
+        name that are most like its embedding.
     """
     side = labels.shape[1] // 2
     wanted = labels.reshape(-1, side, 2, side, 2, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 3).long()
@@ -153,10 +154,12 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
         each = nn.functional.cross_entropy(scores, wanted[:, column], ignore_index=IGNORED, reduction="none")
         total = total + (each * mine).sum() / mine.sum().clamp(min=1.0)
     named = ((heads[0].argmax(-1) == glyph) * read).sum() / read.sum().clamp(min=1)
-    count = alike.shape[-1]
-    known = (glyph > 1) & (glyph < 2 + count)
-    held = (glyph[:, None] - 2 == torch.arange(count, device=glyph.device)) & known[:, None]
-    held = held.reshape(-1, 4, count).sum(1).float()
+    places = torch.arange(len(NAMES), device=glyph.device)
+    # A name's place, of the glyph and of the colour that it has or stands on.
+    colored = wanted[:, 2] - LINK_CLASSES[NAMES[-len(COLORS)]] + len(NAMES) - len(COLORS)
+    known = (glyph > 1) & (glyph < 2 + len(NAMES) - len(COLORS))
+    held = (glyph[:, None] - 2 == places) | ((colored[:, None] == places) & (places >= len(NAMES) - len(COLORS)))
+    held = (held & known[:, None]).reshape(-1, 4, len(NAMES)).sum(1).float()
     likeness = alike.float().flatten(0, 1).log_softmax(-1)
     each = -(likeness * held).sum(-1) / held.sum(1).clamp(min=1.0)
     total = total + 0.5 * each.sum() / (held.sum(1) > 0).sum().clamp(min=1)

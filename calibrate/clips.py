@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from calibrate.drawing import COLORS, Color, Page, draw_shape, text_width
+from calibrate.drawing import COLORS, FACES, Color, Page, draw_shape, text_width
 from calibrate.scenes import Scene, code, finished
 
 SIDE = 256
@@ -25,13 +25,14 @@ def video_event(random: np.random.RandomState, frames: int | None = None) -> Sce
     length = int(random.randint(1, 4))
     start = int(random.randint(1, max(2, len(pages) - length + 1)))
     color, digit = str(random.choice(list(COLORS))), str(random.randint(10))
-    size = int(random.randint(28, 41))
+    size, face = int(random.randint(28, 41)), int(random.randint(len(FACES)))
     side = 1.35 * size
     x, y = random.uniform(2, SIDE - side - 2, 2)
     ink = _ink_on(COLORS[color])
     for page in pages[start : start + length]:
         page.shape("square", (x, y, x + side, y + side), color)
-        page.text(x + (side - text_width(digit, size)) / 2, y + side / 2, digit, size, ink, word=True, link=color)
+        left = x + (side - text_width(digit, size, face)) / 2
+        page.text(left, y + side / 2, digit, size, ink, face, word=True, link=color)
     questions = [("Which digit appears?", digit), ("What color is the digit's box?", color)]
     first, second = questions if random.rand() < 0.6 else questions[::-1]
     return Scene(*first, tuple(finished(page) for page in pages), moving=True, more=(second,))
@@ -41,12 +42,13 @@ def video_static(random: np.random.RandomState, frames: int | None = None) -> Sc
     """A code of four characters stands on a plate that never moves."""
     pages = _background(random, frames)
     answer = code(random, 4, 4)
-    size, pitch, bold = int(random.randint(26, 35)), random.uniform(32, 36), bool(random.rand() < 0.35)
+    size, face = int(random.randint(26, 33)), int(random.randint(len(FACES)))
+    pitch = size * random.uniform(0.95, 1.1)
     width = 4 * pitch
     x, y = random.uniform(4, SIDE - width - 4), random.uniform(4, SIDE - 1.5 * size - 4)
     for page in pages:
         page.pen.rectangle((x, y, x + width, y + 1.5 * size), fill=(245, 245, 240))
-        page.spaced(x, y + 0.75 * size, answer, size, (15, 15, 25), pitch, bold)
+        page.spaced(x, y + 0.75 * size, answer, size, (15, 15, 25), pitch, face)
     return Scene("What is the code in the video?", answer, tuple(finished(page) for page in pages), moving=True)
 
 

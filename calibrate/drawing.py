@@ -1,6 +1,6 @@
 """Draws on pages and frames from an explicit seed, and turns them into PNG, MP4 and data URLs.
 
-Pillow's built-in font stands in the wheel, so a page looks the same on every machine; nothing here reads a file.
+The typefaces are Pillow's own and those of three packages, so a page looks the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+import font_roboto
+import font_source_sans_pro
+import font_source_serif_pro
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,8 +33,19 @@ COLORS: dict[str, Color] = {
     "pink": (245, 150, 190),
     "cyan": (60, 200, 215),
 }
+BAR_END = "bar end"
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-# Without I, O, 0 and 1, which the built-in font draws too much alike.
+# Pillow's own, two without serifs and one with; all but the first also bold.
+FACES = (
+    None,
+    font_roboto.Roboto,
+    font_roboto.RobotoBold,
+    font_source_sans_pro.SourceSansPro,
+    font_source_sans_pro.SourceSansProBold,
+    font_source_serif_pro.SourceSerifPro,
+    font_source_serif_pro.SourceSerifProBold,
+)
+# Without I, O, 0 and 1, which typefaces draw too much alike.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
 
@@ -41,10 +55,11 @@ def stream(*parts: str | int) -> np.random.RandomState:
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
-@lru_cache(maxsize=256)
-def font(size: int) -> Any:
-    """Pillow's built-in TrueType font at `size` pixels."""
-    return ImageFont.load_default(size)
+@lru_cache(maxsize=512)
+def font(size: int, face: int = 0) -> Any:
+    """A typeface of `FACES` at `size` pixels."""
+    path = FACES[face]
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,9 @@ class Page:
         """The page as uint8 [height, width, 3]."""
         return np.asarray(self.image)
 
-    def text(self, x: float, y: float, string: str, size: int, ink: Color, word: bool = False, link: str = "") -> None:
+    def text(
+        self, x: float, y: float, string: str, size: int, ink: Color, face: int = 0, word: bool = False, link: str = ""
+    ) -> None:
         """Write `string` with its left end at `x`, centred on the line `y`.
 
         Args:
@@ -90,20 +107,21 @@ class Page:
             string: What to write.
             size: Font size in pixels.
             ink: Colour.
+            face: Place in `FACES`.
             word: Mark its characters as a word to be read (codes, values, labels), numbered from 1.
             link: What the word belongs to.
         """
-        self.pen.text((x, y + CAP_HEIGHT * size / 2), string, font=font(size), fill=ink, anchor="ls")
+        self.pen.text((x, y + CAP_HEIGHT * size / 2), string, font=font(size, face), fill=ink, anchor="ls")
         place = 0
         for character in string:
-            width = _advance(character, size)
+            width = _advance(character, size, face)
             if character != " ":
                 place += 1
                 self.marks.append(Mark(character, x + width / 2, y, place if word else 0, link))
             x += width
 
     def spaced(
-        self, x: float, y: float, string: str, size: int, ink: Color, pitch: float, bold: bool = False, link: str = ""
+        self, x: float, y: float, string: str, size: int, ink: Color, pitch: float, face: int = 0, link: str = ""
     ) -> None:
         """Write a word to be read, each character in the middle of a cell `pitch` pixels wide.
 
@@ -114,13 +132,13 @@ class Page:
             size: Font size in pixels.
             ink: Colour.
             pitch: Width of a cell in pixels.
-            bold: Draw the strokes two pixels thicker.
+            face: Place in `FACES`.
             link: What the word belongs to.
         """
         for place, character in enumerate(string):
             middle = x + (place + 0.5) * pitch
             at = (middle, y + CAP_HEIGHT * size / 2)
-            self.pen.text(at, character, font=font(size), fill=ink, anchor="ms", stroke_width=int(bold))
+            self.pen.text(at, character, font=font(size, face), fill=ink, anchor="ms")
             self.marks.append(Mark(character, middle, y, place + 1, link))
 
     def shape(self, name: str, box: Box, color: str) -> None:
@@ -129,19 +147,25 @@ class Page:
         draw_shape(self.pen, name, box, COLORS[color])
         self.marks.append(Mark(name, (left + right) / 2, (top + bottom) / 2, 0, color))
 
+    def bar(self, box: Box, ink: Color, link: str) -> None:
+        """Draw a horizontal bar; its right end is marked, since that is what is read."""
+        _, top, right, bottom = box
+        self.pen.rectangle(box, fill=ink)
+        self.marks.append(Mark(BAR_END, right, (top + bottom) / 2, 1, link))
 
-# Height of a capital in the built-in font, as a share of the font size.
+
+# Height of a capital, as a share of the font size, in all of `FACES` to a few hundredths.
 CAP_HEIGHT = 0.7
 
 
 @lru_cache(maxsize=8192)
-def _advance(character: str, size: int) -> float:
-    return font(size).getlength(character)
+def _advance(character: str, size: int, face: int) -> float:
+    return font(size, face).getlength(character)
 
 
-def text_width(string: str, size: int) -> float:
+def text_width(string: str, size: int, face: int = 0) -> float:
     """Width in pixels, kerning left out: asking FreeType for whole strings took most of a page's time."""
-    return sum(_advance(character, size) for character in string)
+    return sum(_advance(character, size, face) for character in string)
 
 
 def blank(width: int, height: int, paper: Color) -> Page:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.drawing import CODE_LETTERS, COLORS, SHAPES, Color, Mark, Page, blank, text_width
+from calibrate.drawing import CODE_LETTERS, COLORS, FACES, SHAPES, Color, Mark, Page, blank, text_width
 
 WORDS = """
 about above across after again air almost along also animal answer apple around autumn away baker basket before begin
@@ -35,8 +35,12 @@ PAGE_SIZES = (
     ((256, 256), 0.64), ((240, 250), 0.08), ((280, 295), 0.08), ((512, 256), 0.06), ((256, 512), 0.06),
     ((250, 495), 0.03), ((512, 512), 0.05),
 )  # fmt: skip
+STEP = 1
+"""Bars' values are its multiples: how exactly a bar is to be read against the grid of 0, 25, 50, 75 and 100."""
+_COUNTED = 0.5
 TILE = 256
-"""Pixels of a tile of the embedded checkpoint. What is to be read is drawn for it: one character in about 32 pixels."""
+"""Pixels of a tile of the embedded checkpoint. What is to be read is drawn for it: one or two characters in the 32
+pixels of a visual token."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,11 @@ def paper_and_ink(random: np.random.RandomState) -> tuple[Color, Color]:
     return (dark, light) if random.rand() < 0.125 else (light, dark)  # type: ignore[return-value]
 
 
-def _filler(random: np.random.RandomState, width: float, size: int) -> str:
+def _filler(random: np.random.RandomState, width: float, size: int, face: int) -> str:
     line = ""
     for word in random.choice(WORDS, 8):
         longer = f"{line} {word}".strip()
-        if text_width(longer, size) > width:
+        if text_width(longer, size, face) > width:
             break
         line = longer
     return line
@@ -112,22 +116,20 @@ def document(random: np.random.RandomState) -> Scene:
     block = 1.1 * label + 1.3 * size
     top = corner[1] + random.uniform(2, high - block - 2)
     left = corner[0] + random.uniform(2, wide - code_width - 2)
-    page.text(left + 6, top + 0.55 * label, "Code", label, ink)
+    page.text(left + 6, top + 0.55 * label, "Code", label, ink, pen["face"])
     page.spaced(left, top + 1.1 * label + 0.65 * size, answer, ink=ink, **pen)
-    _running_text(random, page, ink, (top, top + block))
+    _running_text(random, page, ink, pen["face"], (top, top + block))
     return Scene("What is the code on the page?", answer, (finished(page),))
 
 
 def _pen(random: np.random.RandomState, scale: float = 1.0) -> dict[str, Any]:
-    """Size, pitch and weight of what is to be read: `spaced`'s arguments."""
-    return {
-        "size": int(random.randint(26, 35) * scale),
-        "pitch": random.uniform(32, 36) * scale,
-        "bold": bool(random.rand() < 0.35),
-    }
+    """Size, pitch and typeface of what is to be read: `spaced`'s arguments."""
+    pitch = random.uniform(24, 36) * scale
+    size = int(min(pitch * random.uniform(0.85, 1.05), 34 * scale))
+    return {"size": size, "pitch": pitch, "face": int(random.randint(len(FACES)))}
 
 
-def _running_text(random: np.random.RandomState, page: Page, ink: Color, taken: tuple[float, float]) -> None:
+def _running_text(random: np.random.RandomState, page: Page, ink: Color, face: int, taken: tuple[float, float]) -> None:
     """Lines of words and numbers above and below the band `taken`, with gaps."""
     width, height = page.image.size
     y, kept = random.uniform(2, 30), random.uniform(0.3, 0.9)
@@ -137,11 +139,12 @@ def _running_text(random: np.random.RandomState, page: Page, ink: Color, taken: 
             y = taken[1] + random.uniform(0, 8)
             continue
         if random.rand() < kept:
-            line = _filler(random, random.uniform(0.3, 0.95) * width, size)
+            line = _filler(random, random.uniform(0.3, 0.95) * width, size, face)
             if random.rand() < 0.3:
                 word = random.choice(["Page", "Total", "Order", "Note", "Date"])
                 line = f"{word} {random.randint(1, 9999)}"
-            page.text(random.uniform(4, max(5.0, width - text_width(line, size) - 4)), y + 0.6 * size, line, size, ink)
+            left = random.uniform(4, max(5.0, width - text_width(line, size, face) - 4))
+            page.text(left, y + 0.6 * size, line, size, ink, face)
         y += random.uniform(1.2, 1.8) * size
 
 
@@ -154,8 +157,8 @@ def table(random: np.random.RandomState) -> Scene:
     pen, step = _pen(random, width / TILE), (height - 36) / rows
     labels, values = _labels(random, rows), random.choice(np.arange(100, 1000), rows, replace=False)
     left, right = random.uniform(4, 0.15 * width), random.uniform(0.35, 0.55) * width
-    page.text(left, 18, "Item", 20, ink)
-    page.text(right, 18, random.choice(["Price", "Value", "Total"]), 20, ink)
+    page.text(left, 18, "Item", 20, ink, pen["face"])
+    page.text(right, 18, random.choice(["Price", "Value", "Total"]), 20, ink, pen["face"])
     for row, (label, value) in enumerate(zip(labels, values, strict=True)):
         y = 36 + step * (row + 0.5)
         page.pen.line((left, y - step / 2, width - left, y - step / 2), fill=ink, width=1)
@@ -193,40 +196,31 @@ def form(random: np.random.RandomState) -> Scene:
 
 
 def chart(random: np.random.RandomState) -> Scene:
-    """A chart of horizontal bars, a letter before and the value behind each: the largest bar's letter, or a value."""
+    """A chart of horizontal bars over a grid, a letter before each: the largest bar's letter, or the value of one."""
     width, height = choose(random, PAGE_SIZES[:3])
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
     bars = int(random.randint(3, 6))
-    labels, values = _labels(random, bars), _apart(random, bars)
+    labels, values = _labels(random, bars), random.choice(np.arange(STEP, 101, STEP), bars, replace=False)
     pen = _pen(random, width / TILE)
-    page.text(random.uniform(4, 40), 14, _filler(random, 0.8 * width, 18), 18, ink)
-    left, pitch = random.uniform(2, 10) + pen["pitch"], pen["pitch"]
-    slot, longest = (height - 32) / bars, width - left - 2.2 * pitch
-    page.pen.line((left, 30, left, height - 4), fill=ink, width=2)
+    page.text(random.uniform(4, 40), 14, _filler(random, 0.8 * width, 18, pen["face"]), 18, ink, pen["face"])
+    left = random.uniform(2, 10) + pen["pitch"]
+    slot, longest = (height - 32) / bars, width - left - random.uniform(4, 30)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = left + longest * share
+        page.pen.line((x, 30, x, height - 4), fill=ink, width=1 if share else 2)
     thick, one_color = random.uniform(0.5, 0.8) * slot, random.rand() < 0.3
     colors = random.choice(list(COLORS), bars)
     for bar, (label, value) in enumerate(zip(labels, values, strict=True)):
         y, end = 32 + slot * (bar + 0.5), left + longest * value / 100
-        fill = COLORS[colors[0 if one_color else bar]]
-        page.pen.rectangle((left, y - thick / 2, end, y + thick / 2), fill=fill)
-        page.spaced(left - pitch, y, label, ink=ink, **pen)
-        page.spaced(end + 0.1 * pitch, y, str(value), ink=ink, link=label, **pen)
+        page.bar((left, y - thick / 2, end, y + thick / 2), COLORS[colors[0 if one_color else bar]], link=label)
+        page.spaced(left - pen["pitch"], y, label, ink=ink, **pen)
     largest = ("Which bar is the largest?", labels[int(np.argmax(values))])
     pairs = zip(labels, values, strict=True)
     questions = [(f"What is the value of bar {label}?", str(value)) for label, value in pairs]
     questions = [questions[place] for place in random.permutation(bars)]
     questions.insert(0 if random.rand() < 0.4 else 1, largest)
     return asking(questions, page)
-
-
-def _apart(random: np.random.RandomState, count: int) -> np.ndarray:
-    """`count` values of 10 to 99 of which the largest leads by at least 15."""
-    while True:
-        values = random.choice(np.arange(10, 100), count, replace=False)
-        ordered = np.sort(values)
-        if ordered[-1] - ordered[-2] >= 15:
-            return values
 
 
 def images(random: np.random.RandomState) -> Scene:
@@ -249,7 +243,7 @@ def images(random: np.random.RandomState) -> Scene:
         if lettered:
             size = int(random.randint(28, 57) * side / TILE)
             x, y = random.uniform(0.05, 0.7, 2) * side
-            page.spaced(x, y + 0.1 * side, str(thing), size, ink, pitch=1.1 * size)
+            page.spaced(x, y + 0.1 * side, str(thing), size, ink, 1.1 * size, int(random.randint(len(FACES))))
         else:
             extent = random.uniform(0.2, 0.5) * side
             x, y = random.uniform(0, side - extent, 2)
@@ -280,8 +274,11 @@ def _like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, 
 
 
 def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
-    """Recall from a list of `pairs` keys and values (4 to 360 when not given; 300 pairs are over 2,000 tokens)."""
+    """Recall from a list of `pairs` keys and values, over 2,000 tokens from 300 pairs; when not given, 4 to 360 of them
+    or, as often, how many words of a list are of one colour."""
     if pairs is None:
+        if random.rand() < _COUNTED:
+            return _counting(random)
         pairs = int(random.randint(300, 361)) if random.rand() < 0.25 else int(2 ** random.uniform(2, 7.5))
     letters = "abcdefghijklmnopqrstuvwxyz"
     keys = [letters[number // 26] + letters[number % 26] for number in random.permutation(26 * 26)[:pairs]]
@@ -290,6 +287,14 @@ def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
     asked = random.permutation(pairs)[:12]
     first, *more = [(f"What is the value of {keys[place]}?", str(values[place])) for place in asked]
     return Scene(f"List:\n{lines}\n{first[0]}", first[1], more=tuple(more))
+
+
+def _counting(random: np.random.RandomState) -> Scene:
+    """A list of up to 60 colours of two to six kinds; the answer is how often one of them stands there."""
+    kinds = random.choice(list(COLORS), int(random.randint(2, 7)), replace=False)
+    listed = random.choice(kinds, int(random.randint(8, 61)))
+    asked = [(f"How many are {kind}?", str(int((listed == kind).sum()))) for kind in random.permutation(kinds)]
+    return Scene(f"List: {' '.join(listed)}\n{asked[0][0]}", asked[0][1], more=tuple(asked[1:]))
 
 
 def code_list(random: np.random.RandomState) -> Scene:

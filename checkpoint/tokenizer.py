@@ -14,7 +14,8 @@ _WORDS = """
  what which who how many read write answer only one word page image images video clip picture document chart table bar
  bars largest smallest value code text number color colour shows show changes change appears happened digit letter name
  city first second third last before after line red green blue yellow purple orange white black gray brown pink cyan
- note total order date invoice report item items price quantity remember find key list following each was are be has
+ circle square triangle star cross note total order date invoice report item items price quantity remember find key
+ list following each was are be has
 """.split()
 
 
