@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibrate.drawing import stream
+from calibrate.lists import text
 from calibrate.samples import Sample
-from calibrate.scenes import Scene, text
+from calibrate.scenes import Scene
 from calibrate.synthetic import compose, messages
 from checkpoint.faults import BadInput, Fault, nearest
 

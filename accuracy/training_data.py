@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from accuracy.tasks import series
 from calibrate.clips import FPS
 from calibrate.drawing import BAR_END, COLORS, SHAPES, mp4_bytes, stream
-from calibrate.scenes import Picture, Scene, code_list, form, image_list
+from calibrate.lists import code_list, image_list
+from calibrate.scenes import Picture, Scene, form
 from calibrate.synthetic import KINDS
 from calibrate.tiles import tile_grid
 from calibrate.video import decode
@@ -297,10 +298,8 @@ class Batches(IterableDataset[Batch]):
             kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
             scene = _MAKERS[kind](stream(kind, name, index))
             index += workers
-            # Lists of up to 360 pairs and clips of up to 16 frames, in proportion to how far the run is; recall is
-            # learned first, then counting.
+            # Lists of up to 360 pairs and clips of up to 16 frames, in proportion to how far the run is.
             hard = len(scene.question) / 2600 if kind == "text" else len(scene.pictures) / 20 if scene.moving else 0
-            hard = 1.2 if kind == "text" and not scene.question.startswith("List:\n") else hard
             if hard > 0.25 + ease:
                 continue
             item = make_item(scene, kind, self.builder, compressed=random.rand() < 0.25, turns=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from accuracy.tasks import TASKS, TEST_ITEMS, scene, series
-from accuracy.training_data import Batch, Item, PromptBuilder, collate, make_item
+from accuracy.training_data import LENGTHS, Batch, Item, PromptBuilder, collate, make_item
 from checkpoint.config import read_config
 from checkpoint.native import load_tokenizer
 
@@ -49,13 +49,14 @@ def evaluated(
         groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
         for item in items:
             if item.kind == task:
-                groups[len(item.tiles), len(item.token_ids)].append(item)
+                length = next(fitting for fitting in LENGTHS if fitting >= len(item.token_ids))
+                groups[len(item.tiles), length].append(item)
         for rate in PRUNING_RATES if task.startswith("video") else (0.0,):
             right: list[bool] = []
-            for group in groups.values():
-                size = max(1, _TOKENS // len(group[0].token_ids))
+            for (_, length), group in groups.items():
+                size = max(1, _TOKENS // length)
                 for start in range(0, len(group), size):
-                    batch = collate(group[start : start + size], visual_id)
+                    batch = collate(group[start : start + size], visual_id, length)
                     right += losses(batch, rate)[1][: len(batch.kinds)].tolist()
             results[task if rate == 0 else f"{task}@{rate}"] = round(sum(right) / len(right), 4)
     return results

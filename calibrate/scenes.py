@@ -37,7 +37,6 @@ PAGE_SIZES = (
 )  # fmt: skip
 STEP = 1
 """Bars' values are its multiples: how exactly a bar is to be read against the grid of 0, 25, 50, 75 and 100."""
-_COUNTED = 0.5
 TILE = 256
 """Pixels of a tile of the embedded checkpoint. What is to be read is drawn for it: one or two characters in the 32
 pixels of a visual token."""
@@ -155,7 +154,7 @@ def table(random: np.random.RandomState) -> Scene:
     page = blank(width, height, paper)
     rows = int(random.randint(3, 6))
     pen, step = _pen(random, width / TILE), (height - 36) / rows
-    labels, values = _labels(random, rows), random.choice(np.arange(100, 1000), rows, replace=False)
+    labels, values = distinct_letters(random, rows), random.choice(np.arange(100, 1000), rows, replace=False)
     left, right = random.uniform(4, 0.15 * width), random.uniform(0.35, 0.55) * width
     page.text(left, 18, "Item", 20, ink, pen["face"])
     page.text(right, 18, random.choice(["Price", "Value", "Total"]), 20, ink, pen["face"])
@@ -169,7 +168,8 @@ def table(random: np.random.RandomState) -> Scene:
     return asking([questions[place] for place in random.permutation(rows)], page)
 
 
-def _labels(random: np.random.RandomState, count: int) -> list[str]:
+def distinct_letters(random: np.random.RandomState, count: int) -> list[str]:
+    """Choose `count` letters that no typeface draws alike."""
     return [str(label) for label in random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), count, replace=False)]
 
 
@@ -184,7 +184,7 @@ def form(random: np.random.RandomState) -> Scene:
     paper, ink = paper_and_ink(random)
     page = blank(TILE, TILE, paper)
     lines = int(random.randint(2, 7))
-    labels, step, questions = _labels(random, lines), TILE / lines, []
+    labels, step, questions = distinct_letters(random, lines), TILE / lines, []
     for line, label in enumerate(labels):
         pen, word = _pen(random), code(random, 4, 6)
         y = step * (line + 0.5) + random.uniform(-0.5, 0.5) * (step - 38)
@@ -201,7 +201,7 @@ def chart(random: np.random.RandomState) -> Scene:
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
     bars = int(random.randint(3, 6))
-    labels, values = _labels(random, bars), random.choice(np.arange(STEP, 101, STEP), bars, replace=False)
+    labels, values = distinct_letters(random, bars), random.choice(np.arange(STEP, 101, STEP), bars, replace=False)
     pen = _pen(random, width / TILE)
     page.text(random.uniform(4, 40), 14, _filler(random, 0.8 * width, 18, pen["face"]), 18, ink, pen["face"])
     left = random.uniform(2, 10) + pen["pitch"]
@@ -233,7 +233,7 @@ def images(random: np.random.RandomState) -> Scene:
         questions = [f"Which image shows the letter {thing}?" for thing in things]
     else:
         wanted = (str(random.choice(SHAPES)), str(random.choice(list(COLORS))))
-        things = [wanted if place == answer else _like(random, wanted) for place in range(count)]
+        things = [wanted if place == answer else like(random, wanted) for place in range(count)]
         questions = [f"Which image shows a {color} {shape}?" for shape, color in things]
     pictures = []
     for thing in things:
@@ -250,10 +250,10 @@ def images(random: np.random.RandomState) -> Scene:
             page.shape(thing[0], (x, y, x + extent, y + extent), thing[1])
         pictures.append(finished(page))
     shown = [str(thing) if lettered else f"{thing[1]} {thing[0]}" for thing in things]
-    return Scene(questions[answer], str(answer + 1), tuple(pictures), more=_further(random, questions, shown, answer))
+    return Scene(questions[answer], str(answer + 1), tuple(pictures), more=further(random, questions, shown, answer))
 
 
-def _further(
+def further(
     random: np.random.RandomState, questions: list[str], shown: list[str], answer: int
 ) -> tuple[tuple[str, str], ...]:
     """Other questions about the pictures, mixed and not all: asked in turn, the later ones fall to elimination."""
@@ -263,7 +263,7 @@ def _further(
     return tuple(more[place] for place in random.permutation(len(more))[: len(shown)])
 
 
-def _like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, str]:
+def like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, str]:
     """A coloured shape that shares the shape, the colour or nothing with `wanted`, never both."""
     while True:
         kind = random.rand()
@@ -271,51 +271,3 @@ def _like(random: np.random.RandomState, wanted: tuple[str, str]) -> tuple[str, 
         color = wanted[1] if 0.35 <= kind < 0.7 else str(random.choice(list(COLORS)))
         if (shape, color) != wanted:
             return shape, color
-
-
-def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
-    """Recall from a list of `pairs` keys and values, over 2,000 tokens from 300 pairs; when not given, 4 to 360 of them
-    or, as often, how many words of a list are of one colour."""
-    if pairs is None:
-        if random.rand() < _COUNTED:
-            return _counting(random)
-        pairs = int(random.randint(300, 361)) if random.rand() < 0.25 else int(2 ** random.uniform(2, 7.5))
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    keys = [letters[number // 26] + letters[number % 26] for number in random.permutation(26 * 26)[:pairs]]
-    values = random.randint(100, 1000, pairs)
-    lines = "\n".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    asked = random.permutation(pairs)[:12]
-    first, *more = [(f"What is the value of {keys[place]}?", str(values[place])) for place in asked]
-    return Scene(f"List:\n{lines}\n{first[0]}", first[1], more=tuple(more))
-
-
-def _counting(random: np.random.RandomState) -> Scene:
-    """A list of up to 60 colours of two to six kinds; the answer is how often one of them stands there."""
-    kinds = random.choice(list(COLORS), int(random.randint(2, 7)), replace=False)
-    listed = random.choice(kinds, int(random.randint(8, 61)))
-    asked = [(f"How many are {kind}?", str(int((listed == kind).sum()))) for kind in random.permutation(kinds)]
-    return Scene(f"List: {' '.join(listed)}\n{asked[0][0]}", asked[0][1], more=tuple(asked[1:]))
-
-
-def code_list(random: np.random.RandomState) -> Scene:
-    """Recall of codes from a list: what `form` shows on a page, as text. Training alone draws it."""
-    lines = int(random.randint(2, 13))
-    labels = _labels(random, lines)
-    words = [code(random, 4, 6) for _ in labels]
-    questions = [(f"What is the code of {label}?", word) for label, word in zip(labels, words, strict=True)]
-    first, *more = [questions[place] for place in random.permutation(lines)]
-    listed = "\n".join(f"{label} {word}" for label, word in zip(labels, words, strict=True))
-    return Scene(f"List:\n{listed}\n{first[0]}", first[1], more=tuple(more))
-
-
-def image_list(random: np.random.RandomState) -> Scene:
-    """What `images` shows, as text. Training alone draws it, to learn what is asked of pictures from words."""
-    count = int(random.randint(2, 6))
-    things = [(str(random.choice(SHAPES)), str(random.choice(list(COLORS)))) for _ in range(count)]
-    answer = int(random.randint(count))
-    things = [thing if place == answer else _like(random, things[answer]) for place, thing in enumerate(things)]
-    shown = [f"{color} {shape}" for shape, color in things]
-    questions = [f"Which image shows a {thing}?" for thing in shown]
-    listed = "\n".join(f"Image {place}: {thing}" for place, thing in enumerate(shown, 1))
-    more = _further(random, questions, shown, answer)
-    return Scene(f"{listed}\n{questions[answer]}", str(answer + 1), more=more)

@@ -12,8 +12,9 @@ import numpy as np
 
 from calibrate.clips import FPS, video_event, video_static
 from calibrate.drawing import data_url, mp4_bytes, png_bytes, stream
+from calibrate.lists import text
 from calibrate.samples import Sample
-from calibrate.scenes import Scene, SceneMaker, chart, document, images, table, text
+from calibrate.scenes import Scene, SceneMaker, chart, document, images, table
 from checkpoint.faults import BadInput, Fault, nearest
 
 KINDS: dict[str, SceneMaker] = {

@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from export.manifest import read_manifest
 from export.verify import verify
@@ -50,12 +52,26 @@ def test_a_sharded_run_killed_and_taken_up_again_exports_what_one_process_does(t
         assert sharded, "the model was not sharded"
         assert launch(tiny, output, file).wait(timeout=300) in (0, 1), log.read_text()
     load_and_run(tiny, tmp_path / "one", STEPS)
-    assert (output / "model.safetensors").read_bytes() == (tmp_path / "one" / "model.safetensors").read_bytes()
+    assert_same_but_for_rounding(output, tmp_path / "one")
     assert verify(output, tiny) == []
     two, one = (read_manifest(directory).distillation for directory in (output, tmp_path / "one"))
     assert dict(two["losses"]) == pytest.approx(dict(one["losses"]), rel=1e-5)
     assert dict(two["held_out"]) == pytest.approx(dict(one["held_out"]), rel=1e-5)
     assert not state.exists()
+
+
+def assert_same_but_for_rounding(directory, other):
+    """Two processes add up gradients in another order, which moves a weight or two over the edge of an FP8 step."""
+    ours, theirs = (load_file(each / "model.safetensors") for each in (directory, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        if tensor.dtype == torch.float8_e4m3fn:
+            apart = (tensor.float() - theirs[name].float()).abs()
+            assert (apart > 0).float().mean() < 1e-4, name
+            assert (apart <= tensor.float().abs() / 8 + 2**-9).all(), name  # one step: three bits of mantissa
+        else:
+            assert torch.equal(tensor, theirs[name]), name
 
 
 def cmdline(pid: str) -> str:
