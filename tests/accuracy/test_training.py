@@ -7,9 +7,25 @@ import torch
 
 from accuracy.muon import orthogonal
 from accuracy.tasks import TASKS, items, scene
-from accuracy.training_data import GLYPH_CLASSES, PromptBuilder, collate, make_item, patch_labels
-from accuracy.training_model import initialise, save_released, text_loss, without_layer_scale, without_pruned
-from calibrate.drawing import blank
+from accuracy.training_data import (
+    GLYPH_CLASSES,
+    LABEL_SIZES,
+    LINK_CLASSES,
+    NAMES,
+    PromptBuilder,
+    collate,
+    make_item,
+    patch_labels,
+)
+from accuracy.training_model import (
+    dense_losses,
+    initialise,
+    save_released,
+    text_loss,
+    without_layer_scale,
+    without_pruned,
+)
+from calibrate.drawing import BAR_END, blank
 from calibrate.evs import retention_mask
 from calibrate.prompts import build_prompt
 from calibrate.scenes import finished
@@ -47,6 +63,19 @@ def test_later_turns_are_those_of_the_chat_template(builder):
     assert len(batch.kinds) == len(drawn.more) + 2
     asked = batch.tokens[batch.rows, batch.columns][batch.question == 0].tolist()
     assert asked == item.token_ids[slice(*item.answers[0])]
+
+
+@pytest.mark.parametrize(
+    ("glyph", "link", "names"),
+    [("square", "red", ["square", "red"]), ("7", "blue", ["7", "blue"]), ("K", "B", ["K"]), (BAR_END, "B", [])],
+)
+def test_a_token_is_taught_to_be_alike_to_its_glyph_and_colour(glyph, link, names):
+    labels = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    labels[0, 0, 1] = torch.tensor([GLYPH_CLASSES[glyph], 0, LINK_CLASSES[link]])
+    alike = torch.zeros(1, 1, len(NAMES), requires_grad=True)
+    dense_losses(torch.zeros(1, 1, 4 * sum(LABEL_SIZES)), alike, labels)[0].backward()
+    raised = (alike.grad[0, 0] < 0).nonzero()[:, 0].tolist()
+    assert sorted(NAMES[place] for place in raised) == sorted(names)
 
 
 def test_text_loss_leaves_pictures_and_padding_out():
