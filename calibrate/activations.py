@@ -88,6 +88,7 @@ class Activations:
             slot, self._block = self._block[:count].view(length, self._hidden), self._block[count:]
             self._slots.append(slot)
         else:
+            self._spill_file()  # opened before two threads could both do it
             self._slots.append(self._spilled)
             self._spilled += 2 * count
         self.lengths.append(length)
@@ -106,6 +107,7 @@ class Activations:
 
     def replace(self, layer: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Batch]) -> None:
         """Replace each batch by what `layer` makes of it: [batch, length, hidden] to the same shape."""
+        self._settle()
         for batch, inputs in self._loaded(batches):
             self._store(batch, layer(inputs))
         self._settle()

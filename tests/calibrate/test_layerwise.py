@@ -1,6 +1,7 @@
 """A layer at a time: what is kept between layers, and which samples run together."""
 
 import contextlib
+import time
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def test_every_sample_is_replaced_once_wherever_it_is_kept(store, tmp_path):
     for _ in range(3):
         store.replace(lambda inputs: inputs + 10, store.batches(8))
     assert values(store) == [30.0 + number for number in range(7)]
+
+
+def test_the_first_layer_waits_for_what_is_still_being_written(tmp_path, monkeypatch):
+    write = Activations._write
+    monkeypatch.setattr(Activations, "_write", lambda *given: time.sleep(0.05) or write(*given))
+    with contextlib.closing(Activations(HIDDEN, "cpu", Budget(0), tmp_path / "slow")) as activations:
+        for number in range(4):
+            activations.add(torch.full((3, HIDDEN), float(number), dtype=torch.bfloat16))
+        activations.replace(lambda inputs: inputs + 10, activations.batches(3))
+        assert values(activations) == [10.0, 11.0, 12.0, 13.0]
 
 
 def test_what_was_saved_is_restored_in_memory_or_file(store, tmp_path):
