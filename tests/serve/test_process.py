@@ -121,7 +121,10 @@ def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status
         f"m.find_environment = lambda: ServeEnvironment(Path({str(environment.python)!r}), (0, 32, 0), CPU, 'x');"
         f"sys.exit(m._run([{str(tiny)!r}, '--port', '0']))"
     )
+    # Under nohup, SIGHUP would be ignored here and so in every child.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     assert parent.stdout is not None
     assert "stub (BF16, EVS drops 75%" in parent.stdout.readline()
     pids = stub.pids()
