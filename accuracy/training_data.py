@@ -242,6 +242,11 @@ def make_item(scene: Scene, kind: str, builder: PromptBuilder, compressed: bool,
     return Item(kind, token_ids, answers, tiles, labels)
 
 
+def padded_length(item: Item) -> int:
+    """The smallest of `LENGTHS` that holds an item."""
+    return next(fitting for fitting in LENGTHS if fitting >= len(item.token_ids))
+
+
 def collate(items: list[Item], visual_id: int, length: int = 0, answer_tokens: int = 0) -> Batch:
     """Stack items with equally many tiles.
 
@@ -303,7 +308,7 @@ class Batches(IterableDataset[Batch]):
             if hard > 0.25 + ease:
                 continue
             item = make_item(scene, kind, self.builder, compressed=random.rand() < 0.25, turns=True)
-            length = next(fitting for fitting in LENGTHS if fitting >= len(item.token_ids))
+            length = padded_length(item)
             group = waiting[len(item.tiles), scene.moving, length]
             group.append(item)
             if len(group) * length >= self.tokens:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from accuracy.tasks import TASKS, TEST_ITEMS, scene, series
-from accuracy.training_data import LENGTHS, Batch, Item, PromptBuilder, collate, make_item
+from accuracy.training_data import Batch, Item, PromptBuilder, collate, make_item, padded_length
 from checkpoint.config import read_config
 from checkpoint.native import load_tokenizer
 
@@ -49,8 +49,7 @@ def evaluated(
         groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
         for item in items:
             if item.kind == task:
-                length = next(fitting for fitting in LENGTHS if fitting >= len(item.token_ids))
-                groups[len(item.tiles), length].append(item)
+                groups[len(item.tiles), padded_length(item)].append(item)
         for rate in PRUNING_RATES if task.startswith("video") else (0.0,):
             right: list[bool] = []
             for (_, length), group in groups.items():

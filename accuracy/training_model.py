@@ -154,12 +154,11 @@ def dense_losses(predicted: torch.Tensor, alike: torch.Tensor, labels: torch.Ten
         each = nn.functional.cross_entropy(scores, wanted[:, column], ignore_index=IGNORED, reduction="none")
         total = total + (each * mine).sum() / mine.sum().clamp(min=1.0)
     named = ((heads[0].argmax(-1) == glyph) * read).sum() / read.sum().clamp(min=1)
-    places = torch.arange(len(NAMES), device=glyph.device)
-    # A name's place, of the glyph and of the colour that it has or stands on.
-    colored = wanted[:, 2] - LINK_CLASSES[NAMES[-len(COLORS)]] + len(NAMES) - len(COLORS)
-    known = (glyph > 1) & (glyph < 2 + len(NAMES) - len(COLORS))
-    held = (glyph[:, None] - 2 == places) | ((colored[:, None] == places) & (places >= len(NAMES) - len(COLORS)))
-    held = (held & known[:, None]).reshape(-1, 4, len(NAMES)).sum(1).float()
+    glyphs, colors = (torch.arange(n, device=glyph.device) for n in (len(NAMES) - len(COLORS), len(COLORS)))
+    named_glyph = glyph[:, None] - 2 == glyphs
+    # The colour that the glyph has or stands on.
+    named_color = (wanted[:, 2:] - LINK_CLASSES[NAMES[-len(COLORS)]] == colors) & named_glyph.any(1, keepdim=True)
+    held = torch.cat([named_glyph, named_color], dim=1).reshape(-1, 4, len(NAMES)).sum(1).float()
     likeness = alike.float().flatten(0, 1).log_softmax(-1)
     each = -(likeness * held).sum(-1) / held.sum(1).clamp(min=1.0)
     total = total + 0.5 * each.sum() / (held.sum(1) > 0).sum().clamp(min=1)

@@ -88,7 +88,8 @@ class Activations:
             slot, self._block = self._block[:count].view(length, self._hidden), self._block[count:]
             self._slots.append(slot)
         else:
-            self._spill_file()  # opened before two threads could both do it
+            if self._file < 0:
+                self._file = os.open(self._spill, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             self._slots.append(self._spilled)
             self._spilled += 2 * count
         self.lengths.append(length)
@@ -156,7 +157,7 @@ class Activations:
         if isinstance(slot, torch.Tensor):
             return slot
         row = torch.empty(self.lengths[index], self._hidden, dtype=torch.bfloat16, pin_memory=self._cuda)
-        read_into(self._spill_file(), row, slot, self._spill)
+        read_into(self._file, row, slot, self._spill)
         return row
 
     def _store(self, batch: Batch, outputs: torch.Tensor) -> None:
@@ -204,12 +205,7 @@ class Activations:
         self._write(slot, staged)
 
     def _write(self, start: int, row: torch.Tensor) -> None:
-        _write_all(self._spill_file(), bytes_of(row), start, self._spill)
-
-    def _spill_file(self) -> int:
-        if self._file < 0:
-            self._file = os.open(self._spill, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        return self._file
+        _write_all(self._file, bytes_of(row), start, self._spill)
 
     def _settle(self) -> None:
         """Let nothing be loaded before what was computed of it is stored."""

@@ -35,8 +35,6 @@ PAGE_SIZES = (
     ((256, 256), 0.64), ((240, 250), 0.08), ((280, 295), 0.08), ((512, 256), 0.06), ((256, 512), 0.06),
     ((250, 495), 0.03), ((512, 512), 0.05),
 )  # fmt: skip
-STEP = 1
-"""Bars' values are its multiples: how exactly a bar is to be read against the grid of 0, 25, 50, 75 and 100."""
 TILE = 256
 """Pixels of a tile of the embedded checkpoint. What is to be read is drawn for it: one or two characters in the 32
 pixels of a visual token."""
@@ -196,12 +194,12 @@ def form(random: np.random.RandomState) -> Scene:
 
 
 def chart(random: np.random.RandomState) -> Scene:
-    """A chart of horizontal bars over a grid, a letter before each: the largest bar's letter, or the value of one."""
+    """Bars from a grid line 0 to their values, lines at 25, 50, 75 and 100: the largest one's letter, or a value."""
     width, height = choose(random, PAGE_SIZES[:3])
     paper, ink = paper_and_ink(random)
     page = blank(width, height, paper)
     bars = int(random.randint(3, 6))
-    labels, values = distinct_letters(random, bars), random.choice(np.arange(STEP, 101, STEP), bars, replace=False)
+    labels, values = distinct_letters(random, bars), random.choice(np.arange(1, 101), bars, replace=False)
     pen = _pen(random, width / TILE)
     page.text(random.uniform(4, 40), 14, _filler(random, 0.8 * width, 18, pen["face"]), 18, ink, pen["face"])
     left = random.uniform(2, 10) + pen["pitch"]
