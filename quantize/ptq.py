@@ -16,7 +16,7 @@ from torch import nn
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.native import module_name
 from quantize.algorithms import ALGORITHMS, modelopt_algorithm
-from quantize.amax import DeviceMax
+from quantize.amax import DeviceMax, WeightMax
 from quantize.formats import FORMATS, share_scales
 from quantize.policy import Policy
 
@@ -50,8 +50,8 @@ def modelopt_config(
     for name, format in policy.quantized.items():
         for quantizer in ("weight_quantizer", "input_quantizer"):
             settings = FORMATS[format].quantizer(quantizer, device, searched)
-            if algorithm == "max" and quantizer == "input_quantizer":
-                settings["calibrator"] = DeviceMax
+            if algorithm == "max":
+                settings["calibrator"] = DeviceMax if quantizer == "input_quantizer" else WeightMax
             entries.append({"quantizer_name": f"{module_name(name)}.{quantizer}", "cfg": settings, "enable": True})
     if policy.kv_cache == "fp8":
         entries += [dict(entry) for entry in mtq.FP8_KV_CFG["quant_cfg"]]
