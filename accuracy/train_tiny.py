@@ -38,9 +38,9 @@ from accuracy.training_data import (
     Batch,
     Batches,
     PromptBuilder,
-    Seen,
 )
 from accuracy.training_evaluation import PRUNING_RATES, drawn_items, evaluated
+from accuracy.training_log import Seen
 from accuracy.training_model import (
     dense_losses,
     fuse_elementwise,
