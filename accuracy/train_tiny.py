@@ -283,6 +283,9 @@ def train(settings: Settings) -> dict[str, Any] | None:
                 saved = time.monotonic()
     trainer.save()
     pool.close()
+    if threading.current_thread() is threading.main_thread():
+        for wanted in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(wanted, signal.SIG_DFL)  # the evaluation has nothing to save
     if trainer.done < 1:
         save_released(trainer.model, trainer.config, settings.out / "so-far")
         print(f"paused at step {trainer.step}; the same command goes on")

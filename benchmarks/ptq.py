@@ -4,8 +4,9 @@
     python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full --work /data --json …
 
 One process, one device, one set of prompts: random token ids of one length, so that the forward rate means something.
-Each stage is timed once after a warm-up of the kernels; ratios are between stages of the same run. `--device cpu` tries
-the program on the embedded checkpoint, FP8 alone: stock ModelOpt has no NVFP4 there.
+Each stage is timed once after a warm-up of the kernels; ratios are between stages of the same run. A run that was cut
+off goes on with the same command: of the three ways, those it finished are kept in DIR. `--device cpu` tries the
+program on the embedded checkpoint, FP8 alone: stock ModelOpt has no NVFP4 there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,30 @@ _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 
 
 class Clock:
-    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes."""
+    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes.
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.peak: dict[str, float] = {}
-        self.host: dict[str, float] = {}
+    Stages come in parts. What a finished part measured is kept in a file, for a run of the same `plan`.
+    """
+
+    def __init__(self, device: str, path: Path, plan: Mapping[str, Any]) -> None:
+        self.cuda, self.path = device == "cuda", path
+        self.kept: dict[str, Any] = {
+            "plan": dict(plan),
+            "parts": [],
+            "seconds": {},
+            "peak": {},
+            "host": {},
+            "found": {},
+        }
+        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["plan"] == self.kept["plan"]:
+            self.kept = kept
+            print(f"measured before: {', '.join(kept['parts'])}", flush=True)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage."""
+        seconds: dict[str, float] = self.kept["seconds"]
+        return seconds
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` under a name and return what it returns."""
@@ -66,12 +84,22 @@ class Clock:
         result = work()
         if self.cuda:
             torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - start
-        self.peak[name] = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
-        self.host[name] = _peak_resident() / 1e9
-        gpu, host = self.peak[name], self.host[name]
-        print(f"{name}: {self.seconds[name]:.1f} s, GPU {gpu:.1f} GB, host {host:.1f} GB", flush=True)
+        self.seconds[name] = seconds = time.perf_counter() - start
+        self.kept["peak"][name] = gpu = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+        self.kept["host"][name] = host = _peak_resident() / 1e9
+        print(f"{name}: {seconds:.1f} s, GPU {gpu:.1f} GB, host {host:.1f} GB", flush=True)
         return result
+
+    def part(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run `work`, stages and all, unless it was finished before; return what it returned, which is plain data."""
+        if name not in self.kept["parts"]:
+            self.kept["found"][name] = work()
+            self.kept["parts"].append(name)
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text(json.dumps(self.kept), encoding="utf-8")
+            os.replace(partial, self.path)
+        found: dict[str, Any] = self.kept["found"][name]
+        return found
 
 
 def _peak_resident() -> int:
@@ -99,11 +127,11 @@ def measure(
     model_directory: Path, work: Path, format: str, samples: int, tokens: int, device: str = "cuda"
 ) -> dict[str, Any]:
     """Run every stage once and return the figures; seconds, GB (1e9 bytes) and ratios."""
-    config, clock = read_config(model_directory), Clock(device)
+    config = read_config(model_directory)
     work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
-    for folder in (ours, streamed, stock):
-        shutil.rmtree(folder, ignore_errors=True)
+    plan = {"model": str(model_directory), "format": format, "samples": samples, "tokens": tokens, "device": device}
+    clock = Clock(device, work / "measured.json", plan)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).to(device)
 
@@ -112,15 +140,29 @@ def measure(
             for sample in ids[:count]:
                 language_model(sample, use_cache=False, logits_to_keep=1)
 
-    _measure_ours(config, clock, format, forward, ours, device)
-    faults = clock.time("ours: verify", lambda: verify(ours, model_directory))
-    _let_go()
-    _measure_streamed(config, clock, format, ids, streamed, device)
-    faults += clock.time("streamed: verify", lambda: verify(streamed, model_directory))
+    warm = False
+
+    def way(name: str, out: Path, work: Callable[[], None]) -> dict[str, Any]:
+        def run() -> dict[str, Any]:
+            nonlocal warm
+            shutil.rmtree(out, ignore_errors=True)
+            if not warm:
+                _warm_up(config, clock, forward, device)
+            warm = True
+            work()
+            _let_go()
+            faults = [] if out == stock else clock.time(f"{name}: verify", lambda: verify(out, model_directory))
+            return {"faults": [str(fault) for fault in faults]}
+
+        return clock.part(name, run)
+
+    whole = way("ours", ours, lambda: _measure_ours(config, clock, format, forward, ours, device))
+    layers = way("streamed", streamed, lambda: _measure_streamed(config, clock, format, ids, streamed, device))
     same = all((ours / file).read_bytes() == (streamed / file).read_bytes() for file in TensorFiles(ours).files)
     written = TensorFiles(ours).total_bytes / 1e9
-    rate = sequential_write_rate(work, max(0.1, min(4.0, written)))
-    _measure_stock(config, clock, format, forward, stock, device)
+    disk = clock.part("disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))})
+    way("stock", stock, lambda: _measure_stock(config, clock, format, forward, stock, device))
+    clock.path.unlink()
     seconds, total = clock.seconds, samples * tokens
     stages: dict[str, tuple[str, ...]] = {"ours": ("load", "ours: calibrate", "ours: export", "ours: verify")}
     stages["streamed"] = ("streamed: calibrate and export", "streamed: verify")
@@ -133,17 +175,17 @@ def measure(
         "samples": samples,
         "tokens_per_sample": tokens,
         "seconds": seconds,
-        "peak_gpu_gb": clock.peak,
-        "peak_host_gb": clock.host,
+        "peak_gpu_gb": clock.kept["peak"],
+        "peak_host_gb": clock.kept["host"],
         "streamed_bytes_equal": same,
-        "faults": [str(fault) for fault in faults],
+        "faults": [*whole["faults"], *layers["faults"]],
         "forward_tokens_per_s": total / seconds["raw forward"],
         "calibration_tokens_per_s": {s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")}
         | {"streamed, export included": total / seconds["streamed: calibrate and export"]},
         "calibration_share_of_forward": seconds["raw forward"] / seconds["ours: calibrate"],
         "written_gb": written,
         "export_gb_per_s": written / seconds["ours: export"],
-        "disk_gb_per_s": rate,
+        "disk_gb_per_s": disk["rate"],
         "stock_written_gb": TensorFiles(stock).total_bytes / 1e9,
         "load_to_verified_directory_s": end_to_end,
         "times_faster_than_stock": {s: end_to_end["stock"] / end_to_end[s] for s in ("ours", "streamed")},
@@ -156,13 +198,17 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
+def _warm_up(config: CheckpointConfig, clock: Clock, forward: Callable[..., None], device: str) -> None:
+    clock.time("warm up kernels", lambda: forward(load_model(config, device).language_model, 2))
+    _let_go()
+
+
 def _measure_ours(
     config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
 ) -> None:
     policy = make_policy([Rule(format)], language_model_linears(config))
     source = clock.time("check BF16 weights", lambda: check_weights(config))
     language_model = clock.time("load", lambda: load_model(config, device)).language_model
-    clock.time("warm up kernels", lambda: forward(language_model, 2))
     clock.time("raw forward", lambda: forward(language_model))
     clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
     manifest = Manifest({}, versions(), policy.counts(), {}, {})
@@ -198,7 +244,6 @@ def _measure_streamed(
 def _measure_stock(
     config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
 ) -> None:
-    _let_go()
     model = clock.time("stock: load", lambda: load_model(config, device)).language_model
     clock.time("stock: calibrate", lambda: mtq.quantize(model, _STOCK[format], forward))
     clock.time("stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out))

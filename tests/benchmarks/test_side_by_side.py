@@ -17,6 +17,24 @@ def test_whole_streamed_and_stock_are_measured_in_one_run(tiny, tmp_path):
     assert result["written_gb"] > result["stock_written_gb"] > 0, "stock writes the language model alone"
 
 
+def test_a_measurement_cut_off_goes_on_with_what_it_has(tiny, tmp_path, monkeypatch):
+    asked = (tiny, tmp_path, "fp8", 1, 24, "cpu")
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ptq, "_measure_stock", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            ptq.measure(*asked)
+    monkeypatch.setattr(ptq, "_measure_ours", cut_off)
+    monkeypatch.setattr(ptq, "_measure_streamed", cut_off)
+    result = ptq.measure(*asked)
+    assert {"raw forward", "streamed: verify", "stock: export"} <= set(result["seconds"])
+    with pytest.raises(KeyboardInterrupt):
+        ptq.measure(*asked)  # what is done is done: the next one measures everything again
+
+
 def test_a_measurement_that_cannot_run_is_refused(monkeypatch, tmp_path):
     given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", str(tmp_path / "j"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [*given, "--format", "nvfp4"])
