@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import ptq
+from benchmarks import processes, ptq
 from checkpoint.faults import BadInput
 
 
@@ -40,3 +40,14 @@ def test_a_measurement_that_cannot_run_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*given, "--format", "nvfp4"])
     with pytest.raises(BadInput, match="stock ModelOpt cannot quantize to nvfp4 on a CPU"):
         ptq._run()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["x", "--work", str(tmp_path), "--json", "j", "--processes", "99"])
+    with pytest.raises(BadInput, match="CUDA devices are there"):
+        processes._run()
+
+
+def test_a_command_that_fails_says_what_it_said():
+    with pytest.raises(RuntimeError, match=r"(?s)exit status 2.*nowhere"):
+        processes.launched(("-m", "quantize.fp8", "nowhere.yaml"), "cpu")

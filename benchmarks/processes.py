@@ -1,0 +1,127 @@
+"""One process and several: the same scales from PTQ, the same loss curve from distillation, one directory from each.
+
+    python -m benchmarks.processes --work DIR --json benchmarks/results/processes_2gpu.json [--processes 2]
+
+Runs the commands that a user would: `torchrun -m quantize.fp8` and `accelerate launch … -m quantize.qad` with FSDP2, on
+the embedded checkpoint. Distillation runs twice in one process, so that what rounding alone does to a curve is known.
+`--device cpu` runs the PTQ half, through gloo: accelerate's FSDP2 wants an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.faults import BadInput, Fault, main
+from checkpoint.files import TensorFiles
+from checkpoint.tiny import embedded_checkpoint
+from export.manifest import read_manifest
+from recipes.inputs import versions
+
+PTQ = ("calibrate.samples=64", "accuracy.tasks=null")
+FSDP2 = (
+    *("--mixed_precision", "no", "--use_fsdp", "--fsdp_version", "2"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "NemotronHBlock"),
+    *("--fsdp_cpu_ram_efficient_loading", "false"),
+)
+
+
+def launched(command: Sequence[str], device: str, processes: int = 1) -> float:
+    """Run a command of this package and return its seconds; it may miss its gate (exit status 1).
+
+    Raises:
+        RuntimeError: It ended otherwise; with the end of what it said.
+    """
+    shown = {"CUDA_VISIBLE_DEVICES": ",".join(str(number) for number in range(processes))}
+    # Sums are made in one order only where every process has as many threads.
+    environment = os.environ | (shown if device == "cuda" else {"OMP_NUM_THREADS": "1"})
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+    return time.monotonic() - start
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether the tensors of two directories are the same bytes."""
+    return all((one / file).read_bytes() == (other / file).read_bytes() for file in TensorFiles(one).files)
+
+
+def ptq(work: Path, processes: int, device: str, model: Path) -> dict[str, Any]:
+    """FP8 and NVFP4 by one process and by several."""
+    found = {}
+    for name in ("fp8", "nvfp4"):
+        alone, shared = work / f"{name}-1", work / f"{name}-{processes}"
+        module = ("-m", f"quantize.{name}", f"recipes/tiny/{name}.yaml", f"model={model}", *PTQ)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        seconds = [launched((*module, f"output={alone}"), device)]
+        seconds.append(launched((*torchrun, *module, f"output={shared}"), device, processes))
+        found[name] = {"same_bytes": same_files(alone, shared), "seconds": seconds}
+        print(name, found[name], flush=True)
+    return found
+
+
+def distilled(work: Path, processes: int, steps: int, model: Path) -> dict[str, Any]:
+    """Loss curves of one process, of one again, and of several with FSDP2.
+
+    `apart` is the largest difference from the first curve over its first loss.
+    """
+    module = ("-m", "quantize.qad", "recipes/tiny/nvfp4_qad.yaml", f"model={model}", f"distill.steps={steps}", PTQ[1])
+    launch = ("-m", "accelerate.commands.launch", "--num_processes", str(processes), *FSDP2)
+    found: dict[str, Any] = {}
+    for name, prefix, count in (("one", (), 1), ("one_again", (), 1), ("several", launch, processes)):
+        output = work / f"qad-{name}"
+        seconds = launched((*prefix, *module, f"output={output}"), "cuda", count)
+        manifest = read_manifest(output)
+        assert manifest is not None
+        recorded = manifest.distillation
+        found[name] = {"seconds": seconds, "losses": recorded["losses"], "held_out": recorded["held_out"]}
+        for curve in ("losses", "held_out"):
+            first, mine = ([loss for _, loss in found[run][curve]] for run in ("one", name))
+            found[name][f"{curve}_apart"] = max(abs(a - b) for a, b in zip(first, mine, strict=True)) / first[0]
+        print(name, {key: value for key, value in found[name].items() if key != "losses"}, flush=True)
+    return found
+
+
+def measure(work: Path, processes: int, steps: int, device: str) -> dict[str, Any]:
+    """Run everything; seconds, shares and nats a token."""
+    work.mkdir(parents=True, exist_ok=True)
+    model = embedded_checkpoint(work / "bf16").directory
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "processes": processes,
+        "versions": versions(),
+        "ptq": ptq(work, processes, device, model),
+    } | ({"distilled": distilled(work, processes, steps, model)} if device == "cuda" else {})
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for exports; must not hold any yet")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40, help="of distillation")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    given = parser.parse_args()
+    if given.device == "cuda" and torch.cuda.device_count() < given.processes:
+        there = f"{torch.cuda.device_count()} CUDA devices are there"
+        raise BadInput(Fault("--processes", there, "try --device cpu"))
+    result = measure(given.work, given.processes, given.steps, given.device)
+    shape = f"--processes {given.processes} --steps {given.steps} --device {given.device}"
+    result["command"] = f"python -m benchmarks.processes --work DIR {shape}"
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main(_run)
