@@ -25,10 +25,10 @@ from modelopt.torch.quantization.plugins.transformers_trainer import QADTrainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from checkpoint.faults import BadInput, Fault
+from quantize.qad_progress import Progress
 from quantize.qad_state import BEST, WEIGHTS, checkpoints, flush, load_weights, save_weights, whole
 from quantize.training_stream import IGNORE, Batch, TrainingStream
 
@@ -81,7 +81,7 @@ class DistillationTrainer(QADTrainer):
                 train_dataset=stream,
                 eval_dataset=list(held_out),
                 distill_args={"teacher_model": teacher or nn.Identity(), "temperature": 1.0},
-                callbacks=[_Gradients(trained), _Progress(self)],
+                callbacks=[_Gradients(trained), Progress(self)],
             )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -309,26 +309,3 @@ class _Gradients(TrainerCallback):
                     strangers.append(f"{name}.{key}")
         if without or strangers:
             raise RuntimeError(f"no gradient at {sorted(without.values())}, and one too many at {strangers}")
-
-
-class _Progress(TrainerCallback):
-    """One bar: steps, the step's loss and the last held-out one, in nats."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        off = None if state.is_world_process_zero else True
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="distil", unit="step", disable=off)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        held_out = self._trainer.history.values()
-        if "loss" in logs and held_out:
-            self._bar.set_postfix_str(f"{self._trainer.loss_name} {logs['loss']:.5f}, held out {[*held_out][-1]:.5f}")
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._bar.close()

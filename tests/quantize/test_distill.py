@@ -1,6 +1,7 @@
 """Distillation: the loss it starts from, what it changes and leaves, and each guard with what it guards from."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -175,10 +176,14 @@ def test_nan_on_the_held_out_samples_stops_the_run_with_advice(tiny_config, tmp_
         Small(tiny_config, tmp_path, steps=1).run()
 
 
-def test_when_no_step_is_better_ptq_is_kept(tiny_config, tmp_path):
+def test_when_no_step_is_better_ptq_is_kept_and_the_log_shows_why(tiny_config, tmp_path, capsys):
     small = Small(tiny_config, tmp_path, steps=1, learning_rate=0.1)
     result = small.run()
     assert (result.best_step, result.trained) == (0, ())
+    held_out, number = dict(result.held_out), r"[\d.,]+"
+    before, after = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step "))
+    assert before == f"step 0 of 1: held-out KL {held_out[0]:.5f} nats"
+    assert re.fullmatch(f"step 1 of 1: held-out KL {held_out[1]:.5f} nats, step's {number}, {number} tokens/s", after)
     source = dict(load_model(tiny_config).language_model.named_parameters())
     after = small.model.language_model.named_parameters()
     assert all(torch.equal(parameter.float(), source[name].float()) for name, parameter in after)
