@@ -10,7 +10,10 @@ from checkpoint.faults import BadInput, Fault
 
 
 def mixed(
-    sources: Sequence[tuple[Iterable[Sample], float]], samples: int | None = None, seed: int = 0
+    sources: Sequence[tuple[Iterable[Sample], float]],
+    samples: int | None = None,
+    seed: int = 0,
+    name: str = "sources",
 ) -> Iterator[Sample]:
     """Interleave sources in proportion to their weights, the same way for the same `seed`.
 
@@ -22,13 +25,14 @@ def mixed(
         sources: Iterables of samples, each with its weight > 0.
         samples: How many to yield at most; None for all.
         seed: Decides which source begins.
+        name: What faults call the sources: their key in a recipe.
 
     Raises:
         BadInput: There is no source, a weight is not positive, or the sources together hold no sample.
     """
     if not sources or any(not weight > 0 for _, weight in sources):
         weights = [weight for _, weight in sources]
-        raise BadInput(Fault("calibration sources", f"weights are {weights}", "give at least one, all above 0"))
+        raise BadInput(Fault(name, f"weights are {weights}", "give at least one, all above 0"))
     draw = random.Random(seed)
     credit = {index: draw.random() * weight for index, (_, weight) in enumerate(sources)}
     open_sources = {index: iter(source) for index, (source, _) in enumerate(sources)}
@@ -47,7 +51,7 @@ def mixed(
         total += 1
         yield sample
     if not total and samples != 0:
-        raise BadInput(Fault("calibration sources", "hold no samples", "give at least one that does"))
+        raise BadInput(Fault(name, "hold no samples", "give at least one that does"))
 
 
 def shuffled(samples: Iterable[Sample], seed: int, buffer: int = 256) -> Iterator[Sample]:

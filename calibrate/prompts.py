@@ -165,10 +165,12 @@ def build_prompts(
     add_generation_prompt: bool = True,
     max_length: int | None = None,
     pruning_rate: float = 0.0,
+    name: str = "sources",
 ) -> Iterator[Prompt]:
     """Yield the prompts of `samples`, at most `count`; those that cannot be built go to `skipped`.
 
-    A skipped sample does not count, so `count` prompts come out as long as `samples` lasts.
+    A skipped sample does not count, so `count` prompts come out as long as `samples` lasts. `name` is what a fault
+    calls the samples.
 
     Raises:
         BadInput: `skipped` is full (without one, at the first bad sample), or no sample could be built.
@@ -196,7 +198,7 @@ def build_prompts(
         built += 1
         yield prompt
     if not built and count != 0:
-        raise BadInput(Fault("calibration data", "no sample can be used", "see the faults"), *skipped.faults)
+        raise BadInput(Fault(name, "no sample can be used", "see the faults"), *skipped.faults)
 
 
 def _conversation(sample: Sample, config: CheckpointConfig) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:

@@ -67,7 +67,7 @@ class Skipped:
         self.faults += faults
         if self.samples > self.limit:
             summary = Fault(
-                "calibration data",
+                "sources",
                 f"{self.samples} samples cannot be used, at most {self.limit} may be",
                 "mend or remove those named below",
             )

@@ -69,19 +69,18 @@ def prompt_stream(
             when more samples are bad than `skipped` allows.
     """
     parts = [(_read(source, section, skipped), source.weight) for source in section.sources]
+    name = f"{type(section).__name__.lower()}.sources"
     prompts = build_prompts(
-        mixed(parts, seed=section.seed),
+        mixed(parts, seed=section.seed, name=name),
         config,
         tokenizer,
         count=section.samples,
         skipped=skipped,
         max_length=min(max_length or config.max_length, config.max_length),
         pruning_rate=pruning_rate,
+        name=name,
     )
-    first = next(prompts, None)
-    if first is None:
-        raise BadInput(Fault("calibration sources", "hold no usable sample", "look at the samples skipped above"))
-    return itertools.chain([first], prompts)
+    return itertools.chain([next(prompts)], prompts)
 
 
 def distillation(
@@ -98,9 +97,8 @@ def distillation(
 
     def in_order() -> Iterator[Sample]:
         skipped = Skipped(section.max_skipped)
-        return mixed(
-            [(_read(source, section, skipped), source.weight) for source in section.sources], seed=section.seed
-        )
+        parts = [(_read(source, section, skipped), source.weight) for source in section.sources]
+        return mixed(parts, seed=section.seed, name="distill.sources")
 
     def samples() -> Iterator[Sample]:
         return shuffled(in_order(), section.seed)

@@ -239,7 +239,7 @@ def test_mix_takes_no_more_from_a_source_than_it_yields():
 
 @pytest.mark.parametrize("sources", [[], [(iter([]), 1)], [(numbered("a"), 0)], [(numbered("a"), float("nan"))]])
 def test_mix_of_nothing_is_a_fault(sources):
-    assert "calibration sources" in reason(lambda: list(mixed(sources, 5)))
+    assert "distill.sources: " in reason(lambda: list(mixed(sources, 5, name="distill.sources")))
 
 
 def test_shuffle_keeps_every_sample_and_its_order_depends_on_the_seed_only():

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from accuracy.generate import answer_tasks
+from calibrate.samples import Skipped
 from checkpoint.faults import BadInput
+from checkpoint.native import load_tokenizer
 from export.manifest import read_manifest
 from export.verify import verify
+from recipes.inputs import prompt_stream
 from recipes.run import run
 from recipes.schema import load_recipe
 from tests.editing import edit_tensors
@@ -97,6 +100,14 @@ def test_bad_samples_end_the_run_with_nothing_written(tiny, tmp_path, lines, mes
         run(quick(tiny, tmp_path, jsonl(tmp_path, *lines)))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("section", ["calibrate", "accuracy"])
+def test_sources_without_a_usable_sample_are_named_by_their_section(tiny_config, tmp_path, section):
+    source = jsonl(tmp_path, GOOD).replace("calibrate", section)
+    recipe = load_recipe(TINY, [source])
+    with pytest.raises(BadInput, match=rf"{section}\.sources: no sample can be used"):
+        prompt_stream(getattr(recipe, section), tiny_config, load_tokenizer(tiny_config), Skipped(9), 0.0, max_length=4)
 
 
 def test_a_bad_sample_among_good_ones_is_skipped_and_counted(tiny, tmp_path):
