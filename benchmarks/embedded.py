@@ -2,17 +2,20 @@
 
     python -m benchmarks.embedded --work out/embedded-table --json benchmarks/results/embedded_accuracy.json
     python -m benchmarks.embedded … --items 100 --variants fp8,nvfp4,nvfp4_qat,nvfp4_qad --served bf16,fp8
+    python -m benchmarks.embedded … --variants nvfp4,nvfp4_qad@3e-6,nvfp4_qad,nvfp4_qad@3e-4 --served ""   # the rate
 
 Each form is made by its recipe in recipes/tiny/ and answers the same test items of the six tasks, greedily; differences
-from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores.
+from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores; what
+is finished is kept in DIR, and the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from accuracy.generate import answer_tasks
 from accuracy.paired import Paired, pair, paired_table
 from accuracy.tasks import TASKS, TEST_ITEMS, items, result
 from accuracy.training_evaluation import PRUNING_RATES
+from benchmarks.parts import Parts
 from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
@@ -43,14 +47,52 @@ VARIANTS = {
     "nvfp4_qad": ("nvfp4_qad", []),
 }
 Samples = Mapping[str, Sequence[Sample]]
+Answers = dict[str, list[str | None]]
+
+
+def check_variants(names: Sequence[str]) -> None:
+    """Refuse what is no form, or no rate.
+
+    Raises:
+        BadInput: Naming the nearest form of each.
+    """
+    faults = []
+    for name in names:
+        form, at, rate = name.partition("@")
+        if form not in VARIANTS:
+            faults.append(Fault("--variants", f"unknown form {form!r}", nearest(form, VARIANTS)))
+        elif at and (VARIANTS[form][0] != "nvfp4_qad" or not _is_rate(rate)):
+            faults.append(Fault("--variants", f"{name!r} has no learning rate", "write as in nvfp4_qad@3e-4"))
+    if faults:
+        raise BadInput(*faults)
+
+
+def _digest(directory: Path) -> str:
+    with (directory / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def made(variant: str, work: Path, model: Path) -> Path:
-    """The directory of a form, made by its recipe when it is not there; the gate may be missed."""
+    """The directory of a form, made by its recipe when it is not there; the gate may be missed.
+
+    Args:
+        variant: Of `VARIANTS`; distilled at another learning rate as in `nvfp4_qad@3e-4`.
+        work: Folder of the directories.
+        model: The BF16 checkpoint.
+    """
     output = work / variant
     if not output.exists():
-        recipe, overrides = VARIANTS[variant]
-        given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides]
+        name, _, rate = variant.partition("@")
+        recipe, overrides = VARIANTS[name]
+        rates = [f"distill.learning_rate={rate}"] if rate else []
+        given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides, *rates]
         run(load_recipe(Path(f"recipes/tiny/{recipe}.yaml"), given))
     return output
 
@@ -58,20 +100,29 @@ def made(variant: str, work: Path, model: Path) -> Path:
 def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: int) -> dict[str, Any]:
     """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1."""
     console = Console()
-    directories = {"bf16": embedded_checkpoint(work / "bf16").directory}
+    bf16 = embedded_checkpoint(work / "bf16").directory
+    parts = Parts(work / "measured.json", {"items": count, "weights": _digest(bf16)})
     samples: Samples = {task: items(task, count=count) for task in TASKS}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
-    begun = time.monotonic()
-    answers = {"bf16": answer_tasks(read_config(directories["bf16"]), samples, 0.0)}
+
+    def answered(form: str, rate: float = 0.0) -> Answers:
+        asked, directory = (clips if rate else samples), bf16 if form == "bf16" else made(form, work, bf16)
+        return parts.part(f"{form}, EVS {rate}", lambda: answer_tasks(read_config(directory), asked, rate))
+
+    def by_server(form: str) -> Answers:
+        directory = bf16 if form == "bf16" else made(form, work, bf16)
+        with running_server(directory, ServeSettings(port=0, video_pruning_rate=0.0)) as server:
+            return ask_endpoint(server.url, samples)
+
+    answers = {"bf16": answered("bf16")}
     paired: dict[str, list[Paired]] = {}
     for variant in variants:
-        directories[variant] = made(variant, work, directories["bf16"])
-        answers[variant] = answer_tasks(read_config(directories[variant]), samples, 0.0)
+        answers[variant] = answered(variant)
         paired[variant] = pair(samples, answers["bf16"], answers[variant])
         console.print(paired_table(paired[variant], "BF16", variant))
     curve: dict[str, dict[str, float]] = {}
     for rate in PRUNING_RATES:
-        given = answer_tasks(read_config(directories["bf16"]), clips, rate) if rate else answers["bf16"]
+        given = answered("bf16", rate)
         curve[str(rate)] = {task: result(task, asked, given[task]).accuracy for task, asked in clips.items()}
     table = Table(title="BF16, clips pruned by EVS", title_justify="left")
     for column in ("rate", *clips):
@@ -81,13 +132,12 @@ def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: i
     console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
-        with running_server(directories[name], ServeSettings(port=0, video_pruning_rate=0.0)) as server:
-            endpoint[name] = pair(samples, answers[name], ask_endpoint(server.url, samples))
+        endpoint[name] = pair(samples, answers[name], parts.part(f"{name} served", functools.partial(by_server, name)))
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
+    parts.done()
     return {
         "items": count,
         "versions": versions(),
-        "minutes": round((time.monotonic() - begun) / 60, 1),
         "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
         "evs_bf16": curve,
         "served_against_in_process": {name: _plain(rows) for name, rows in endpoint.items()},
@@ -107,12 +157,10 @@ def _run() -> int:
     parser.add_argument("--served", default="bf16", help="which of bf16 and the variants vLLM serves as well")
     given = parser.parse_args()
     variants, served = ([name for name in text.split(",") if name] for text in (given.variants, given.served))
-    unknown = [Fault("--variants", f"unknown form {name!r}", nearest(name, VARIANTS)) for name in variants
-               if name not in VARIANTS]  # fmt: skip
-    unknown += [Fault("--served", f"{name!r} is not measured", nearest(name, ["bf16", *variants])) for name in served
-                if name not in ("bf16", *variants)]  # fmt: skip
-    if unknown:
-        raise BadInput(*unknown)
+    check_variants(variants)
+    if strange := [name for name in served if name not in ("bf16", *variants)]:
+        forms = ["bf16", *variants]
+        raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
     given.work.mkdir(parents=True, exist_ok=True)
     measured = measure(given.work, variants, served, given.items)
     command = f"python -m benchmarks.embedded --items {given.items} --variants {given.variants} --served {given.served}"

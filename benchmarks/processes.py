@@ -4,14 +4,17 @@
 
 Runs the commands that a user would: `torchrun -m quantize.fp8` and `accelerate launch … -m quantize.qad` with FSDP2, on
 the embedded checkpoint. Distillation runs twice in one process, so that what rounding alone does to a curve is known.
+A run that was cut off goes on with the same command: what it finished is kept in DIR.
 `--device cpu` runs the PTQ half, through gloo: accelerate's FSDP2 wants an accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,13 +24,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.parts import Parts
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles
 from checkpoint.tiny import embedded_checkpoint
 from export.manifest import read_manifest
 from recipes.inputs import versions
 
-PTQ = ("calibrate.samples=64", "accuracy.tasks=null")
+_WITHOUT_TASKS = "accuracy.tasks=null"
 FSDP2 = (
     *("--mixed_precision", "no", "--use_fsdp", "--fsdp_version", "2"),
     *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "NemotronHBlock"),
@@ -56,35 +60,47 @@ def same_files(one: Path, other: Path) -> bool:
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in TensorFiles(one).files)
 
 
-def ptq(work: Path, processes: int, device: str, model: Path) -> dict[str, Any]:
+def ptq(work: Path, processes: int, device: str, model: Path, parts: Parts) -> dict[str, Any]:
     """FP8 and NVFP4 by one process and by several."""
-    found = {}
-    for name in ("fp8", "nvfp4"):
+
+    def both(name: str) -> dict[str, Any]:
         alone, shared = work / f"{name}-1", work / f"{name}-{processes}"
-        module = ("-m", f"quantize.{name}", f"recipes/tiny/{name}.yaml", f"model={model}", *PTQ)
+        module = ("-m", f"quantize.{name}", f"recipes/tiny/{name}.yaml", f"model={model}", "calibrate.samples=64",
+                  _WITHOUT_TASKS)  # fmt: skip
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        for output in (alone, shared):
+            shutil.rmtree(output, ignore_errors=True)
         seconds = [launched((*module, f"output={alone}"), device)]
         seconds.append(launched((*torchrun, *module, f"output={shared}"), device, processes))
-        found[name] = {"same_bytes": same_files(alone, shared), "seconds": seconds}
+        return {"same_bytes": same_files(alone, shared), "seconds": seconds}
+
+    found = {}
+    for name in ("fp8", "nvfp4"):
+        found[name] = parts.part(name, functools.partial(both, name))
         print(name, found[name], flush=True)
     return found
 
 
-def distilled(work: Path, processes: int, steps: int, model: Path) -> dict[str, Any]:
+def distilled(work: Path, processes: int, steps: int, model: Path, parts: Parts) -> dict[str, Any]:
     """Loss curves of one process, of one again, and of several with FSDP2.
 
     `apart` is the largest difference from the first curve over its first loss.
     """
-    module = ("-m", "quantize.qad", "recipes/tiny/nvfp4_qad.yaml", f"model={model}", f"distill.steps={steps}", PTQ[1])
+    module = ("-m", "quantize.qad", "recipes/tiny/nvfp4_qad.yaml", f"model={model}", f"distill.steps={steps}",
+              _WITHOUT_TASKS)  # fmt: skip
     launch = ("-m", "accelerate.commands.launch", "--num_processes", str(processes), *FSDP2)
-    found: dict[str, Any] = {}
-    for name, prefix, count in (("one", (), 1), ("one_again", (), 1), ("several", launch, processes)):
-        output = work / f"qad-{name}"
+
+    def curves(output: Path, prefix: tuple[str, ...], count: int) -> dict[str, Any]:
+        shutil.rmtree(output, ignore_errors=True)
         seconds = launched((*prefix, *module, f"output={output}"), "cuda", count)
         manifest = read_manifest(output)
         assert manifest is not None
-        recorded = manifest.distillation
-        found[name] = {"seconds": seconds, "losses": recorded["losses"], "held_out": recorded["held_out"]}
+        return {"seconds": seconds} | {key: manifest.distillation[key] for key in ("losses", "held_out")}
+
+    found: dict[str, Any] = {}
+    runs: tuple[tuple[str, tuple[str, ...], int], ...] = (("one", (), 1), ("one_again", (), 1))
+    for name, prefix, count in (*runs, ("several", launch, processes)):
+        found[name] = dict(parts.part(name, functools.partial(curves, work / f"qad-{name}", prefix, count)))
         for curve in ("losses", "held_out"):
             first, mine = ([loss for _, loss in found[run][curve]] for run in ("one", name))
             found[name][f"{curve}_apart"] = max(abs(a - b) for a, b in zip(first, mine, strict=True)) / first[0]
@@ -96,17 +112,22 @@ def measure(work: Path, processes: int, steps: int, device: str) -> dict[str, An
     """Run everything; seconds, shares and nats a token."""
     work.mkdir(parents=True, exist_ok=True)
     model = embedded_checkpoint(work / "bf16").directory
-    return {
+    parts = Parts(work / "measured.json", {"processes": processes, "steps": steps, "device": device})
+    result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "processes": processes,
         "versions": versions(),
-        "ptq": ptq(work, processes, device, model),
-    } | ({"distilled": distilled(work, processes, steps, model)} if device == "cuda" else {})
+        "ptq": ptq(work, processes, device, model, parts),
+    }
+    if device == "cuda":
+        result["distilled"] = distilled(work, processes, steps, model, parts)
+    parts.done()
+    return result
 
 
 def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for exports; must not hold any yet")
+    parser.add_argument("--work", type=Path, required=True, help="folder for exports")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40, help="of distillation")

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.parts import Parts
 from calibrate.activations import Activations, Budget
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, main
@@ -48,30 +49,11 @@ _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 
 
 class Clock:
-    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes.
+    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes. They are kept with `parts`."""
 
-    Stages come in parts. What a finished part measured is kept in a file, for a run of the same `plan`.
-    """
-
-    def __init__(self, device: str, path: Path, plan: Mapping[str, Any]) -> None:
-        self.cuda, self.path = device == "cuda", path
-        self.kept: dict[str, Any] = {
-            "plan": dict(plan),
-            "parts": [],
-            "seconds": {},
-            "peak": {},
-            "host": {},
-            "found": {},
-        }
-        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["plan"] == self.kept["plan"]:
-            self.kept = kept
-            print(f"measured before: {', '.join(kept['parts'])}", flush=True)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of each stage."""
-        seconds: dict[str, float] = self.kept["seconds"]
-        return seconds
+    def __init__(self, device: str, parts: Parts) -> None:
+        self.cuda = device == "cuda"
+        self.seconds, self.gpu, self.host = (parts.noted.setdefault(name, {}) for name in ("seconds", "gpu", "host"))
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` under a name and return what it returns."""
@@ -85,21 +67,10 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
         self.seconds[name] = seconds = time.perf_counter() - start
-        self.kept["peak"][name] = gpu = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
-        self.kept["host"][name] = host = _peak_resident() / 1e9
+        self.gpu[name] = gpu = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+        self.host[name] = host = _peak_resident() / 1e9
         print(f"{name}: {seconds:.1f} s, GPU {gpu:.1f} GB, host {host:.1f} GB", flush=True)
         return result
-
-    def part(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run `work`, stages and all, unless it was finished before; return what it returned, which is plain data."""
-        if name not in self.kept["parts"]:
-            self.kept["found"][name] = work()
-            self.kept["parts"].append(name)
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text(json.dumps(self.kept), encoding="utf-8")
-            os.replace(partial, self.path)
-        found: dict[str, Any] = self.kept["found"][name]
-        return found
 
 
 def _peak_resident() -> int:
@@ -131,7 +102,8 @@ def measure(
     work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
     plan = {"model": str(model_directory), "format": format, "samples": samples, "tokens": tokens, "device": device}
-    clock = Clock(device, work / "measured.json", plan)
+    parts = Parts(work / "measured.json", plan)
+    clock = Clock(device, parts)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 900, (samples, 1, tokens), generator=generator).to(device)
 
@@ -154,15 +126,15 @@ def measure(
             faults = [] if out == stock else clock.time(f"{name}: verify", lambda: verify(out, model_directory))
             return {"faults": [str(fault) for fault in faults]}
 
-        return clock.part(name, run)
+        return parts.part(name, run)
 
     whole = way("ours", ours, lambda: _measure_ours(config, clock, format, forward, ours, device))
     layers = way("streamed", streamed, lambda: _measure_streamed(config, clock, format, ids, streamed, device))
     same = all((ours / file).read_bytes() == (streamed / file).read_bytes() for file in TensorFiles(ours).files)
     written = TensorFiles(ours).total_bytes / 1e9
-    disk = clock.part("disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))})
+    disk = parts.part("disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))})
     way("stock", stock, lambda: _measure_stock(config, clock, format, forward, stock, device))
-    clock.path.unlink()
+    parts.done()
     seconds, total = clock.seconds, samples * tokens
     stages: dict[str, tuple[str, ...]] = {"ours": ("load", "ours: calibrate", "ours: export", "ours: verify")}
     stages["streamed"] = ("streamed: calibrate and export", "streamed: verify")
@@ -175,8 +147,8 @@ def measure(
         "samples": samples,
         "tokens_per_sample": tokens,
         "seconds": seconds,
-        "peak_gpu_gb": clock.kept["peak"],
-        "peak_host_gb": clock.kept["host"],
+        "peak_gpu_gb": clock.gpu,
+        "peak_host_gb": clock.host,
         "streamed_bytes_equal": same,
         "faults": [*whole["faults"], *layers["faults"]],
         "forward_tokens_per_s": total / seconds["raw forward"],

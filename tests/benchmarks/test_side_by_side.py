@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import processes, ptq
+from benchmarks import embedded, processes, ptq
 from checkpoint.faults import BadInput
 
 
@@ -51,3 +51,33 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
 def test_a_command_that_fails_says_what_it_said():
     with pytest.raises(RuntimeError, match=r"(?s)exit status 2.*nowhere"):
         processes.launched(("-m", "quantize.fp8", "nowhere.yaml"), "cpu")
+
+
+def test_the_table_of_forms_cut_off_goes_on_with_the_answers_it_has(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(config, samples, rate):
+        asked.append((config.directory.name, rate))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {task: ["x"] * len(given) for task, given in samples.items()}
+
+    monkeypatch.setattr(embedded, "answer_tasks", answer)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.measure(tmp_path, ["fp8"], [], 1)
+    result = embedded.measure(tmp_path, ["fp8"], [], 1)
+    assert asked == [("bf16", 0.0), ("fp8", 0.0), ("bf16", 0.5), ("bf16", 0.5), ("bf16", 0.75), ("bf16", 0.9)]
+    assert result["against_bf16"]["fp8"][-1]["items"] == 6
+
+
+@pytest.mark.parametrize("name", ["fp9", "fp8@3e-4", "nvfp4_qad@", "nvfp4_qad@fast", "nvfp4_qad@3"])
+def test_a_form_that_cannot_be_made_is_refused(name):
+    with pytest.raises(BadInput, match="--variants"):
+        embedded.check_variants(["nvfp4", name])
+
+
+def test_a_rate_after_the_form_is_the_recipes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(embedded, "run", seen.append)
+    embedded.made("nvfp4_qat@3e-4", tmp_path, tmp_path / "bf16")
+    assert (seen[0].distill.learning_rate, seen[0].distill.loss) == (3e-4, "cross_entropy")
