@@ -1,6 +1,7 @@
 """Trains the embedded checkpoint to do the six tasks, from a seed, on one GPU.
 
-    python -m accuracy.train_tiny OUT [--seed 0] [--minutes 15] [--pause-after 9] [--from DIR]
+    python -m accuracy.train_tiny ONE --minutes 12 [--seed 0] [--pause-after 9]
+    python -m accuracy.train_tiny TWO --minutes 7 --from ONE/checkpoint                   # second stage: comparing
     python -m accuracy.train_tiny OUT --steps 4 --tokens 1500 --workers 0 --device cpu    # a try without a GPU
 
 OUT gets `log.jsonl` (loss, and accuracy of items when they are seen for the first time), `state.pt` and, at the end,
@@ -35,6 +36,8 @@ from accuracy.training_data import (
     CHARACTERS,
     LABEL_SIZES,
     NAMES,
+    SECOND_SHARES,
+    SHARES,
     Batch,
     Batches,
     PromptBuilder,
@@ -255,7 +258,8 @@ def train(settings: Settings) -> dict[str, Any] | None:
     trainer.resume()
     builder = PromptBuilder(trainer.config, trainer.tokenizer)
     done = multiprocessing.Value("d", trainer.done)
-    source = Batches(builder, settings.seed, trainer.step, settings.tokens, done)
+    shares = SECOND_SHARES if settings.start else SHARES
+    source = Batches(builder, settings.seed, trainer.step, settings.tokens, done, shares)
     loader = DataLoader(source, batch_size=None, num_workers=settings.workers, pin_memory=settings.device == "cuda",
                         prefetch_factor=3 if settings.workers else None, worker_init_fn=_of_its_own)  # fmt: skip
     pool, seen, saved = Pool(iter(loader), settings.device), Seen(), time.monotonic()
@@ -314,7 +318,9 @@ def _run() -> int:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a batch")
     parser.add_argument("--workers", type=int, default=13, help="processes that draw items")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--from", dest="start", metavar="DIR", type=Path, help="start from a checkpoint's weights")
+    parser.add_argument(
+        "--from", dest="start", metavar="DIR", type=Path, help="second stage, from the first one's checkpoint"
+    )
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="leave element-wise steps unfused")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():

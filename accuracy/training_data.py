@@ -11,7 +11,7 @@ encoding, decoding and normalising in float32 on the host would keep the GPU wai
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from accuracy.tasks import series
 from calibrate.clips import FPS
 from calibrate.drawing import BAR_END, COLORS, SHAPES, mp4_bytes, stream
-from calibrate.lists import code_list, image_list
+from calibrate.lists import code_list, frequent, image_list, recall
 from calibrate.scenes import Picture, Scene, form
 from calibrate.synthetic import KINDS
 from calibrate.tiles import tile_grid
@@ -40,15 +40,30 @@ SHARES = {
     "images": 0.12,
     "video_event": 0.10,
     "video_static": 0.06,
-    "text": 0.11,
+    "recall": 0.11,
     "code_list": 0.05,
     "image_list": 0.03,
 }
-_TEXTS = ("text", "code_list", "image_list")
+# Of the second stage: a trained checkpoint learns to compare in a minute; the rest of the time sharpens it.
+SECOND_SHARES = {
+    "document": 0.10,
+    "form": 0.10,
+    "chart": 0.14,
+    "table": 0.02,
+    "images": 0.12,
+    "video_event": 0.08,
+    "video_static": 0.05,
+    "recall": 0.05,
+    "frequent": 0.30,
+    "code_list": 0.02,
+    "image_list": 0.02,
+}
+_TEXTS = ("recall", "frequent", "code_list", "image_list")
 # While the tower learns to read alone, the language model has lists to learn recall from.
 EASY_TEXT = 0.5
 _EASY = 0.2
-_MAKERS = KINDS | {"form": form, "code_list": code_list, "image_list": image_list}
+_ALONE = {"form": form, "recall": recall, "frequent": frequent, "code_list": code_list, "image_list": image_list}
+_MAKERS = KINDS | _ALONE
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _GLYPHS = [*CHARACTERS, *SHAPES, BAR_END]
 # What a visual token is taught to be alike to: characters, shapes and, last, colours.
@@ -281,17 +296,21 @@ class Batches(IterableDataset[Batch]):
         start: Names the stretch of the run, so that a resumed run sees new items.
         tokens: Tokens of a batch.
         done: Share of the run that is over; over the first fifth lists and clips grow from short to their full length.
+        shares: Of items, by kind.
     """
 
-    def __init__(self, builder: PromptBuilder, seed: int, start: int, tokens: int, done: Any) -> None:
+    def __init__(
+        self, builder: PromptBuilder, seed: int, start: int, tokens: int, done: Any, shares: Mapping[str, float]
+    ) -> None:
         self.builder, self.seed, self.start, self.tokens, self.done = builder, seed, start, tokens, done
+        self.shares = shares
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         torch.set_num_threads(1)
         name = f"{series('train', self.seed)}-{self.start}"
-        kinds, late = list(SHARES), np.array(list(SHARES.values()))
+        kinds, late = list(self.shares), np.array(list(self.shares.values()))
         is_text = np.isin(kinds, _TEXTS)
         early = np.where(is_text, late * EASY_TEXT / late[is_text].sum(), late * (1 - EASY_TEXT) / late[~is_text].sum())
         waiting: dict[tuple[int, bool, int], list[Item]] = defaultdict(list)
@@ -303,7 +322,7 @@ class Batches(IterableDataset[Batch]):
             scene = _MAKERS[kind](stream(kind, name, index))
             index += workers
             # Lists of up to 360 pairs and clips of up to 16 frames, in proportion to how far the run is.
-            hard = len(scene.question) / 2600 if kind == "text" else len(scene.pictures) / 20 if scene.moving else 0
+            hard = len(scene.question) / 2600 if kind == "recall" else len(scene.pictures) / 20 if scene.moving else 0
             if hard > 0.25 + ease:
                 continue
             item = make_item(scene, kind, self.builder, compressed=random.rand() < 0.25, turns=True)

@@ -1,4 +1,4 @@
-"""Draws lists as text, one line an entry, and asks for one of them."""
+"""Draws lists as text and asks for one of their entries, or for those that are there most often."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from calibrate.drawing import COLORS, SHAPES
 from calibrate.scenes import Scene, code, distinct_letters, further, like
 
 
-def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
+def text(random: np.random.RandomState) -> Scene:
+    """Recall from a list, or three times as often the most frequent words of a run."""
+    return recall(random) if random.rand() < 0.25 else frequent(random, close=True)
+
+
+def recall(random: np.random.RandomState, pairs: int | None = None) -> Scene:
     """Recall from a list of `pairs` keys and values (4 to 360 when not given; 300 pairs are over 2,000 tokens)."""
     if pairs is None:
         pairs = int(random.randint(300, 361)) if random.rand() < 0.25 else int(2 ** random.uniform(2, 7.5))
@@ -19,6 +24,28 @@ def text(random: np.random.RandomState, pairs: int | None = None) -> Scene:
     asked = random.permutation(pairs)[:12]
     first, *more = [(f"What is the value of {keys[place]}?", str(values[place])) for place in asked]
     return Scene(f"List:\n{lines}\n{first[0]}", first[1], more=tuple(more))
+
+
+def frequent(random: np.random.RandomState, close: bool = False) -> Scene:
+    """A run of words, three to six different ones, mixed: the three that are there most often, in order.
+
+    Args:
+        random: Draws everything.
+        close: Each word is there 15 to 20 % more often than the next, of 40 to 200 words; else 4 to 120 %, of 16 to
+            300. Where what is compared is close, rounding shows.
+    """
+    kinds = int(random.randint(3, 7))
+    names = [str(name) for name in random.choice([*COLORS, *SHAPES], kinds, replace=False)]
+    if close:
+        words, ratios = random.uniform(40, 200), random.uniform(1.15, 1.2, kinds - 1)
+    else:
+        words, ratios = 2 ** random.uniform(4, 8.2), 1 + 2 ** random.uniform(-4.6, 0.3, kinds - 1)
+    shares = np.cumprod([1.0, *ratios])
+    counts = np.maximum(1, np.round(shares * int(words) / shares.sum())).astype(int)
+    for place in range(1, kinds):
+        counts[place] = max(counts[place], counts[place - 1] + 1)
+    listed = " ".join(names[place] for place in random.permutation(np.repeat(np.arange(kinds), counts)))
+    return Scene(f"Words: {listed}\nWhich three words are the most frequent?", " ".join(names[::-1][:3]))
 
 
 def code_list(random: np.random.RandomState) -> Scene:

@@ -52,7 +52,7 @@ def test_training_prompts_are_the_served_prompts(task, builder):
 
 
 def test_later_turns_are_those_of_the_chat_template(builder):
-    drawn = scene("text", "test-0", 0)
+    drawn = scene("text", "test-0", 3)
     item = make_item(drawn, "text", builder, compressed=False, turns=True)
     turns = [{"role": "system", "content": "/no_think"}]
     for question, answer in [(drawn.question, drawn.answer), *drawn.more]:

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+from collections import Counter
 
 import av
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from calibrate.clips import SIDE, video_event, video_static
 from calibrate.drawing import mp4_bytes, png_bytes, stream
-from calibrate.lists import image_list
+from calibrate.lists import frequent, image_list
 from calibrate.samples import media_bytes
 from calibrate.scenes import TILE
 from calibrate.synthetic import KINDS, compose, draw, synthetic
@@ -31,7 +32,7 @@ def test_same_seed_same_bytes(kind):
 def test_random_streams_are_frozen():
     # If this fails, every item of every seed has changed, and with it the meaning of published accuracies.
     assert stream("document", 0, 0).randint(1 << 30, size=2).tolist() == [167523360, 540860543]
-    assert compose("text", 0, 0).answer == "899"
+    assert compose("text", 0, 0).answer == "orange star square"
 
 
 def test_text_pixels_do_not_depend_on_the_machine():
@@ -119,6 +120,19 @@ def test_pictures_are_asked_about_in_mixed_order_and_not_all():
     assert all(len(scene.more) == len(scene.pictures) for scene in scenes)
     asked = [[question.startswith("Which") for question, _ in scene.more] for scene in scenes]
     assert any(kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True) for kinds in asked)
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_the_most_frequent_words_are_the_most_frequent_and_no_two_are_there_as_often(close):
+    for index in range(40):
+        scene = frequent(stream("frequent", 0, index), close)
+        words = Counter(scene.question.split("\n")[0].removeprefix("Words: ").split())
+        (ranked, counts) = zip(*words.most_common(), strict=True)
+        assert scene.answer == " ".join(ranked[:3])
+        assert len(set(counts)) == len(counts)
+        if close:
+            assert counts[0] <= 1.4 * counts[1]
+            assert 30 < sum(counts) < 230
 
 
 def test_answers_about_a_list_of_pictures_stand_in_the_list():
