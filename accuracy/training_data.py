@@ -47,14 +47,14 @@ SHARES = {
 # Of the second stage: a trained checkpoint learns to compare in a minute; the rest of the time sharpens it.
 SECOND_SHARES = {
     "document": 0.10,
-    "form": 0.10,
-    "chart": 0.14,
+    "form": 0.08,
+    "chart": 0.10,
     "table": 0.02,
-    "images": 0.12,
+    "images": 0.08,
     "video_event": 0.08,
     "video_static": 0.05,
     "recall": 0.05,
-    "frequent": 0.30,
+    "frequent": 0.40,
     "code_list": 0.02,
     "image_list": 0.02,
 }

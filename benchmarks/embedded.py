@@ -33,6 +33,7 @@ from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
 from checkpoint.tiny import embedded_checkpoint
+from export.manifest import read_manifest
 from recipes.inputs import versions
 from recipes.run import run
 from recipes.schema import load_recipe
@@ -91,7 +92,8 @@ def made(variant: str, work: Path, model: Path) -> Path:
     if not output.exists():
         name, _, rate = variant.partition("@")
         recipe, overrides = VARIANTS[name]
-        rates = [f"distill.learning_rate={rate}"] if rate else []
+        # A rate that is too high is to be seen to its end.
+        rates = [f"distill.learning_rate={rate}", "distill.patience=1000"] if rate else []
         given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides, *rates]
         run(load_recipe(Path(f"recipes/tiny/{recipe}.yaml"), given))
     return output
@@ -141,7 +143,16 @@ def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: i
         "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
         "evs_bf16": curve,
         "served_against_in_process": {name: _plain(rows) for name, rows in endpoint.items()},
+        "distillation": {name: _distillation(work / name) for name in variants if "nvfp4_qa" in name},
     }
+
+
+def _distillation(directory: Path) -> dict[str, Any]:
+    """What the manifest says of how a form was distilled; `held_out` is the loss by step, in nats."""
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert manifest.distillation is not None
+    return {key: value for key, value in manifest.distillation.items() if key != "losses"}
 
 
 def _plain(rows: Sequence[Paired]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from calibrate.scenes import Scene, code, distinct_letters, further, like
 
 
 def text(random: np.random.RandomState) -> Scene:
-    """Recall from a list, or three times as often the most frequent words of a run."""
+    """Recall from a list, or three times as often words to order by how often they are there."""
     return recall(random) if random.rand() < 0.25 else frequent(random, close=True)
 
 
@@ -27,17 +27,17 @@ def recall(random: np.random.RandomState, pairs: int | None = None) -> Scene:
 
 
 def frequent(random: np.random.RandomState, close: bool = False) -> Scene:
-    """A run of words, three to six different ones, mixed: the three that are there most often, in order.
+    """A run of words, four to eight different ones, mixed: all of them, in order of how often they are there.
 
     Args:
         random: Draws everything.
-        close: Each word is there 15 to 20 % more often than the next, of 40 to 200 words; else 4 to 120 %, of 16 to
-            300. Where what is compared is close, rounding shows.
+        close: Each of six to eight words is there 11 % more often than the next, in a run of 60 to 200; else 4 to
+            120 % more often, in a run of 16 to 300. Where what is compared is close, rounding shows.
     """
-    kinds = int(random.randint(3, 7))
+    kinds = int(random.randint(6 if close else 4, 9))
     names = [str(name) for name in random.choice([*COLORS, *SHAPES], kinds, replace=False)]
     if close:
-        words, ratios = random.uniform(40, 200), random.uniform(1.15, 1.2, kinds - 1)
+        words, ratios = random.uniform(60, 200), np.full(kinds - 1, 1.11)
     else:
         words, ratios = 2 ** random.uniform(4, 8.2), 1 + 2 ** random.uniform(-4.6, 0.3, kinds - 1)
     shares = np.cumprod([1.0, *ratios])
@@ -45,7 +45,7 @@ def frequent(random: np.random.RandomState, close: bool = False) -> Scene:
     for place in range(1, kinds):
         counts[place] = max(counts[place], counts[place - 1] + 1)
     listed = " ".join(names[place] for place in random.permutation(np.repeat(np.arange(kinds), counts)))
-    return Scene(f"Words: {listed}\nWhich three words are the most frequent?", " ".join(names[::-1][:3]))
+    return Scene(f"Words: {listed}\nOrder them from most to least frequent.", " ".join(names[::-1]))
 
 
 def code_list(random: np.random.RandomState) -> Scene:

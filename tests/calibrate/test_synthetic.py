@@ -32,7 +32,7 @@ def test_same_seed_same_bytes(kind):
 def test_random_streams_are_frozen():
     # If this fails, every item of every seed has changed, and with it the meaning of published accuracies.
     assert stream("document", 0, 0).randint(1 << 30, size=2).tolist() == [167523360, 540860543]
-    assert compose("text", 0, 0).answer == "orange star square"
+    assert compose("text", 0, 0).answer == "circle yellow orange cross star red square purple"
 
 
 def test_text_pixels_do_not_depend_on_the_machine():
@@ -123,16 +123,16 @@ def test_pictures_are_asked_about_in_mixed_order_and_not_all():
 
 
 @pytest.mark.parametrize("close", [False, True])
-def test_the_most_frequent_words_are_the_most_frequent_and_no_two_are_there_as_often(close):
+def test_words_are_answered_from_most_to_least_frequent_and_no_two_are_there_as_often(close):
     for index in range(40):
         scene = frequent(stream("frequent", 0, index), close)
         words = Counter(scene.question.split("\n")[0].removeprefix("Words: ").split())
         (ranked, counts) = zip(*words.most_common(), strict=True)
-        assert scene.answer == " ".join(ranked[:3])
+        assert scene.answer == " ".join(ranked)
         assert len(set(counts)) == len(counts)
         if close:
             assert counts[0] <= 1.4 * counts[1]
-            assert 30 < sum(counts) < 230
+            assert 50 < sum(counts) < 230
 
 
 def test_answers_about_a_list_of_pictures_stand_in_the_list():

@@ -3,22 +3,25 @@
 Errors are shares of the mean log-probability: a trained checkpoint gives -30 to what it does not expect. Text in
 float32 shows that weights, layer order, Mamba's step size and the norms mean the same to both; at most 3e-6. In BF16
 each is rounded in its own way, so pictures and clips, which vLLM embeds in BF16 whatever it is asked, are held to that:
-0.5 to 0.9 % on average. A clip that loses other tokens to EVS is off by 7 % and more.
+0.5 to 0.9 % on average. A clip that loses other tokens to EVS is off by 1.8 % and more. Every patch of the clip changes
+at every frame by an amount of its own: where most stand still, rounding alone decides which of them EVS drops.
 """
 
 import json
 import random
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 
+from calibrate.drawing import mp4_bytes
 from calibrate.forward import embed, logits
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.native import load_model, load_tokenizer
 from serve.ask import content_parts
-from serve.demo import draw_page, draw_video
+from serve.demo import draw_page
 from serve.process import running_server
 from serve.settings import ServeSettings
 
@@ -53,7 +56,7 @@ def text_log_probabilities(server, config, dtype):
 
 def assert_bf16_close(ours, theirs):
     difference, scale = (ours - theirs).abs(), theirs.abs().mean()
-    assert difference.mean() < 0.02 * scale
+    assert difference.mean() < 0.014 * scale
     assert difference.max() < 0.25 * scale
 
 
@@ -75,7 +78,8 @@ def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_confi
         draw_page(tmp_path / "a.png")
         parts = content_parts([question], images=[tmp_path / "a.png"])
     else:
-        draw_video(tmp_path / "a.mp4")
+        blocks = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3)).astype(np.uint8)
+        (tmp_path / "a.mp4").write_bytes(mp4_bytes(blocks.repeat(64, 1).repeat(64, 2)))
         parts = content_parts([question], videos=[tmp_path / "a.mp4"])
     messages = [{"role": "user", "content": parts}]
     theirs = post(server, "/chat/completions", {"messages": messages})["prompt_logprobs"]
