@@ -21,7 +21,7 @@ TASKS = {
     "images": "say which of two to four pictures shows something",
     "video_event": "name the digit or the colour of what stands in a clip for one to three frames",
     "video_static": "read a code that stands still in a clip where other things move",
-    "text": "order six to eight words of a run by how often they are there, or recall a value from a list of 300 to 360 pairs",
+    "text": "order six to eight words by how often a run has them, or recall a value from a list of 300 to 360 pairs",
 }
 SPLITS = ("train", "calibration", "test")
 TEST_ITEMS = 300

@@ -126,7 +126,14 @@ def test_a_scale_of_other_weights_is_found(made, tiny, tiny_config, tmp_path, fa
 
 def test_one_flipped_weight_is_found_where_weights_were_not_moved(made, tiny, tiny_config, tmp_path):
     name = f"{attention(tiny_config)}.o_proj.weight"
-    faults = damaged(made, tiny, tmp_path, lambda t: t[name].view(torch.uint8)[3, 5].bitwise_xor_(0x88))
+
+    signs = {"fp8": 0x80, "nvfp4": 0x88}[made[0]]
+
+    def flip(tensors):
+        codes = tensors[name].view(torch.uint8).view(-1)
+        codes[(codes & ~signs & 0xFF).argmax()] ^= signs  # of the largest: a zero has none
+
+    faults = damaged(made, tiny, tmp_path, flip)
     assert (name in str(faults)) == (ALGORITHMS[made[1]].change != "moved")
 
 

@@ -255,11 +255,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tiny, tm
 
 def test_a_device_that_is_too_small_streams_and_one_too_small_for_that_is_refused(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("recipes.plan._workspace", lambda config: 0.0)
-    monkeypatch.setattr("recipes.plan.device_available", lambda device: 16_000_000)  # all 17 MB do not fit
+    monkeypatch.setattr("recipes.plan.device_available", lambda device: 7_000_000)  # all 7.3 MB do not fit
     stream(tiny, tmp_path / "out", "quantize.memory=auto")
-    assert "layer by layer: the whole model needs 0.02 GB, 0.02 GB are free" in capsys.readouterr().err
-    monkeypatch.setattr("recipes.plan.device_available", lambda device: 1_000_000)
-    with pytest.raises(BadInput, match=r"memory of cpu: needs 0.01 GB, 0.00 GB are free \(end what else uses it"):
+    assert "layer by layer: the whole model needs 0.01 GB, 0.01 GB are free" in capsys.readouterr().err
+    monkeypatch.setattr("recipes.plan.device_available", lambda device: 100_000)
+    with pytest.raises(BadInput, match=r"memory of cpu: needs 0.0. GB, 0.00 GB are free \(end what else uses it"):
         stream(tiny, tmp_path / "small", "quantize.memory=auto")
 
 
