@@ -15,7 +15,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
-from checkpoint.layout import LANGUAGE_MODEL, expected_tensors, language_model_linears, spec_bytes
+from checkpoint.layout import LANGUAGE_MODEL, TensorSpec, expected_tensors, language_model_linears, spec_bytes
+from checkpoint.memory import memory_advice
 from checkpoint.native import module_name
 from quantize.policy import Policy
 from quantize.ptq import share_fused_scales
@@ -46,7 +47,7 @@ from quantize.qad_state import (
     state_faults,
 )
 from quantize.qad_trainer import DistillationTrainer
-from quantize.student import embedding_only, trainable
+from quantize.student import embedding_only, trainable, training_bytes
 from quantize.training_stream import TrainingStream, batch_of
 
 
@@ -96,6 +97,17 @@ class Plan:
     def taught(self) -> bool:
         """Whether BF16 is the teacher; without it, a run is QAT."""
         return self.settings.loss == "kl"
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that train."""
+        return _weights(self.config, self.trained)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory that the language model and what trains it take on each process's device, without activations."""
+        shards = int(os.environ["WORLD_SIZE"]) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+        return training_bytes(spec_bytes(_language_model(self.config)), self.weights, self.taught, shards)
 
     @property
     def exports(self) -> bool:
@@ -184,13 +196,24 @@ def plan_distillation(
     identity = identity_of({"source": source, "processes": ranks, **recipe})
     directory = output.with_name(f".{output.name}.qad")
     faults += state_faults(directory, identity)
-    weights = sum(math.prod(linear.shape) for linear in language_model_linears(config) if linear.name in trained)
-    model = {name: spec for name, spec in expected_tensors(config).items() if name.startswith(LANGUAGE_MODEL)}
-    faults += space_faults(directory, state_bytes(weights, spec_bytes(model) if ranks > 1 else 0))
+    sharded = spec_bytes(_language_model(config)) if ranks > 1 else 0
+    faults += space_faults(directory, state_bytes(_weights(config, trained), sharded))
     raise_if_any(faults)
     return Plan(settings, trained, directory, identity, samples, config, tokenizer, policy, device)
 
 
+def _weights(config: CheckpointConfig, trained: Sequence[str]) -> int:
+    return sum(math.prod(linear.shape) for linear in language_model_linears(config) if linear.name in trained)
+
+
+def _language_model(config: CheckpointConfig) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in expected_tensors(config).items() if name.startswith(LANGUAGE_MODEL)}
+
+
+@memory_advice(
+    lambda: "distillation ran out of memory",
+    "start more processes under FSDP2, give distill.gradient_checkpointing=true or lower distill.max_length",
+)
 def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module | None) -> Distilled:
     """Train the quantized language model in place, from where an earlier run was killed if there was one.
 

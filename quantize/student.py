@@ -79,6 +79,19 @@ class _Embeddings(nn.Module):
         return self.embeddings
 
 
+def training_bytes(model: int, weights: int, taught: bool, shards: int) -> int:
+    """Bytes of device memory that one process needs for training at the least; activations come on top.
+
+    Args:
+        model: Bytes of the language model in BF16.
+        weights: Number of weights that train: float32 in BF16's place, a gradient and AdamW's two moments as well.
+        taught: Whether the teacher lies beside it.
+        shards: Processes that FSDP divides both models among; each holds them whole before.
+    """
+    loaded = model * (2 if taught else 1) + 2 * weights
+    return max(loaded, (loaded + 12 * weights) // shards)
+
+
 def frozen_copy(language_model: nn.Module) -> nn.Module:
     """The teacher: a copy that shares no storage with the student; take it before quantization."""
     return copy.deepcopy(language_model).requires_grad_(False).eval()

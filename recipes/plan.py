@@ -16,23 +16,26 @@ from pathlib import Path
 import torch
 
 from calibrate.layerwise import runner
+from calibrate.prompts import build_prompts
 from calibrate.samples import Skipped
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.files import TensorFiles
 from checkpoint.layers import largest_layer, layer_configs, layer_specs, single_layer
-from checkpoint.layout import LAYERS, language_model_linears, spec_bytes
+from checkpoint.layout import LANGUAGE_MODEL, LAYERS, language_model_linears, spec_bytes
 from checkpoint.memory import device_available, host_available
 from checkpoint.writing import check_output
 from export.write import output_specs
+from quantize.distill import Plan
 from quantize.policy import Policy
+from quantize.training_stream import with_answer
 from recipes.processes import RANK, RANKS
 from recipes.schema import Recipe
 from recipes.streaming import Prompts, stream_state
 from recipes.verdict import say
 
-_PEEKED = 4
-"""Prompts built to tell how long they are."""
+_PEEKED, _PEEKED_TO_TRAIN = 4, 32
+"""Prompts built to tell how long they are: for memory, and for the hours of a training."""
 _HOST_CAP = 22_000_000_000
 """Activations in host memory at most, so that the process stays under 32 GB with everything else it holds."""
 _PROCESS = 2_000_000_000
@@ -76,7 +79,13 @@ class _Tried:
 
 
 def plan_run(
-    recipe: Recipe, config: CheckpointConfig, policy: Policy, source: TensorFiles, device: str, samples: Prompts
+    recipe: Recipe,
+    config: CheckpointConfig,
+    policy: Policy,
+    source: TensorFiles,
+    device: str,
+    samples: Prompts,
+    distillation: Plan | None = None,
 ) -> WorkPlan:
     """Choose how to run a recipe and check that it can end well.
 
@@ -87,6 +96,7 @@ def plan_run(
         source: The BF16 tensors; a layer of each kind is read.
         device: Where layers run.
         samples: Opens the calibration prompts.
+        distillation: What follows the calibration.
 
     Raises:
         BadInput: The output exists, its disk or the device's memory is too small, a state of another run lies beside
@@ -116,9 +126,14 @@ def plan_run(
         what = f"the whole model answers them, and this runs {reason}"
         faults.append(Fault("accuracy.tasks", what, "give accuracy.tasks=null, then measure with python -m accuracy"))
     needed = one_by_one if streams else whole
+    if distillation:
+        tower = source.total_bytes - spec_bytes({n: s for n, s in source.specs.items() if n.startswith(LANGUAGE_MODEL)})
+        needed = max(needed, distillation.device_bytes + tower)
     if needed > there:
         remedy = "end what else uses it, lower calibrate.max_length or quantize.batch_tokens"
         remedy += "" if streams else ", or give quantize.memory=stream"
+        if distillation:
+            remedy = "FSDP2 divides the training among processes: accelerate launch, as recipes/nvfp4_qad.yaml says"
         faults.append(Fault(f"memory of {device}", f"needs {_gb(needed)}, {_gb(there)} are free", remedy))
     host = host_available() - _PROCESS - (one_by_one if device == "cpu" else 4 * layer)
     cap = recipe.quantize.host_memory_gb
@@ -141,9 +156,30 @@ def plan_run(
         f"needs about {_gb(needed)} of {_gb(there)} on {device}, {_gb(host_need)} of {_gb(host_available())} host"
         f" memory, {_gb(written + kept)} of disk; about {_duration(seconds)} for the layers",
     ]
+    if distillation:
+        lines.append(_training_line(distillation, tried.seconds))
     if streams and begun:
         lines.append(f"goes on after layer {state.progress()[0]} of {len(config.pattern)}, from {state.directory}")
     return WorkPlan(streams, reason, tuple(lines), budget)
+
+
+def _training_line(plan: Plan, seconds: float) -> str:
+    """What is distilled and how long it may take, from the seconds of one token's forward through all layers."""
+    opened = (with_answer(sample) for sample in plan.samples())
+    rate, settings = plan.settings.video_pruning_rates[0], plan.settings
+    limit = min(settings.max_length, plan.config.max_length)
+    skipped = Skipped(2**31)
+    prompts = build_prompts(
+        opened, plan.config, plan.tokenizer, count=_PEEKED_TO_TRAIN, skipped=skipped, max_length=limit
+    )
+    lengths = [prompt.served_length(rate) for prompt in prompts]
+    mean = sum(lengths) / len(lengths)
+    # A backward costs two forwards; the teacher has one of its own, and checkpointed layers run once more.
+    forwards = 3 + plan.taught + settings.gradient_checkpointing
+    steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
+    took = _duration(seconds * forwards * mean * settings.steps * settings.batch / RANKS)
+    trained = f"{len(plan.trained)} linears, {plan.weights / 1e6:,.1f} million weights"
+    return f"then {trained}, train for {steps}: about {took}; activations need memory besides"
 
 
 def _way_faults(recipe: Recipe) -> list[Fault]:

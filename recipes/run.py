@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> int:
     )
     held_out = functools.partial(prompt_stream, recipe.accuracy, config, tokenizer, pruning_rate=served_rate)
     prompts = samples(skipped=skipped)
-    work = plan_run(recipe, config, policy, source, device, samples)
+    work = plan_run(recipe, config, policy, source, device, samples, plan)
     work.show()
     raise_if_any(nonfinite_faults(source))
     search = searched(recipe, config, policy, tokenizer, device)
