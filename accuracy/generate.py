@@ -22,7 +22,7 @@ from export.load import load_exported
 MAX_ANSWER_TOKENS = 24
 _AHEAD = 64
 """Prompts embedded before the first of them is decoded, to find equal lengths among."""
-_BATCH_TOKENS = 32768
+_BATCH_TOKENS = 8192
 
 
 @torch.no_grad()

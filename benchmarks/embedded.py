@@ -2,7 +2,7 @@
 
     python -m benchmarks.embedded --work out/embedded-table --json benchmarks/results/embedded_accuracy.json
     python -m benchmarks.embedded … --items 100 --variants fp8,nvfp4,nvfp4_qat,nvfp4_qad --served bf16,fp8
-    python -m benchmarks.embedded … --variants nvfp4,nvfp4_qad@3e-6,nvfp4_qad,nvfp4_qad@3e-4 --served ""   # the rate
+    python -m benchmarks.embedded … --tasks text --variants nvfp4,nvfp4_qad@3e-5,nvfp4_qad@1e-2 --served ""   # the rate
 
 Each form is made by its recipe in recipes/tiny/ and answers the same test items of the six tasks, greedily; differences
 from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores; what
@@ -26,7 +26,7 @@ from rich.table import Table
 from accuracy.endpoint import ask_endpoint
 from accuracy.generate import answer_tasks
 from accuracy.paired import Paired, pair, paired_table
-from accuracy.tasks import TASKS, TEST_ITEMS, items, result
+from accuracy.tasks import TASKS, TEST_ITEMS, check_tasks, items, result
 from accuracy.training_evaluation import PRUNING_RATES
 from benchmarks.parts import Parts
 from calibrate.samples import Sample
@@ -99,12 +99,14 @@ def made(variant: str, work: Path, model: Path) -> Path:
     return output
 
 
-def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: int) -> dict[str, Any]:
+def measure(
+    work: Path, variants: Sequence[str], served: Sequence[str], count: int, tasks: Sequence[str] = tuple(TASKS)
+) -> dict[str, Any]:
     """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1."""
     console = Console()
     bf16 = embedded_checkpoint(work / "bf16").directory
-    parts = Parts(work / "measured.json", {"items": count, "weights": _digest(bf16)})
-    samples: Samples = {task: items(task, count=count) for task in TASKS}
+    parts = Parts(work / "measured.json", {"items": count, "tasks": tasks, "weights": _digest(bf16)})
+    samples: Samples = {task: items(task, count=count) for task in tasks}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
 
     def answered(form: str, rate: float = 0.0) -> Answers:
@@ -123,7 +125,7 @@ def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: i
         paired[variant] = pair(samples, answers["bf16"], answers[variant])
         console.print(paired_table(paired[variant], "BF16", variant))
     curve: dict[str, dict[str, float]] = {}
-    for rate in PRUNING_RATES:
+    for rate in PRUNING_RATES if clips else ():
         given = answered("bf16", rate)
         curve[str(rate)] = {task: result(task, asked, given[task]).accuracy for task, asked in clips.items()}
     table = Table(title="BF16, clips pruned by EVS", title_justify="left")
@@ -131,7 +133,8 @@ def measure(work: Path, variants: Sequence[str], served: Sequence[str], count: i
         table.add_column(column, justify="right")
     for name, row in curve.items():
         table.add_row(name, *(f"{row[task]:.1%}" for task in clips))
-    console.print(table)
+    if clips:
+        console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
         endpoint[name] = pair(samples, answers[name], parts.part(f"{name} served", functools.partial(by_server, name)))
@@ -163,18 +166,22 @@ def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embedded", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for exports; those there are kept")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
     parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items a task")
     parser.add_argument("--variants", default="fp8,nvfp4", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--served", default="bf16", help="which of bf16 and the variants vLLM serves as well")
     given = parser.parse_args()
-    variants, served = ([name for name in text.split(",") if name] for text in (given.variants, given.served))
+    texts = (given.variants, given.served, given.tasks)
+    variants, served, tasks = ([name for name in text.split(",") if name] for text in texts)
     check_variants(variants)
+    check_tasks(tasks)
     if strange := [name for name in served if name not in ("bf16", *variants)]:
         forms = ["bf16", *variants]
         raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
     given.work.mkdir(parents=True, exist_ok=True)
-    measured = measure(given.work, variants, served, given.items)
-    command = f"python -m benchmarks.embedded --items {given.items} --variants {given.variants} --served {given.served}"
+    measured = measure(given.work, variants, served, given.items, tasks)
+    asked = {"tasks": given.tasks, "items": given.items, "variants": given.variants, "served": given.served or '""'}
+    command = " ".join(["python -m benchmarks.embedded", *(f"--{name} {value}" for name, value in asked.items())])
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"command": command, **measured}, indent=2) + "\n", encoding="utf-8")
     return 0

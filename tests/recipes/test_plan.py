@@ -31,9 +31,7 @@ def test_a_training_is_announced_with_its_size_and_time(distilling, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(distilling)
     # Documents have some 100 tokens, answer included.
-    line = (
-        r"then 24 linears, 1\.1 million weights, train for \d+ steps of \d+ samples of about 1\d\d tokens:"
-    )
+    line = r"then 24 linears, 1\.1 million weights, train for \d+ steps of \d+ samples of about 1\d\d tokens:"
     assert re.match(line, said[-1]), said
 
 
