@@ -140,14 +140,22 @@ def measure(
         endpoint[name] = pair(samples, answers[name], parts.part(f"{name} served", functools.partial(by_server, name)))
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
     parts.done()
+    distilled = [name for name in variants if name.startswith("nvfp4_qa")]
     return {
         "items": count,
         "versions": versions(),
         "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
         "evs_bf16": curve,
         "served_against_in_process": {name: _plain(rows) for name, rows in endpoint.items()},
-        "distillation": {name: _distillation(work / name) for name in variants if "nvfp4_qa" in name},
+        "distillation": {name: _distillation(work / name) for name in distilled},
+        "won_back": {name: won_back(paired["nvfp4"], paired[name]) for name in distilled if "nvfp4" in paired},
     }
+
+
+def won_back(ptq: Sequence[Paired], distilled: Sequence[Paired]) -> float | None:
+    """Share of what PTQ lost on the mean of the tasks that distillation wins back; None where nothing was lost."""
+    lost = ptq[-1].reference - ptq[-1].variant
+    return round((distilled[-1].variant - ptq[-1].variant) / lost, 3) if lost > 0 else None
 
 
 def _distillation(directory: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from accuracy.paired import pair
+from accuracy.tasks import items
 from benchmarks import embedded, processes, ptq
 from checkpoint.faults import BadInput
 
@@ -68,6 +70,15 @@ def test_the_table_of_forms_cut_off_goes_on_with_the_answers_it_has(tmp_path, mo
     result = embedded.measure(tmp_path, ["fp8"], [], 1)
     assert asked == [("bf16", 0.0), ("fp8", 0.0), ("bf16", 0.5), ("bf16", 0.5), ("bf16", 0.75), ("bf16", 0.9)]
     assert result["against_bf16"]["fp8"][-1]["items"] == 6
+
+
+def test_what_distillation_wins_back_is_a_share_of_what_ptq_lost():
+    asked = {"text": items("text", count=4)}
+    right = [sample.answer for sample in asked["text"]]
+    ptq, qad = (pair(asked, {"text": right}, {"text": [*right[:known], *[None] * (4 - known)]}) for known in (1, 3))
+    assert embedded.won_back(ptq, qad) == round(2 / 3, 3)
+    assert embedded.won_back(qad, ptq) == -2
+    assert embedded.won_back(pair(asked, {"text": right}, {"text": right}), qad) is None
 
 
 @pytest.mark.parametrize("name", ["fp9", "fp8@3e-4", "nvfp4_qad@", "nvfp4_qad@fast", "nvfp4_qad@3"])
