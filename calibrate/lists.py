@@ -1,4 +1,4 @@
-"""Draws lists as text and asks for one of their entries, or for those that are there most often."""
+"""Draws lists as text and asks for an entry, or for the words of a run in the order of how often they are there."""
 
 from __future__ import annotations
 
