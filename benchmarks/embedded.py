@@ -2,7 +2,7 @@
 
     python -m benchmarks.embedded --work out/embedded-table --json benchmarks/results/embedded_accuracy.json
     python -m benchmarks.embedded … --items 100 --variants fp8,nvfp4,nvfp4_qat,nvfp4_qad --served bf16,fp8
-    python -m benchmarks.embedded … --tasks text --variants nvfp4,nvfp4_qad@3e-5,nvfp4_qad@1e-2 --served ""   # the rate
+    python -m benchmarks.embedded … --tasks text --variants nvfp4,nvfp4_qad@1e-3 --served "" distill.steps=80
 
 Each form is made by its recipe in recipes/tiny/ and answers the same test items of the six tasks, greedily; differences
 from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores; what
@@ -80,13 +80,14 @@ def _is_rate(text: str) -> bool:
         return False
 
 
-def made(variant: str, work: Path, model: Path) -> Path:
+def made(variant: str, work: Path, model: Path, settings: Sequence[str] = ()) -> Path:
     """The directory of a form, made by its recipe when it is not there; the gate may be missed.
 
     Args:
         variant: Of `VARIANTS`; distilled at another learning rate as in `nvfp4_qad@3e-4`.
         work: Folder of the directories.
         model: The BF16 checkpoint.
+        settings: More overrides of the recipe that distils.
     """
     output = work / variant
     if not output.exists():
@@ -95,26 +96,37 @@ def made(variant: str, work: Path, model: Path) -> Path:
         # A rate that is too high is to be seen to its end.
         rates = [f"distill.learning_rate={rate}", "distill.patience=1000"] if rate else []
         given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides, *rates]
+        given += settings if recipe == "nvfp4_qad" else ()
         run(load_recipe(Path(f"recipes/tiny/{recipe}.yaml"), given))
     return output
 
 
 def measure(
-    work: Path, variants: Sequence[str], served: Sequence[str], count: int, tasks: Sequence[str] = tuple(TASKS)
+    work: Path,
+    variants: Sequence[str],
+    served: Sequence[str],
+    count: int,
+    tasks: Sequence[str] = tuple(TASKS),
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1."""
     console = Console()
     bf16 = embedded_checkpoint(work / "bf16").directory
-    parts = Parts(work / "measured.json", {"items": count, "tasks": tasks, "weights": _digest(bf16)})
+    parts = Parts(
+        work / "measured.json", {"items": count, "tasks": tasks, "settings": settings, "weights": _digest(bf16)}
+    )
     samples: Samples = {task: items(task, count=count) for task in tasks}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
 
+    def make(form: str) -> Path:
+        return made(form, work, bf16, settings)
+
     def answered(form: str, rate: float = 0.0) -> Answers:
-        asked, directory = (clips if rate else samples), bf16 if form == "bf16" else made(form, work, bf16)
+        asked, directory = (clips if rate else samples), bf16 if form == "bf16" else make(form)
         return parts.part(f"{form}, EVS {rate}", lambda: answer_tasks(read_config(directory), asked, rate))
 
     def by_server(form: str) -> Answers:
-        directory = bf16 if form == "bf16" else made(form, work, bf16)
+        directory = bf16 if form == "bf16" else make(form)
         with running_server(directory, ServeSettings(port=0, video_pruning_rate=0.0)) as server:
             return ask_endpoint(server.url, samples)
 
@@ -178,6 +190,7 @@ def _run() -> int:
     parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items a task")
     parser.add_argument("--variants", default="fp8,nvfp4", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--served", default="bf16", help="which of bf16 and the variants vLLM serves as well")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the recipe that distils")
     given = parser.parse_args()
     texts = (given.variants, given.served, given.tasks)
     variants, served, tasks = ([name for name in text.split(",") if name] for text in texts)
@@ -187,9 +200,11 @@ def _run() -> int:
         forms = ["bf16", *variants]
         raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
     given.work.mkdir(parents=True, exist_ok=True)
-    measured = measure(given.work, variants, served, given.items, tasks)
+    measured = measure(given.work, variants, served, given.items, tasks, given.settings)
     asked = {"tasks": given.tasks, "items": given.items, "variants": given.variants, "served": given.served or '""'}
-    command = " ".join(["python -m benchmarks.embedded", *(f"--{name} {value}" for name, value in asked.items())])
+    command = " ".join(
+        ["python -m benchmarks.embedded", *(f"--{name} {value}" for name, value in asked.items()), *given.settings]
+    )
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"command": command, **measured}, indent=2) + "\n", encoding="utf-8")
     return 0

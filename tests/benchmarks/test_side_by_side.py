@@ -92,3 +92,11 @@ def test_a_rate_after_the_form_is_the_recipes(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "run", seen.append)
     embedded.made("nvfp4_qat@3e-4", tmp_path, tmp_path / "bf16")
     assert (seen[0].distill.learning_rate, seen[0].distill.loss) == (3e-4, "cross_entropy")
+
+
+def test_settings_are_for_the_recipe_that_distils(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(embedded, "run", seen.append)
+    for form in ("nvfp4", "nvfp4_qad"):
+        embedded.made(form, tmp_path, tmp_path / "bf16", ["distill.steps=7"])
+    assert [recipe.distill and recipe.distill.steps for recipe in seen] == [None, 7]
