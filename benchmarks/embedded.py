@@ -118,16 +118,15 @@ def measure(
     samples: Samples = {task: items(task, count=count) for task in tasks}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
 
-    def make(form: str) -> Path:
-        return made(form, work, bf16, settings)
+    def directory_of(form: str) -> Path:
+        return bf16 if form == "bf16" else made(form, work, bf16, settings)
 
     def answered(form: str, rate: float = 0.0) -> Answers:
-        asked, directory = (clips if rate else samples), bf16 if form == "bf16" else make(form)
+        asked, directory = (clips if rate else samples), directory_of(form)
         return parts.part(f"{form}, EVS {rate}", lambda: answer_tasks(read_config(directory), asked, rate))
 
     def by_server(form: str) -> Answers:
-        directory = bf16 if form == "bf16" else make(form)
-        with running_server(directory, ServeSettings(port=0, video_pruning_rate=0.0)) as server:
+        with running_server(directory_of(form), ServeSettings(port=0, video_pruning_rate=0.0)) as server:
             return ask_endpoint(server.url, samples)
 
     answers = {"bf16": answered("bf16")}
