@@ -32,7 +32,7 @@ def test_a_measurement_cut_off_goes_on_with_what_it_has(tiny, tmp_path, monkeypa
     monkeypatch.setattr(ptq, "_measure_ours", cut_off)
     monkeypatch.setattr(ptq, "_measure_streamed", cut_off)
     result = ptq.measure(*asked)
-    assert {"raw forward", "streamed: verify", "stock: export"} <= set(result["seconds"])
+    assert {"raw forward 3", "streamed: verify", "stock: export"} <= set(result["seconds"])
     with pytest.raises(KeyboardInterrupt):
         ptq.measure(*asked)  # what is done is done: the next one measures everything again
 
