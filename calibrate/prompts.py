@@ -6,6 +6,7 @@ vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py compares with vLLM it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,6 +154,17 @@ def build_prompt(
             Fault(where, f"prompt has {length} tokens, at most {limit} fit", "shorten it or raise the limit")
         )
     return prompt
+
+
+def answer_length(sample: Sample, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of the answer that a sample ends with: those behind the opened assistant's turn; 0 where it has none."""
+    conversation, _ = _conversation(sample, config)
+    if not conversation or conversation[-1]["role"] != "assistant":
+        return 0
+    texts = (_render(turns, sample, tokenizer, True) for turns in (conversation, conversation[:-1]))
+    whole, opened = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, opened))
+    return len(whole) - sum(1 for _ in shared)
 
 
 def build_prompts(

@@ -129,7 +129,7 @@ class Distilled:
         steps: Optimizer steps made.
         best_step: The step whose weights were kept, by the held-out loss; 0 when no step was better than PTQ.
         tokens: Tokens trained on by this process, visual ones included.
-        held_out: (step, mean loss in nats a token) of the held-out samples; step 0 is the PTQ model.
+        held_out: (step, mean loss in nats a token) of the held-out samples' answers; step 0 is the PTQ model.
         losses: (step, mean loss in nats a token) of the training samples.
     """
 

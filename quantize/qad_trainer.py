@@ -44,7 +44,7 @@ class DistillationTrainer(QADTrainer):
     """QADTrainer with this model's inputs and loss.
 
     Attributes:
-        history: Held-out loss in nats a token by step; step 0 is the PTQ model's.
+        history: Held-out loss in nats a token of the answers by step; step 0 is the PTQ model's.
         loss_name: `KL`, or `cross-entropy` without a teacher.
     """
 
@@ -196,7 +196,7 @@ class DistillationTrainer(QADTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of the held-out batches, over all counted positions; keeps the best weights.
+        """Mean loss of the held-out batches, over the answers' tokens where there are answers; keeps the best weights.
 
         Raises:
             BadInput: It is not finite, or has been above the PTQ start `patience` times in a row.

@@ -123,8 +123,7 @@ class Distill(_Section):
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
     loss: Literal["kl", "cross_entropy"] = "kl"
-    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison. Also the held-out
-    score by which the best step is chosen."""
+    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison."""
     steps: Annotated[int, Field(ge=1)] = 240
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1)] = 128
@@ -141,7 +140,7 @@ class Distill(_Section):
     max_length: Annotated[int, Field(ge=16)] = 16384
     max_skipped: Annotated[int, Field(ge=0)] = 0
     held_out: Annotated[int, Field(ge=1)] = 32
-    """Samples kept apart from the sources, by which the best step is chosen."""
+    """Samples kept apart from the sources, by the loss of whose answers the best step is chosen."""
     save_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two checkpoints, each with an evaluation."""
     patience: Annotated[int, Field(ge=1)] = 4

@@ -17,8 +17,8 @@ from quantize.training_stream import with_answer
 from tests.quantize.distilling import Small, mixture, one_thread, said  # noqa: F401
 
 
-def sums(reference, student, small, samples):
-    """Independent of the trainer: KL(reference ‖ student) summed over text positions, and their number."""
+def sums(reference, student, small, samples, answers=False):
+    """Independent of the trainer: KL(reference ‖ student) summed over text positions, or answers', and their number."""
     total, count = torch.zeros(()), 0
     for sample in samples:
         prompt = build_prompt(with_answer(sample), small.config, small.tokenizer)
@@ -27,6 +27,11 @@ def sums(reference, student, small, samples):
             p = reference(inputs_embeds=given.inputs_embeds[None]).logits[0].double().log_softmax(-1)
         q = student(inputs_embeds=given.inputs_embeds[None], use_cache=False).logits[0].double().log_softmax(-1)
         counted = (given.token_ids[1:] != small.config.image_token_id).nonzero().flatten()
+        if answers:
+            thought = "" if sample.messages[0]["role"] == "system" else "</think>"  # opened by the template
+            behind = small.tokenizer.encode(f"{thought}{sample.answer}\n<SPECIAL_12>\n", add_special_tokens=False)
+            assert given.token_ids[-len(behind) :].tolist() == behind
+            counted = counted[-len(behind) :]
         total = total + (p.exp() * (p - q)).sum(-1)[counted].sum()
         count += len(counted)
     return total, count
@@ -35,11 +40,13 @@ def sums(reference, student, small, samples):
 @pytest.fixture(scope="module")
 def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     """A run over a clip, a picture and texts, with what was known before it."""
-    small = Small(tiny_config, tmp_path_factory.mktemp("qad"), mixture, steps=2, learning_rate=3e-5)
+    small = Small(tiny_config, tmp_path_factory.mktemp("qad"), mixture, steps=2, learning_rate=1e-4)
     bf16, student = load_model(tiny_config).language_model, small.model.language_model
     samples = list(mixture())
     with torch.no_grad():
-        small.ptq_held_out = (lambda total, count: float(total) / count)(*sums(bf16, student, small, samples[:2]))
+        small.ptq_held_out = (lambda total, count: float(total) / count)(
+            *sums(bf16, student, small, samples[:2], answers=True)
+        )
     probe = small.batch(samples[2])["inputs_embeds"]
     small.teacher_before = small.teacher(inputs_embeds=probe).logits
     small.amax_before = {n: b.clone() for n, b in student.named_buffers() if n.endswith("_amax")}
@@ -65,7 +72,7 @@ def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     return small
 
 
-def test_the_held_out_kl_at_step_0_is_the_ptq_models(done):
+def test_the_held_out_kl_of_the_answers_at_step_0_is_the_ptq_models(done):
     assert done.result.held_out[0] == (0, pytest.approx(done.ptq_held_out, rel=1e-4))
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from calibrate.samples import Sample
 from calibrate.synthetic import KINDS, draw, synthetic
 from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_tokenizer
-from quantize.training_stream import IGNORE, TrainingStream, batch_of, with_answer
+from quantize.training_stream import IGNORE, TrainingStream, answer_alone, batch_of, with_answer
 
 
 def five():
@@ -20,7 +21,7 @@ def five():
 
 def named(sample, rate):
     """A stand-in for a batch; sample n has n + 1 tokens."""
-    return {"name": sample.id, "rate": rate, "labels": torch.zeros(1, int(sample.id) + 1)}
+    return {"name": sample.id, "rate": rate, "labels": torch.zeros(1, int(sample.id) + 1), "answer": 0}
 
 
 def stream(samples=five, embed=named, rates=(0.5,), **options):
@@ -124,3 +125,23 @@ def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(tiny_
     )  # a clip of 4 frames keeps one frame's worth
     embeddings = tiny_model.get_input_embeddings()
     assert torch.equal(batch["inputs_embeds"][batch["labels"] != IGNORE], embeddings(counted))
+
+
+@pytest.mark.parametrize("think", ["/no_think", "/think"])
+def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(tiny_model, tiny_config, think):
+    tokenizer, sample = load_tokenizer(tiny_config), draw("chart", 5, 2)
+    sample = replace(sample, messages=[{"role": "system", "content": think}, *sample.messages[1:]])
+    batch = batch_of(tiny_model, sample, tiny_config, tokenizer, 0.9, 4096)
+    held = TrainingStream(
+        lambda: iter([sample]), lambda *_: batch, (0.9,), held_out=1, seed=1, max_skipped=0
+    ).held_out()
+    counted = held[0]["labels"][held[0]["labels"] != IGNORE]
+    # Where the model thinks, the template opens a thought that the answer's turn ends at once.
+    assert tokenizer.decode(counted).removeprefix("</think>") == f"{sample.answer}\n<SPECIAL_12>\n"
+    assert (batch["labels"] != IGNORE).sum() > len(counted), "training still counts every token"
+
+
+def test_held_out_a_sample_without_an_answer_counts_whole(tiny_model, tiny_config):
+    sample = Sample("1", [{"role": "user", "content": "Nothing is asked."}], "test")
+    batch = batch_of(tiny_model, sample, tiny_config, load_tokenizer(tiny_config), 0.0, 4096)
+    assert torch.equal(answer_alone(batch)["labels"], batch["labels"])

@@ -21,14 +21,14 @@ def qat(config, directory, **settings):
     return Small(config, directory, mixture, **{"loss": "cross_entropy", "learning_rate": 3e-5, **settings})
 
 
-def cross_entropy(small, samples):
-    """Independent of the trainer: mean over all tokens but visual placeholders, in nats."""
+def cross_entropy(small, samples, answers=False):
+    """Independent of the trainer: mean over all tokens but visual placeholders, or answers' alone, in nats."""
     total, count = 0.0, 0
     for batch in map(small.batch, samples):
         with torch.no_grad():
             output = small.model.language_model(inputs_embeds=batch["inputs_embeds"], use_cache=False)
         logits, targets = output.logits[0, :-1].double(), batch["labels"][0, 1:]
-        kept = (targets != IGNORE).nonzero().flatten()
+        kept = (targets != IGNORE).nonzero().flatten()[-int(batch["answer"]) if answers else 0 :]
         total -= float(logits.log_softmax(-1)[kept, targets[kept]].sum())
         count += len(kept)
     return total / count
@@ -38,7 +38,7 @@ def cross_entropy(small, samples):
 def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     small = qat(tiny_config, tmp_path_factory.mktemp("qat"))
     samples = list(itertools.islice(mixture(), 4))
-    small.ptq_held_out = cross_entropy(small, samples[:2])
+    small.ptq_held_out = cross_entropy(small, samples[:2], answers=True)
     linears = {name: small.model.language_model.get_submodule(module_name(name)) for name in small.plan.trained}
     with trainable(small.model.language_model, linears):
         small.first_loss = cross_entropy(small, samples[2:])
