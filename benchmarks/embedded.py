@@ -2,31 +2,35 @@
 
     python -m benchmarks.embedded --work out/embedded-table --json benchmarks/results/embedded_accuracy.json
     python -m benchmarks.embedded … --items 100 --variants fp8,nvfp4,nvfp4_qat,nvfp4_qad --served bf16,fp8
-    python -m benchmarks.embedded … --tasks text --variants nvfp4,nvfp4_qad@1e-3 --served "" distill.steps=80
+    python -m benchmarks.embedded … --split calibration --tasks text --variants nvfp4,nvfp4_qad@1e-3 distill.steps=80
 
 Each form is made by its recipe in recipes/tiny/ and answers the same test items of the six tasks, greedily; differences
-from BF16 are paired, with 95 % intervals. With 100 items, two forms and one server: 25 minutes on two CPU cores; what
-is finished is kept in DIR, and the same command goes on.
+from BF16 are paired, with 95 % intervals. What is to be chosen, a learning rate, is chosen on another split's items.
+With 100 items, two forms and one server: 25 minutes on two CPU cores; a GPU's work is mostly waiting, so give it
+several --jobs. What is finished is kept in DIR, and the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from accuracy.endpoint import ask_endpoint
 from accuracy.generate import answer_tasks
 from accuracy.paired import Paired, pair, paired_table
-from accuracy.tasks import TASKS, TEST_ITEMS, check_tasks, items, result
+from accuracy.tasks import SPLITS, TASKS, TEST_ITEMS, check_tasks, items, result
 from accuracy.training_evaluation import PRUNING_RATES
 from benchmarks.parts import Parts
 from calibrate.samples import Sample
@@ -101,6 +105,23 @@ def made(variant: str, work: Path, model: Path, settings: Sequence[str] = ()) ->
     return output
 
 
+def answered(form: str, rate: float, asked: Samples, work: Path, model: Path, settings: Sequence[str]) -> Answers:
+    """What a form, made when it is not there, answers in process with clips pruned at `rate`."""
+    directory = model if form == "bf16" else made(form, work, model, settings)
+    return answer_tasks(read_config(directory), asked, rate)
+
+
+def at_once(todo: Mapping[str, Callable[[], Answers]], jobs: int) -> Iterator[tuple[str, Callable[[], Answers]]]:
+    """Each piece of work by name as it is done, by this process or by `jobs` others: a call gives what came of it."""
+    if jobs == 1:
+        yield from todo.items()
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        coming = {pool.submit(work): name for name, work in todo.items()}
+        for done in concurrent.futures.as_completed(coming):
+            yield coming[done], done.result
+
+
 def measure(
     work: Path,
     variants: Sequence[str],
@@ -108,37 +129,57 @@ def measure(
     count: int,
     tasks: Sequence[str] = tuple(TASKS),
     settings: Sequence[str] = (),
+    split: str = "test",
+    jobs: int = 1,
 ) -> dict[str, Any]:
-    """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1."""
+    """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1.
+
+    Args:
+        work: Folder of the directories and of what is finished.
+        variants: Forms beside BF16.
+        served: Which of BF16 and `variants` vLLM serves as well; with its linear backend as in `nvfp4:emulation`.
+        count: Items of a task.
+        tasks: Of `accuracy.tasks.TASKS`.
+        settings: Overrides of the recipe that distils.
+        split: Whose items are asked; those of `calibration` are of a seed that no recipe draws.
+        jobs: Processes that make forms and answer at once.
+    """
     console = Console()
     bf16 = embedded_checkpoint(work / "bf16").directory
-    parts = Parts(
-        work / "measured.json", {"items": count, "tasks": tasks, "settings": settings, "weights": _digest(bf16)}
-    )
-    samples: Samples = {task: items(task, count=count) for task in tasks}
+    plan = {"items": count, "tasks": tasks, "settings": settings, "weights": _digest(bf16), "split": split}
+    parts = Parts(work / "measured.json", plan)
+    samples: Samples = {
+        task: items(task, split, count) if split == "test" else items(task, split, count, 1) for task in tasks
+    }
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
+    todo = {f"{form}, EVS 0.0": (form, 0.0, samples) for form in ("bf16", *variants)}
+    todo |= {f"bf16, EVS {rate}": ("bf16", rate, clips) for rate in PRUNING_RATES if clips and rate}
+    left = {name: job for name, job in todo.items() if not parts.has(name)}
+    work_on = functools.partial(answered, work=work, model=bf16, settings=settings)
+    for name, given in at_once({name: functools.partial(work_on, *job) for name, job in left.items()}, jobs):
+        parts.part(name, given)
 
-    def directory_of(form: str) -> Path:
-        return bf16 if form == "bf16" else made(form, work, bf16, settings)
+    def answers_of(form: str, rate: float = 0.0) -> Answers:
+        return parts.part(f"{form}, EVS {rate}", dict)
 
-    def answered(form: str, rate: float = 0.0) -> Answers:
-        asked, directory = (clips if rate else samples), directory_of(form)
-        return parts.part(f"{form}, EVS {rate}", lambda: answer_tasks(read_config(directory), asked, rate))
-
-    def by_server(form: str) -> Answers:
-        with running_server(directory_of(form), ServeSettings(port=0, video_pruning_rate=0.0)) as server:
+    def by_server(name: str) -> Answers:
+        form, _, backend = name.partition(":")
+        settings, extra = (
+            ServeSettings(port=0, video_pruning_rate=0.0),
+            ["--linear-backend", backend] if backend else [],
+        )
+        with running_server(bf16 if form == "bf16" else work / form, settings, extra) as server:
             return ask_endpoint(server.url, samples)
 
-    answers = {"bf16": answered("bf16")}
+    answers = {form: answers_of(form) for form in ("bf16", *variants)}
     paired: dict[str, list[Paired]] = {}
     for variant in variants:
-        answers[variant] = answered(variant)
         paired[variant] = pair(samples, answers["bf16"], answers[variant])
         console.print(paired_table(paired[variant], "BF16", variant))
     curve: dict[str, dict[str, float]] = {}
     for rate in PRUNING_RATES if clips else ():
-        given = answered("bf16", rate)
-        curve[str(rate)] = {task: result(task, asked, given[task]).accuracy for task, asked in clips.items()}
+        pruned = answers_of("bf16", rate)
+        curve[str(rate)] = {task: result(task, asked, pruned[task]).accuracy for task, asked in clips.items()}
     table = Table(title="BF16, clips pruned by EVS", title_justify="left")
     for column in ("rate", *clips):
         table.add_column(column, justify="right")
@@ -148,12 +189,16 @@ def measure(
         console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
-        endpoint[name] = pair(samples, answers[name], parts.part(f"{name} served", functools.partial(by_server, name)))
+        endpoint[name] = pair(
+            samples, answers[name.partition(":")[0]], parts.part(f"{name} served", functools.partial(by_server, name))
+        )
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
     parts.done()
     distilled = [name for name in variants if name.startswith("nvfp4_qa")]
     return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "items": count,
+        "split": split,
         "versions": versions(),
         "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
         "evs_bf16": curve,
@@ -188,19 +233,31 @@ def _run() -> int:
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
     parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items a task")
     parser.add_argument("--variants", default="fp8,nvfp4", help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--served", default="bf16", help="which of bf16 and the variants vLLM serves as well")
+    parser.add_argument(
+        "--served",
+        default="bf16",
+        help="which of bf16 and the variants vLLM serves too; nvfp4:emulation names its linear backend",
+    )
+    parser.add_argument("--split", default="test", choices=SPLITS[1:], help="whose items; choose settings on another")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make forms and answer at once")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the recipe that distils")
     given = parser.parse_args()
     texts = (given.variants, given.served, given.tasks)
     variants, served, tasks = ([name for name in text.split(",") if name] for text in texts)
     check_variants(variants)
     check_tasks(tasks)
-    if strange := [name for name in served if name not in ("bf16", *variants)]:
+    if strange := [name for name in served if name.partition(":")[0] not in ("bf16", *variants)]:
         forms = ["bf16", *variants]
         raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
     given.work.mkdir(parents=True, exist_ok=True)
-    measured = measure(given.work, variants, served, given.items, tasks, given.settings)
-    asked = {"tasks": given.tasks, "items": given.items, "variants": given.variants, "served": given.served or '""'}
+    measured = measure(given.work, variants, served, given.items, tasks, given.settings, given.split, given.jobs)
+    asked = {
+        "split": given.split,
+        "tasks": given.tasks,
+        "items": given.items,
+        "variants": given.variants,
+        "served": given.served or '""',
+    }
     command = " ".join(
         ["python -m benchmarks.embedded", *(f"--{name} {value}" for name, value in asked.items()), *given.settings]
     )

@@ -26,6 +26,10 @@ class Parts:
             self._found, self.noted = kept["found"], kept["noted"]
             print(f"measured before: {', '.join(self._found)}", flush=True)
 
+    def has(self, name: str) -> bool:
+        """Whether a part was finished before."""
+        return name in self._found
+
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run `work` unless it was finished before; return what it returned, which is plain data."""
         if name not in self._found:

@@ -1,5 +1,6 @@
 """The side-by-side measurement runs whole on a CPU, so that a GPU's time is not spent on finding its mistakes."""
 
+import functools
 import sys
 
 import pytest
@@ -70,6 +71,22 @@ def test_the_table_of_forms_cut_off_goes_on_with_the_answers_it_has(tmp_path, mo
     result = embedded.measure(tmp_path, ["fp8"], [], 1)
     assert asked == [("bf16", 0.0), ("fp8", 0.0), ("bf16", 0.5), ("bf16", 0.5), ("bf16", 0.75), ("bf16", 0.9)]
     assert result["against_bf16"]["fp8"][-1]["items"] == 6
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_forms_answer_one_after_another_or_at_once(jobs):
+    todo = {name: functools.partial(dict, text=[name]) for name in ("bf16", "fp8", "nvfp4")}
+    assert {name: given() for name, given in embedded.at_once(todo, jobs)} == {name: {"text": [name]} for name in todo}
+
+
+def test_a_rate_is_chosen_on_items_that_are_no_test_items(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(embedded, "answer_tasks", lambda _, samples, rate: asked.append(samples) or {"text": ["x"] * 8})
+    for split in ("test", "calibration"):
+        embedded.measure(tmp_path, [], [], 8, ["text"], split=split)
+    assert not {sample.messages[-1]["content"][0]["text"] for sample in asked[0]["text"]} & {
+        sample.messages[-1]["content"][0]["text"] for sample in asked[1]["text"]
+    }
 
 
 def test_what_distillation_wins_back_is_a_share_of_what_ptq_lost():
