@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.forward import embed
 from calibrate.prompts import Prompt
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 
 _POSITIONS = 512

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.forward import Embedded, embed
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 from checkpoint.native import load_tokenizer
 from export.load import load_exported

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers.models.nemotron_h import modeling_nemotron_h as native
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from accuracy.training_data import IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES
 from calibrate.drawing import COLORS
 from calibrate.evs import retained_tokens
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
+from checkpoint.classes import modeling as native
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import SINGLE, TensorFiles, check_weights
 from checkpoint.layout import expected_tensors

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from benchmarks.parts import Parts
 from calibrate.activations import Activations, Budget
+from checkpoint.classes import KERNELS_MISSING
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles, check_weights
@@ -148,6 +149,7 @@ def measure(
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "versions": versions(),
+        "mamba_kernels": KERNELS_MISSING or "mamba_ssm",
         "format": format,
         "samples": samples,
         "tokens_per_sample": tokens,

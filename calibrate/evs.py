@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import compute_retention_mask
 
+from checkpoint.classes import compute_retention_mask
 from checkpoint.faults import BadInput, Fault
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.evs import check_rate, retention_mask
 from calibrate.prompts import Prompt
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 
 # Tiles through the vision tower at once. 128 frames in one batch would need several GB beside the 12B.

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.activations import Activations, Batch
 from calibrate.forward import BAR, Counts, Embedded, embed
 from calibrate.prompts import Prompt
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 
 Run = Callable[[torch.Tensor], torch.Tensor]

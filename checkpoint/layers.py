@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHForCausalLM
 
+from checkpoint.classes import NemotronHBlock, NemotronHForCausalLM
 from checkpoint.config import CheckpointConfig
 from checkpoint.layout import LAYERS, TensorSpec, expected_tensors, spec_bytes
 from checkpoint.native import native_config

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, logging
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles

@@ -9,8 +9,8 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import TensorFiles
 from checkpoint.layers import read_layers

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.samples import Sample
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layout import LANGUAGE_MODEL, TensorSpec, expected_tensors, language_model_linears, spec_bytes

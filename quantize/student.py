@@ -9,9 +9,8 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3, NemotronHMamba2Mixer
 from quantize.qad_state import weight_of
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.forward import embed
 from calibrate.prompts import answer_length, build_prompt
 from calibrate.samples import Sample, Skipped
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 

@@ -291,7 +291,7 @@ def _states(seen: dict[str, Any], final: torch.Tensor) -> States:
 
 def load_norm(config: CheckpointConfig, read: Callable[[str], torch.Tensor], device: str) -> nn.Module:
     """The language model's final norm."""
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
+    from checkpoint.classes import NemotronHRMSNorm
 
     norm = NemotronHRMSNorm(config.text["hidden_size"], eps=config.text["layer_norm_epsilon"])
     norm.weight = nn.Parameter(read("language_model.backbone.norm_f.weight").to(device), requires_grad=False)

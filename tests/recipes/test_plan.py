@@ -9,6 +9,7 @@ import pytest
 from checkpoint.faults import BadInput
 from checkpoint.layout import LANGUAGE_MODEL, expected_tensors, language_model_linears, spec_bytes
 from quantize.student import training_bytes
+from recipes import plan
 from recipes.run import run
 from recipes.schema import load_recipe
 
@@ -48,3 +49,12 @@ def test_memory_of_the_12b_by_processes(full12b, shards, gigabytes):
     weights = sum(math.prod(linear.shape) for linear in language_model_linears(full12b))
     needed = training_bytes(spec_bytes(language_model), weights, taught=True, shards=shards)
     assert round(needed / 1e9) == gigabytes
+
+
+def test_a_gpu_without_mamba_ssms_kernels_is_told_what_that_costs(monkeypatch):
+    monkeypatch.setattr(plan, "KERNELS_MISSING", "mamba_ssm is not installed")
+    (line,) = plan._kernel_line("cuda:0")
+    assert re.fullmatch(r".*half as fast.*: mamba_ssm is not installed; `make setup DEVICE=cuda` installs it", line)
+    assert plan._kernel_line("cpu") == []
+    monkeypatch.setattr(plan, "KERNELS_MISSING", None)
+    assert plan._kernel_line("cuda") == []
