@@ -12,7 +12,7 @@ import numpy as np
 
 from calibrate.clips import FPS, video_event, video_static
 from calibrate.drawing import data_url, mp4_bytes, png_bytes, stream
-from calibrate.lists import text
+from calibrate.lists import order, text
 from calibrate.samples import Sample
 from calibrate.scenes import Scene, SceneMaker, chart, document, images, table
 from checkpoint.faults import BadInput, Fault, nearest
@@ -25,7 +25,10 @@ KINDS: dict[str, SceneMaker] = {
     "video_event": video_event,
     "video_static": video_static,
     "text": text,
+    "order": order,
 }
+MIXED = tuple(kind for kind in KINDS if kind != "order")
+"""The kinds that are drawn where none is named: `text` has what `order` has."""
 
 
 def compose(kind: str, seed: int | str, index: int) -> Scene:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from calibrate.mixing import mixed, shuffled
 from calibrate.prompts import Prompt, build_prompts
 from calibrate.samples import Sample, Skipped, read_hub, read_jsonl
-from calibrate.synthetic import KINDS, synthetic
+from calibrate.synthetic import MIXED, synthetic
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault
 from checkpoint.tiny import embedded_checkpoint
@@ -112,7 +112,7 @@ def distillation(
 def _read(source: Source, section: Calibrate | Accuracy | Distill, skipped: Skipped) -> Iterable[Sample]:
     match source:
         case SyntheticSource():
-            return synthetic(source.kinds or tuple(KINDS), section.samples, section.seed)
+            return synthetic(source.kinds or MIXED, section.samples, section.seed)
         case JsonlSource():
             return _begun(read_jsonl(source.path, skipped))
         case HubSource():

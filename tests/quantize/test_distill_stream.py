@@ -9,7 +9,7 @@ import torch
 
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
-from calibrate.synthetic import KINDS, draw, synthetic
+from calibrate.synthetic import MIXED, draw, synthetic
 from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_tokenizer
 from quantize.training_stream import IGNORE, TrainingStream, answer_alone, batch_of, with_answer
@@ -58,7 +58,7 @@ def test_a_step_comes_longest_first_and_the_next_begins_after_all_of_it():
 def lengths(tiny_config):
     """Tokens of mixed documents, tables, charts, pictures, clips and texts, as they would be trained on."""
     tokenizer, rate, found = load_tokenizer(tiny_config), 0.75, []
-    for sample in synthetic(tuple(KINDS), 42, 0):
+    for sample in synthetic(MIXED, 42, 0):
         prompt = build_prompt(with_answer(sample), tiny_config, tokenizer, pruning_rate=rate)
         clips = sum(run.end - run.start for item in prompt.media if item.kind == "video" for run in item.visual)
         found.append(len(prompt.token_ids) - int(rate * clips))
