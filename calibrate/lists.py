@@ -14,7 +14,7 @@ def text(random: np.random.RandomState) -> Scene:
 
 
 def order(random: np.random.RandomState) -> Scene:
-    """Words to order by how often they are there, whose counts are close: of all that is asked, NVFP4 hurts this most."""
+    """Words to order by how often they are there, whose counts are close: what NVFP4 hurts most."""
     return frequent(random, close=True)
 
 
