@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def measure(
     settings: Sequence[str] = (),
     split: str = "test",
     jobs: int = 1,
+    flags: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1.
 
@@ -143,6 +145,7 @@ def measure(
         settings: Overrides of the recipe that distils.
         split: Whose items are asked; those of `calibration` are of a seed that no recipe draws.
         jobs: Processes that make forms and answer at once.
+        flags: More flags of `vllm serve`.
     """
     console = Console()
     bf16 = embedded_checkpoint(work / "bf16").directory
@@ -168,7 +171,7 @@ def measure(
             ServeSettings(port=0, video_pruning_rate=0.0),
             ["--linear-backend", backend] if backend else [],
         )
-        with running_server(bf16 if form == "bf16" else work / form, settings, extra) as server:
+        with running_server(bf16 if form == "bf16" else work / form, settings, [*extra, *flags]) as server:
             return ask_endpoint(server.url, samples)
 
     answers = {form: answers_of(form) for form in ("bf16", *variants)}
@@ -240,6 +243,7 @@ def _run() -> int:
     )
     parser.add_argument("--split", default="test", choices=SPLITS[1:], help="whose items; choose settings on another")
     parser.add_argument("--jobs", type=int, default=1, help="processes that make forms and answer at once")
+    parser.add_argument("--vllm", default="", metavar="FLAGS", help="more flags of vllm serve, in one word")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the recipe that distils")
     given = parser.parse_args()
     texts = (given.variants, given.served, given.tasks)
@@ -250,17 +254,21 @@ def _run() -> int:
         forms = ["bf16", *variants]
         raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
     given.work.mkdir(parents=True, exist_ok=True)
-    measured = measure(given.work, variants, served, given.items, tasks, given.settings, given.split, given.jobs)
-    asked = {
-        "split": given.split,
-        "tasks": given.tasks,
-        "items": given.items,
-        "variants": given.variants,
-        "served": given.served or '""',
-    }
-    command = " ".join(
-        ["python -m benchmarks.embedded", *(f"--{name} {value}" for name, value in asked.items()), *given.settings]
+    measured = measure(
+        given.work,
+        variants,
+        served,
+        given.items,
+        tasks,
+        given.settings,
+        given.split,
+        given.jobs,
+        shlex.split(given.vllm),
     )
+    asked = {"split": given.split, "tasks": given.tasks, "items": given.items, "variants": given.variants}
+    asked |= {"served": given.served} | ({"vllm": given.vllm} if given.vllm else {})
+    options = [f"--{name}={value}" for name, value in asked.items()]
+    command = shlex.join(["python", "-m", "benchmarks.embedded", *options, *given.settings])
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"command": command, **measured}, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def _run() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     measured = {
-        "command": "python -m benchmarks.memory -- " + " ".join(given.command),
+        "command": "python -m benchmarks.memory -- " + re.sub(r"=/(\S*/)?", "=", " ".join(given.command)),
         "machine": f"{os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB, "
         + platform.machine(),
         "versions": versions(),

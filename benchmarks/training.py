@@ -1,0 +1,121 @@
+"""What distillation of a checkpoint takes: tokens a second and peak memory of a GPU, by the command that a user gives.
+
+    python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [--steps 4] [key=value …]
+
+Launches `quantize.qad` on recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: alone), with short samples unless told
+otherwise, and ends it after the last step's evaluation: what is written afterwards is tested elsewhere. Figures are
+those the run itself prints; memory is that of the first process, and both counts begin after calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.processes import FSDP2
+from checkpoint.classes import KERNELS_MISSING
+from checkpoint.faults import BadInput, Fault, main
+from recipes.inputs import versions
+
+_LINE = re.compile(
+    r"step (?P<step>\d+) of \d+: held-out KL (?P<held_out>[\d.]+) nats"
+    r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?(, GPU memory at most (?P<memory>[\d.]+) GB)?"
+)
+
+
+def parsed(line: str) -> dict[str, float] | None:
+    """A progress line of a distillation: step, held-out KL and loss in nats, tokens/s, peak GPU memory in GB."""
+    found = _LINE.search(line)
+    if found is None:
+        return None
+    return {name: float(text.replace(",", "")) for name, text in found.groupdict().items() if text is not None}
+
+
+def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any]:
+    """Run a distillation until the evaluation of its last step; what it said by then.
+
+    Raises:
+        BadInput: It ended before, with the end of what it said.
+    """
+    start, said, progress = time.monotonic(), list[str](), list[dict[str, float]]()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                said.append(line.rstrip())
+                print(f"{time.monotonic() - start:6.1f} s  {said[-1]}", flush=True)
+                if found := parsed(line):
+                    progress.append(found | {"seconds": round(time.monotonic() - start, 1)})
+                    if found["step"] == steps:
+                        break
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if not progress or progress[-1]["step"] != steps:
+        raise BadInput(Fault("quantize.qad", "ended before its last step", "see what it said"), *map(_said, said[-12:]))
+    plan = [line for line in said if "samples of about" in line]
+    return {"plan": plan, "progress": progress}
+
+
+def _said(line: str) -> Fault:
+    return Fault("it said", line)
+
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what the run keeps")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of recipes/nvfp4_qad.yaml")
+    given = parser.parse_args()
+    if torch.cuda.device_count() < given.processes:
+        there = f"{torch.cuda.device_count()} CUDA devices are there"
+        raise BadInput(Fault("--processes", there, f"{given.processes} are asked for"))
+    given.work.mkdir(parents=True, exist_ok=True)
+    output = given.work / "qad"
+    for left in (output, output.with_name(".qad.qad")):
+        shutil.rmtree(left, ignore_errors=True)
+    few = ["calibrate.samples=4", "accuracy.samples=1", f"distill.held_out={2 * given.processes}"]
+    shape = [f"distill.steps={given.steps}", f"distill.save_every={given.steps}", *few, *given.settings]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(given.processes), *FSDP2]
+    module = ["-m", "quantize.qad", "recipes/nvfp4_qad.yaml", f"model={given.model}", f"output={output}", *shape]
+    result = {
+        "command": f"python -m benchmarks.training MODEL --work DIR --processes {given.processes} --steps"
+        f" {given.steps} " + " ".join(f"'{setting}'" for setting in given.settings),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "processes": given.processes,
+        "versions": versions(),
+        "mamba_kernels": KERNELS_MISSING or "mamba_ssm",
+        **measure([*(launch if given.processes > 1 else []), *module], given.steps, given.processes),
+    }
+    shutil.rmtree(output.with_name(".qad.qad"), ignore_errors=True)
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main(_run)
