@@ -112,6 +112,14 @@ def answered(form: str, rate: float, asked: Samples, work: Path, model: Path, se
     return answer_tasks(read_config(directory), asked, rate)
 
 
+def served_answers(name: str, asked: Samples, work: Path, model: Path, flags: Sequence[str]) -> Answers:
+    """What vLLM answers of a form that is there, with the linear backend that is named behind a colon."""
+    form, _, backend = name.partition(":")
+    directory, settings = model if form == "bf16" else work / form, ServeSettings(port=0, video_pruning_rate=0.0)
+    with running_server(directory, settings, [*(["--linear-backend", backend] if backend else []), *flags]) as server:
+        return ask_endpoint(server.url, asked)
+
+
 def at_once(todo: Mapping[str, Callable[[], Answers]], jobs: int) -> Iterator[tuple[str, Callable[[], Answers]]]:
     """Each piece of work by name as it is done, by this process or by `jobs` others: a call gives what came of it."""
     if jobs == 1:
@@ -161,18 +169,13 @@ def measure(
     work_on = functools.partial(answered, work=work, model=bf16, settings=settings)
     for name, given in at_once({name: functools.partial(work_on, *job) for name, job in left.items()}, jobs):
         parts.part(name, given)
+    serve = functools.partial(served_answers, asked=samples, work=work, model=bf16, flags=flags)
+    to_serve = {f"{name} served": functools.partial(serve, name) for name in served}
+    for name, given in at_once({name: job for name, job in to_serve.items() if not parts.has(name)}, jobs):
+        parts.part(name, given)
 
     def answers_of(form: str, rate: float = 0.0) -> Answers:
         return parts.part(f"{form}, EVS {rate}", dict)
-
-    def by_server(name: str) -> Answers:
-        form, _, backend = name.partition(":")
-        settings, extra = (
-            ServeSettings(port=0, video_pruning_rate=0.0),
-            ["--linear-backend", backend] if backend else [],
-        )
-        with running_server(bf16 if form == "bf16" else work / form, settings, [*extra, *flags]) as server:
-            return ask_endpoint(server.url, samples)
 
     answers = {form: answers_of(form) for form in ("bf16", *variants)}
     paired: dict[str, list[Paired]] = {}
@@ -192,9 +195,7 @@ def measure(
         console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
-        endpoint[name] = pair(
-            samples, answers[name.partition(":")[0]], parts.part(f"{name} served", functools.partial(by_server, name))
-        )
+        endpoint[name] = pair(samples, answers[name.partition(":")[0]], parts.part(f"{name} served", dict))
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
     parts.done()
     distilled = [name for name in variants if name.startswith("nvfp4_qa")]

@@ -19,7 +19,7 @@ def test_a_commands_time_and_peak_are_written_and_no_folder_of_this_machine(monk
     found = measured(
         monkeypatch, tmp_path / "j", "timeit", "-n", "1", "-r", "1", "-s", "b'x' * 300_000_000", "'x=/etc/ok'"
     )
-    assert 0.3 < found["peak_resident_gb"]
+    assert found["peak_resident_gb"] > 0.3
     assert found["seconds"] > 0
     assert "=ok" in found["command"]
 
