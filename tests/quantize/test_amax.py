@@ -8,6 +8,7 @@ import modelopt.torch.quantization as mtq
 import modelopt.torch.quantization.calib.max as modelopt_max
 import pytest
 import torch
+from modelopt.torch.quantization.utils import reduce_amax
 from torch import nn
 
 import quantize.amax
@@ -48,14 +49,14 @@ def test_the_ranges_are_modelopts():
 def read_shapes(monkeypatch: pytest.MonkeyPatch, calibrators: bool) -> list[tuple[int, ...]]:
     """Shapes of the tensors whose range was taken."""
     shapes = []
-    for module in (quantize.amax, modelopt_max.quant_utils):
-        reduce = module.reduce_amax
+    for module, name in ((quantize.amax, "absolute_max"), (modelopt_max.quant_utils, "reduce_amax")):
+        reduce = getattr(module, name)
 
         def noted(x: torch.Tensor, axis: object = None, reduce: Callable[..., torch.Tensor] = reduce) -> torch.Tensor:
             shapes.append(tuple(x.shape))
-            return reduce(x, axis=axis)
+            return reduce(x, axis)
 
-        monkeypatch.setattr(module, "reduce_amax", noted)
+        monkeypatch.setattr(module, name, noted)
     calibrated(calibrators)
     return shapes
 
@@ -67,3 +68,12 @@ def test_a_weight_is_read_once_however_many_samples_pass(monkeypatch: pytest.Mon
 
 def test_upstream_trap_modelopt_reads_every_weight_at_every_forward(monkeypatch: pytest.MonkeyPatch):
     assert read_shapes(monkeypatch, calibrators=False).count((16, 32)) == 1 + PASSES
+
+
+@pytest.mark.parametrize("worst", [-7.5, 7.5, float("-inf"), float("nan")])
+def test_a_range_taken_in_one_read_is_modelopts(worst: float):
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16)
+    x[1, 2, 3] = worst
+    ours, stock = quantize.amax.absolute_max(x, None), reduce_amax(x, axis=None)
+    assert (ours.dtype, ours.shape) == (stock.dtype, stock.shape)
+    assert torch.equal(ours, stock) or bool(ours.isnan() & stock.isnan())
