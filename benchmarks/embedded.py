@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import multiprocessing
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from accuracy.generate import answer_tasks
 from accuracy.paired import Paired, pair, paired_table
 from accuracy.tasks import SPLITS, TASKS, TEST_ITEMS, check_tasks, items, result
 from accuracy.training_evaluation import PRUNING_RATES
-from benchmarks.parts import Parts
+from benchmarks.parts import Parts, write_json
 from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
@@ -112,23 +111,39 @@ def answered(form: str, rate: float, asked: Samples, work: Path, model: Path, se
     return answer_tasks(read_config(directory), asked, rate)
 
 
-def served_answers(name: str, asked: Samples, work: Path, model: Path, flags: Sequence[str]) -> Answers:
-    """What vLLM answers of a form that is there, with the linear backend that is named behind a colon."""
+def served_answers(
+    name: str, asked: Samples, work: Path, model: Path, flags: Sequence[str], share: float | None
+) -> Answers:
+    """What vLLM, with a share of the GPU's memory, answers of a form that is there; `name` may end in `:BACKEND`."""
     form, _, backend = name.partition(":")
-    directory, settings = model if form == "bf16" else work / form, ServeSettings(port=0, video_pruning_rate=0.0)
+    directory = model if form == "bf16" else work / form
+    settings = ServeSettings(port=0, video_pruning_rate=0.0, gpu_memory_utilization=share)
     with running_server(directory, settings, [*(["--linear-backend", backend] if backend else []), *flags]) as server:
         return ask_endpoint(server.url, asked)
 
 
-def at_once(todo: Mapping[str, Callable[[], Answers]], jobs: int) -> Iterator[tuple[str, Callable[[], Answers]]]:
-    """Each piece of work by name as it is done, by this process or by `jobs` others: a call gives what came of it."""
+def at_once(todo: Mapping[str, Callable[[], Answers]], jobs: int) -> Iterator[tuple[str, Answers]]:
+    """What comes of each piece of work, as it is done: in this process, or in `jobs` others.
+
+    Raises:
+        Exception: What a piece raised, when those that were under way are done; others are not begun.
+    """
     if jobs == 1:
-        yield from todo.items()
+        yield from ((name, work()) for name, work in todo.items())
         return
+    failed: BaseException | None = None
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         coming = {pool.submit(work): name for name, work in todo.items()}
         for done in concurrent.futures.as_completed(coming):
-            yield coming[done], done.result
+            if done.cancelled():
+                continue
+            if error := done.exception():
+                failed = failed or error
+                pool.shutdown(wait=False, cancel_futures=True)
+            else:
+                yield coming[done], done.result()
+    if failed:
+        raise failed
 
 
 def measure(
@@ -142,7 +157,7 @@ def measure(
     jobs: int = 1,
     flags: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answer everything; prints each table as it is ready. Accuracies are shares, 0 to 1.
+    """Answer everything, then print the tables. Accuracies are shares, 0 to 1.
 
     Args:
         work: Folder of the directories and of what is finished.
@@ -159,20 +174,21 @@ def measure(
     bf16 = embedded_checkpoint(work / "bf16").directory
     plan = {"items": count, "tasks": tasks, "settings": settings, "weights": _digest(bf16), "split": split}
     parts = Parts(work / "measured.json", plan)
-    samples: Samples = {
-        task: items(task, split, count) if split == "test" else items(task, split, count, 1) for task in tasks
-    }
+    # Recipes draw the calibration split's series 0, 1000003 and 2000003.
+    samples: Samples = {task: items(task, split, count, seed=0 if split == "test" else 1) for task in tasks}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
     todo = {f"{form}, EVS 0.0": (form, 0.0, samples) for form in ("bf16", *variants)}
     todo |= {f"bf16, EVS {rate}": ("bf16", rate, clips) for rate in PRUNING_RATES if clips and rate}
     left = {name: job for name, job in todo.items() if not parts.has(name)}
     work_on = functools.partial(answered, work=work, model=bf16, settings=settings)
     for name, given in at_once({name: functools.partial(work_on, *job) for name, job in left.items()}, jobs):
-        parts.part(name, given)
-    serve = functools.partial(served_answers, asked=samples, work=work, model=bf16, flags=flags)
-    to_serve = {f"{name} served": functools.partial(serve, name) for name in served}
+        parts.part(name, functools.partial(dict, given))
+    share = None if jobs == 1 else 0.9 / jobs
+    serve = functools.partial(served_answers, asked=samples, work=work, model=bf16, flags=flags, share=share)
+    part_of = {name: shlex.join([name, "served", *flags]) for name in served}
+    to_serve = {part_of[name]: functools.partial(serve, name) for name in served}
     for name, given in at_once({name: job for name, job in to_serve.items() if not parts.has(name)}, jobs):
-        parts.part(name, given)
+        parts.part(name, functools.partial(dict, given))
 
     def answers_of(form: str, rate: float = 0.0) -> Answers:
         return parts.part(f"{form}, EVS {rate}", dict)
@@ -195,7 +211,7 @@ def measure(
         console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
-        endpoint[name] = pair(samples, answers[name.partition(":")[0]], parts.part(f"{name} served", dict))
+        endpoint[name] = pair(samples, answers[name.partition(":")[0]], parts.part(part_of[name], dict))
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
     parts.done()
     distilled = [name for name in variants if name.startswith("nvfp4_qa")]
@@ -254,6 +270,8 @@ def _run() -> int:
     if strange := [name for name in served if name.partition(":")[0] not in ("bf16", *variants)]:
         forms = ["bf16", *variants]
         raise BadInput(*(Fault("--served", f"{name!r} is not measured", nearest(name, forms)) for name in strange))
+    if given.jobs < 1:
+        raise BadInput(Fault("--jobs", f"is {given.jobs}", "give 1 or more"))
     given.work.mkdir(parents=True, exist_ok=True)
     measured = measure(
         given.work,
@@ -270,8 +288,7 @@ def _run() -> int:
     asked |= {"served": given.served} | ({"vllm": given.vllm} if given.vllm else {})
     options = [f"--{name}={value}" for name, value in asked.items()]
     command = shlex.join(["python", "-m", "benchmarks.embedded", *options, *given.settings])
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps({"command": command, **measured}, indent=2) + "\n", encoding="utf-8")
+    write_json(given.json, {"command": command, **measured})
     return 0
 
 

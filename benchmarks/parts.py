@@ -1,4 +1,4 @@
-"""What a long measurement has finished, kept in a file: a run that was cut off goes on with the same command."""
+"""A measurement's files: its result, and what a long one has finished, so that the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def write_json(path: Path, measured: Mapping[str, Any]) -> None:
+    """Write a result that is whole or not there, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 class Parts:
@@ -34,10 +42,7 @@ class Parts:
         """Run `work` unless it was finished before; return what it returned, which is plain data."""
         if name not in self._found:
             self._found[name] = work()
-            kept = {"plan": self.plan, "found": self._found, "noted": self.noted}
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_json(self.path, {"plan": self.plan, "found": self._found, "noted": self.noted})
         return self._found[name]
 
     def done(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts import Parts
+from benchmarks.parts import Parts, write_json
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles
 from checkpoint.tiny import embedded_checkpoint
@@ -39,13 +38,19 @@ FSDP2 = (
 )
 
 
+def visible(processes: int) -> str:
+    """CUDA_VISIBLE_DEVICES of so many processes: the first of those that the user left visible."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ",".join(given.split(",")[:processes] if given else map(str, range(processes)))
+
+
 def launched(command: Sequence[str], device: str, processes: int = 1) -> float:
     """Run a command of this package and return its seconds; it may miss its gate (exit status 1).
 
     Raises:
         RuntimeError: It ended otherwise; with the end of what it said.
     """
-    shown = {"CUDA_VISIBLE_DEVICES": ",".join(str(number) for number in range(processes))}
+    shown = {"CUDA_VISIBLE_DEVICES": visible(processes)}
     # Sums are made in one order only where every process has as many threads.
     environment = os.environ | (shown if device == "cuda" else {"OMP_NUM_THREADS": "1"})
     start = time.monotonic()
@@ -139,8 +144,7 @@ def _run() -> int:
     result = measure(given.work, given.processes, given.steps, given.device)
     shape = f"--processes {given.processes} --steps {given.steps} --device {given.device}"
     result["command"] = f"python -m benchmarks.processes --work DIR {shape}"
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(given.json, result)
     return 0
 
 

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import os
 import shutil
 import statistics
@@ -31,7 +30,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.parts import Parts
+from benchmarks.parts import Parts, write_json
 from calibrate.activations import Activations, Budget
 from checkpoint.classes import KERNELS_MISSING
 from checkpoint.config import CheckpointConfig, read_config
@@ -108,7 +107,7 @@ def measure(
     device: str = "cuda",
     streams: bool = True,
 ) -> dict[str, Any]:
-    """Run every stage once and return the figures; seconds, GB (1e9 bytes) and ratios."""
+    """Run every stage, without `streams` of two ways only; seconds, GB (1e9 bytes) and ratios."""
     config = read_config(model_directory)
     work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
@@ -140,7 +139,7 @@ def measure(
         return parts.part(name, run)
 
     whole = way("ours", ours, lambda: _measure_ours(config, clock, format, forward, ours, device))
-    faults, same = whole["faults"], None
+    faults, same = list(whole["faults"]), None
     if streams:
         layers = way("streamed", streamed, lambda: _measure_streamed(config, clock, format, ids, streamed, device))
         faults += layers["faults"]
@@ -267,8 +266,7 @@ def _run() -> int:
         gpu, host = result["peak_gpu_gb"][stage], result["peak_host_gb"][stage]
         table.add_row(stage, f"{seconds:.1f}", f"{gpu:.1f}", f"{host:.1f}")
     Console().print(table)
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(given.json, result)
     print(
         {
             key: value

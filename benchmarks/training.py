@@ -4,18 +4,16 @@
 
 Launches `quantize.qad` on recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: alone), with short samples unless told
 otherwise, and ends it after the last step's evaluation: what is written afterwards is tested elsewhere. Figures are
-those the run itself prints; memory is that of the first process, and both counts begin after calibration.
+those the run itself prints; memory is the first process's from the beginning of the training on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,11 +23,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.processes import FSDP2
+from benchmarks.parts import write_json
+from benchmarks.processes import FSDP2, visible
 from checkpoint.classes import KERNELS_MISSING
 from checkpoint.faults import BadInput, Fault, main
 from recipes.inputs import versions
 
+_GRACE_SECONDS = 30
 _LINE = re.compile(
     r"step (?P<step>\d+) of \d+: held-out KL (?P<held_out>[\d.]+) nats"
     r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?(, GPU memory at most (?P<memory>[\d.]+) GB)?"
@@ -51,14 +51,13 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
         BadInput: It ended before, with the end of what it said.
     """
     start, said, progress = time.monotonic(), list[str](), list[dict[str, float]]()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible(processes), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, *command],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
@@ -70,8 +69,11 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
                     if found["step"] == steps:
                         break
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            # A launcher that is killed leaves its workers on the GPUs; asked to end, it ends them first.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS)
+            process.kill()
     if not progress or progress[-1]["step"] != steps:
         raise BadInput(Fault("quantize.qad", "ended before its last step", "see what it said"), *map(_said, said[-12:]))
     plan = [line for line in said if "samples of about" in line]
@@ -112,8 +114,7 @@ def _run() -> int:
         **measure([*(launch if given.processes > 1 else []), *module], given.steps, given.processes),
     }
     shutil.rmtree(output.with_name(".qad.qad"), ignore_errors=True)
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(given.json, result)
     return 0
 
 

@@ -161,8 +161,10 @@ def answer_length(sample: Sample, config: CheckpointConfig, tokenizer: PreTraine
     conversation, _ = _conversation(sample, config)
     if not conversation or conversation[-1]["role"] != "assistant":
         return 0
-    texts = (_render(turns, sample, tokenizer, True) for turns in (conversation, conversation[:-1]))
-    whole, opened = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    whole = tokenizer.encode(_render(conversation, sample, tokenizer, True), add_special_tokens=False)
+    if len(conversation) == 1:  # nothing is asked
+        return len(whole)
+    opened = tokenizer.encode(_render(conversation[:-1], sample, tokenizer, True), add_special_tokens=False)
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, opened))
     return len(whole) - sum(1 for _ in shared)
 

@@ -22,7 +22,7 @@ def find_kernels() -> str | None:
     without CUDA it may import, and then refuses every tensor.
     """
     if not torch.cuda.is_available():
-        sys.modules.setdefault("mamba_ssm", None)  # type: ignore[arg-type]
+        sys.modules["mamba_ssm"] = None  # type: ignore[assignment]
         return "there is no CUDA device"
     if importlib.util.find_spec("mamba_ssm") is None:
         return "mamba_ssm is not installed"

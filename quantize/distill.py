@@ -193,7 +193,7 @@ def plan_distillation(
         faults.append(Fault("accelerate", "cpu_ram_efficient_loading leaves processes without weights", remedy))
     files = sorted(config.directory.glob("*.safetensors"))
     source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    identity = identity_of({"source": source, "processes": ranks, **recipe})
+    identity = identity_of({"source": source, "processes": ranks, "judged by": "answers", **recipe})
     directory = output.with_name(f".{output.name}.qad")
     faults += state_faults(directory, identity)
     sharded = spec_bytes(_language_model(config)) if ranks > 1 else 0

@@ -23,6 +23,8 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar."""
         off = None if state.is_world_process_zero else True
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading, which held both models whole, is over
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="distil", unit="step", disable=off)
         self._resume_clock()
 

@@ -2,20 +2,23 @@
 
 import functools
 import sys
+import time
 
 import pytest
 
 from accuracy.paired import pair
 from accuracy.tasks import items
 from benchmarks import embedded, processes, ptq
+from calibrate.synthetic import draw
 from checkpoint.faults import BadInput
 
 
-def test_whole_streamed_and_stock_are_measured_in_one_run(tiny, tmp_path):
-    result = ptq.measure(tiny, tmp_path, "fp8", samples=2, tokens=40, device="cpu")
-    assert result["streamed_bytes_equal"]
+@pytest.mark.parametrize("streams", [True, False])
+def test_whole_streamed_and_stock_are_measured_in_one_run(tiny, tmp_path, streams):
+    result = ptq.measure(tiny, tmp_path, "fp8", samples=2, tokens=40, device="cpu", streams=streams)
+    assert result["streamed_bytes_equal"] is (True if streams else None)
     assert result["faults"] == []
-    assert set(result["times_faster_than_stock"]) == {"ours", "streamed"}
+    assert set(result["times_faster_than_stock"]) == ({"ours", "streamed"} if streams else {"ours"})
     assert min(result["seconds"].values()) > 0
     assert result["written_gb"] > result["stock_written_gb"] > 0, "stock writes the language model alone"
 
@@ -73,19 +76,43 @@ def test_the_table_of_forms_cut_off_goes_on_with_the_answers_it_has(tmp_path, mo
     assert result["against_bf16"]["fp8"][-1]["items"] == 6
 
 
+def slowly(seconds):
+    time.sleep(seconds)
+    return {}
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_forms_answer_one_after_another_or_at_once(jobs):
     todo = {name: functools.partial(dict, text=[name]) for name in ("bf16", "fp8", "nvfp4")}
-    assert {name: given() for name, given in embedded.at_once(todo, jobs)} == {name: {"text": [name]} for name in todo}
+    assert dict(embedded.at_once(todo, jobs)) == {name: {"text": [name]} for name in todo}
+
+
+def test_what_was_under_way_when_one_form_failed_is_kept():
+    todo = {"bf16": functools.partial(slowly, 2), "nvfp4": functools.partial(slowly, -1)}
+    kept = []
+    with pytest.raises(ValueError, match="non-negative"):
+        for name, _ in embedded.at_once(todo, 2):
+            kept.append(name)
+    assert kept == ["bf16"]
 
 
 def test_a_rate_is_chosen_on_items_that_are_no_test_items(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(embedded, "answer_tasks", lambda _, samples, rate: asked.append(samples) or {"text": ["x"] * 8})
+    monkeypatch.setattr(
+        embedded,
+        "answer_tasks",
+        lambda _, samples, rate: asked.append(samples) or {task: ["x"] * len(given) for task, given in samples.items()},
+    )
     for split in ("test", "calibration"):
         embedded.measure(tmp_path, [], [], 8, ["text"], split=split)
-    assert not {sample.messages[-1]["content"][0]["text"] for sample in asked[0]["text"]} & {
-        sample.messages[-1]["content"][0]["text"] for sample in asked[1]["text"]
+    test, chosen_on = (
+        {sample.messages[-1]["content"][0]["text"] for sample in given["text"]} for given in (asked[0], asked[1])
+    )
+    assert not test & chosen_on
+    drawn = {draw("chart", f"calibration-{seed}", 0).messages[-1]["content"][0]["image_url"]["url"] for seed in (0, 1)}
+    embedded.measure(tmp_path, [], [], 1, ["chart"], split="calibration")
+    assert asked[2]["chart"][0].messages[-1]["content"][0]["image_url"]["url"] in drawn - {
+        draw("chart", "calibration-0", 0).messages[-1]["content"][0]["image_url"]["url"]
     }
 
 

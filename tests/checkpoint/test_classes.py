@@ -10,6 +10,7 @@ import torch
 from checkpoint.classes import find_kernels
 
 ROOT = Path(__file__).parents[2]
+CLASSES = ROOT / "checkpoint" / "classes.py"
 
 
 @pytest.fixture
@@ -55,14 +56,33 @@ def test_without_cuda_mamba_ssm_is_kept_out(gpu, monkeypatch):
         import mamba_ssm  # noqa: F401
 
 
-def test_every_room_takes_transformers_classes_where_the_kernels_were_looked_for():
+def imported(file):
+    """Modules by line, of both kinds of import."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_everybody_takes_transformers_classes_where_the_kernels_were_looked_for():
     files = [file for room in ROOT.iterdir() if (room / "__init__.py").exists() for file in room.rglob("*.py")]
-    assert len(files) > 90
+    files += (ROOT / "tests").rglob("*.py")
+    assert len(files) > 150
     strays = [
-        str(file.relative_to(ROOT))
+        f"{file.relative_to(ROOT)}:{line}"
         for file in files
-        if file.name != "classes.py" and "tests" not in file.parts
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.models.nemotron")
+        if file != CLASSES
+        for line, name in imported(file)
+        if name.startswith("transformers.models.nemotron")
     ]
     assert strays == []
+
+
+def test_the_kernels_are_looked_for_before_transformers_binds_its_scan():
+    looked = next(
+        node.lineno
+        for node in ast.parse(CLASSES.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node) == "KERNELS_MISSING = find_kernels()"
+    )
+    assert looked < min(line for line, name in imported(CLASSES) if name.startswith("transformers"))

@@ -8,8 +8,10 @@ import modelopt.torch.quantization as mtq
 import modelopt.torch.quantization.calib.max as modelopt_max
 import pytest
 import torch
+from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.utils import reduce_amax
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantize.amax
 from checkpoint.native import module_name
@@ -68,6 +70,31 @@ def test_a_weight_is_read_once_however_many_samples_pass(monkeypatch: pytest.Mon
 
 def test_upstream_trap_modelopt_reads_every_weight_at_every_forward(monkeypatch: pytest.MonkeyPatch):
     assert read_shapes(monkeypatch, calibrators=False).count((16, 32)) == 1 + PASSES
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a tensor of 1,000 elements."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += any(isinstance(given, torch.Tensor) and given.numel() == 1000 for given in arguments)
+        return function(*arguments, **(named or {}))
+
+
+def reads(calibrator: MaxCalibrator) -> int:
+    x = torch.randn(10, 100)
+    with Reads() as counted:
+        calibrator.collect(x)
+    return counted.count
+
+
+def test_an_activation_is_read_once():
+    assert reads(quantize.amax.DeviceMax(num_bits=(4, 3), axis=None)) == 1
+
+
+def test_upstream_trap_modelopt_reads_an_activation_twice():
+    assert reads(MaxCalibrator(num_bits=(4, 3), axis=None)) >= 2
 
 
 @pytest.mark.parametrize("worst", [-7.5, 7.5, float("-inf"), float("nan")])

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from transformers.models.nemotron_h import modeling_nemotron_h
 
 from calibrate.forward import embed
 from calibrate.prompts import build_prompt
+from checkpoint.classes import modeling as modeling_nemotron_h
 from checkpoint.faults import BadInput
 from checkpoint.native import load_model, module_name
 from quantize import student as student_of

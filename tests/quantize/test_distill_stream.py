@@ -141,7 +141,8 @@ def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(tiny_m
     assert (batch["labels"] != IGNORE).sum() > len(counted), "training still counts every token"
 
 
-def test_held_out_a_sample_without_an_answer_counts_whole(tiny_model, tiny_config):
-    sample = Sample("1", [{"role": "user", "content": "Nothing is asked."}], "test")
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_held_out_a_sample_without_an_answer_or_a_question_counts_whole(tiny_model, tiny_config, role):
+    sample = Sample("1", [{"role": role, "content": "Nothing is asked."}], "test")
     batch = batch_of(tiny_model, sample, tiny_config, load_tokenizer(tiny_config), 0.0, 4096)
     assert torch.equal(answer_alone(batch)["labels"], batch["labels"])
