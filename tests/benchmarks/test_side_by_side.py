@@ -90,30 +90,33 @@ def test_forms_answer_one_after_another_or_at_once(jobs):
 def test_what_was_under_way_when_one_form_failed_is_kept():
     todo = {"bf16": functools.partial(slowly, 2), "nvfp4": functools.partial(slowly, -1)}
     kept = []
-    with pytest.raises(ValueError, match="non-negative"):
+
+    def keep():
         for name, _ in embedded.at_once(todo, 2):
             kept.append(name)
+
+    with pytest.raises(ValueError, match="non-negative"):
+        keep()
     assert kept == ["bf16"]
 
 
-def test_a_rate_is_chosen_on_items_that_are_no_test_items(tmp_path, monkeypatch):
+def asked_for(sample):
+    """The question and the picture, where there is one."""
+    return [part.get("text") or part["image_url"]["url"] for part in sample.messages[-1]["content"]]
+
+
+def test_a_rate_is_chosen_on_items_that_are_no_test_items_and_that_no_recipe_draws(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        embedded,
-        "answer_tasks",
-        lambda _, samples, rate: asked.append(samples) or {task: ["x"] * len(given) for task, given in samples.items()},
-    )
+
+    def answer(config, samples, rate):
+        asked.append([asked_for(sample) for sample in samples["chart"]])
+        return {"chart": ["x"] * len(samples["chart"])}
+
+    monkeypatch.setattr(embedded, "answer_tasks", answer)
     for split in ("test", "calibration"):
-        embedded.measure(tmp_path, [], [], 8, ["text"], split=split)
-    test, chosen_on = (
-        {sample.messages[-1]["content"][0]["text"] for sample in given["text"]} for given in (asked[0], asked[1])
-    )
-    assert not test & chosen_on
-    drawn = {draw("chart", f"calibration-{seed}", 0).messages[-1]["content"][0]["image_url"]["url"] for seed in (0, 1)}
-    embedded.measure(tmp_path, [], [], 1, ["chart"], split="calibration")
-    assert asked[2]["chart"][0].messages[-1]["content"][0]["image_url"]["url"] in drawn - {
-        draw("chart", "calibration-0", 0).messages[-1]["content"][0]["image_url"]["url"]
-    }
+        embedded.measure(tmp_path, [], [], 2, ["chart"], split=split)
+    drawn = [asked_for(draw("chart", f"calibration-{seed}", n)) for seed in (0, 1000003, 2000003) for n in (0, 1)]
+    assert not [item for item in asked[1] if item in asked[0] or item in drawn]
 
 
 def test_what_distillation_wins_back_is_a_share_of_what_ptq_lost():
