@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibrate.drawing import stream
-from calibrate.lists import frequent, recall
+from calibrate.lists import order, recall
 from calibrate.samples import Sample
 from calibrate.scenes import Scene
 from calibrate.synthetic import compose, messages
@@ -79,7 +79,7 @@ def scene(task: str, name: str, index: int) -> Scene:
     """
     if task == "text":
         random = stream("text", name, index)
-        return recall(random, pairs=int(random.randint(300, 361))) if index % 8 == 7 else frequent(random, close=True)
+        return recall(random, pairs=int(random.randint(300, 361))) if index % 8 == 7 else order(random)
     return compose(task, name, index)
 
 

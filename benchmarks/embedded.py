@@ -13,13 +13,11 @@ several --jobs. What is finished is kept in DIR, and the same command goes on.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import multiprocessing
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,30 +120,6 @@ def served_answers(
         return ask_endpoint(server.url, asked)
 
 
-def at_once(todo: Mapping[str, Callable[[], Answers]], jobs: int) -> Iterator[tuple[str, Answers]]:
-    """What comes of each piece of work, as it is done: in this process, or in `jobs` others.
-
-    Raises:
-        Exception: What a piece raised, when those that were under way are done; others are not begun.
-    """
-    if jobs == 1:
-        yield from ((name, work()) for name, work in todo.items())
-        return
-    failed: BaseException | None = None
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        coming = {pool.submit(work): name for name, work in todo.items()}
-        for done in concurrent.futures.as_completed(coming):
-            if done.cancelled():
-                continue
-            if error := done.exception():
-                failed = failed or error
-                pool.shutdown(wait=False, cancel_futures=True)
-            else:
-                yield coming[done], done.result()
-    if failed:
-        raise failed
-
-
 def measure(
     work: Path,
     variants: Sequence[str],
@@ -177,29 +151,25 @@ def measure(
     # Recipes draw the calibration split's series 0, 1000003 and 2000003.
     samples: Samples = {task: items(task, split, count, seed=0 if split == "test" else 1) for task in tasks}
     clips = {task: asked for task, asked in samples.items() if task.startswith("video")}
-    todo = {f"{form}, EVS 0.0": (form, 0.0, samples) for form in ("bf16", *variants)}
-    todo |= {f"bf16, EVS {rate}": ("bf16", rate, clips) for rate in PRUNING_RATES if clips and rate}
-    left = {name: job for name, job in todo.items() if not parts.has(name)}
     work_on = functools.partial(answered, work=work, model=bf16, settings=settings)
-    for name, given in at_once({name: functools.partial(work_on, *job) for name, job in left.items()}, jobs):
-        parts.part(name, functools.partial(dict, given))
+    in_process = {(form, 0.0): functools.partial(work_on, form, 0.0, samples) for form in ("bf16", *variants)}
+    rates = PRUNING_RATES if clips else ()
+    in_process |= {("bf16", rate): functools.partial(work_on, "bf16", rate, clips) for rate in rates if rate}
+    answers = parts.all({f"{form}, EVS {rate}": job for (form, rate), job in in_process.items()}, jobs)
     share = None if jobs == 1 else 0.9 / jobs
     serve = functools.partial(served_answers, asked=samples, work=work, model=bf16, flags=flags, share=share)
     part_of = {name: shlex.join([name, "served", *flags]) for name in served}
-    to_serve = {part_of[name]: functools.partial(serve, name) for name in served}
-    for name, given in at_once({name: job for name, job in to_serve.items() if not parts.has(name)}, jobs):
-        parts.part(name, functools.partial(dict, given))
+    by_server = parts.all({part_of[name]: functools.partial(serve, name) for name in served}, jobs)
 
     def answers_of(form: str, rate: float = 0.0) -> Answers:
-        return parts.part(f"{form}, EVS {rate}", dict)
+        return answers[f"{form}, EVS {rate}"]
 
-    answers = {form: answers_of(form) for form in ("bf16", *variants)}
     paired: dict[str, list[Paired]] = {}
     for variant in variants:
-        paired[variant] = pair(samples, answers["bf16"], answers[variant])
+        paired[variant] = pair(samples, answers_of("bf16"), answers_of(variant))
         console.print(paired_table(paired[variant], "BF16", variant))
     curve: dict[str, dict[str, float]] = {}
-    for rate in PRUNING_RATES if clips else ():
+    for rate in rates:
         pruned = answers_of("bf16", rate)
         curve[str(rate)] = {task: result(task, asked, pruned[task]).accuracy for task, asked in clips.items()}
     table = Table(title="BF16, clips pruned by EVS", title_justify="left")
@@ -211,7 +181,7 @@ def measure(
         console.print(table)
     endpoint: dict[str, list[Paired]] = {}
     for name in served:
-        endpoint[name] = pair(samples, answers[name.partition(":")[0]], parts.part(part_of[name], dict))
+        endpoint[name] = pair(samples, answers_of(name.partition(":")[0]), by_server[part_of[name]])
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
     parts.done()
     distilled = [name for name in variants if name.startswith("nvfp4_qa")]

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,13 +76,12 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
                 process.wait(_GRACE_SECONDS)
             process.kill()
     if not progress or progress[-1]["step"] != steps:
-        raise BadInput(Fault("quantize.qad", "ended before its last step", "see what it said"), *map(_said, said[-12:]))
+        raise BadInput(
+            Fault("quantize.qad", "ended before its last step", "see what it said"),
+            *(Fault("it said", line) for line in said[-12:]),
+        )
     plan = [line for line in said if "samples of about" in line]
     return {"plan": plan, "progress": progress}
-
-
-def _said(line: str) -> Fault:
-    return Fault("it said", line)
 
 
 def _run() -> int:
@@ -104,10 +104,10 @@ def _run() -> int:
     shape = [f"distill.steps={given.steps}", f"distill.save_every={given.steps}", *few, *given.settings]
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(given.processes), *FSDP2]
     module = ["-m", "quantize.qad", "recipes/nvfp4_qad.yaml", f"model={given.model}", f"output={output}", *shape]
+    options = ["MODEL", "--work", "DIR", "--processes", str(given.processes), "--steps", str(given.steps)]
     result = {
-        "command": f"python -m benchmarks.training MODEL --work DIR --processes {given.processes} --steps"
-        f" {given.steps} " + " ".join(f"'{setting}'" for setting in given.settings),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "command": shlex.join(["python", "-m", "benchmarks.training", *options, *given.settings]),
+        "device": torch.cuda.get_device_name(),
         "processes": given.processes,
         "versions": versions(),
         "mamba_kernels": KERNELS_MISSING or "mamba_ssm",

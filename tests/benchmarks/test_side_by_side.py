@@ -8,7 +8,7 @@ import pytest
 
 from accuracy.paired import pair
 from accuracy.tasks import items
-from benchmarks import embedded, processes, ptq
+from benchmarks import embedded, parts, processes, ptq
 from calibrate.synthetic import draw
 from checkpoint.faults import BadInput
 
@@ -84,7 +84,7 @@ def slowly(seconds):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_forms_answer_one_after_another_or_at_once(jobs):
     todo = {name: functools.partial(dict, text=[name]) for name in ("bf16", "fp8", "nvfp4")}
-    assert dict(embedded.at_once(todo, jobs)) == {name: {"text": [name]} for name in todo}
+    assert dict(parts.at_once(todo, jobs)) == {name: {"text": [name]} for name in todo}
 
 
 def test_what_was_under_way_when_one_form_failed_is_kept():
@@ -92,7 +92,7 @@ def test_what_was_under_way_when_one_form_failed_is_kept():
     kept = []
 
     def keep():
-        for name, _ in embedded.at_once(todo, 2):
+        for name, _ in parts.at_once(todo, 2):
             kept.append(name)
 
     with pytest.raises(ValueError, match="non-negative"):
