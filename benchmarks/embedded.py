@@ -31,6 +31,7 @@ from accuracy.paired import Paired, pair, paired_table
 from accuracy.tasks import SPLITS, TASKS, TEST_ITEMS, check_tasks, items, result
 from accuracy.training_evaluation import PRUNING_RATES
 from benchmarks.parts import Parts, write_json
+from benchmarks.serving import said, vllm_version
 from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
@@ -111,13 +112,17 @@ def answered(form: str, rate: float, asked: Samples, work: Path, model: Path, se
 
 def served_answers(
     name: str, asked: Samples, work: Path, model: Path, flags: Sequence[str], share: float | None
-) -> Answers:
-    """What vLLM, with a share of the GPU's memory, answers of a form that is there; `name` may end in `:BACKEND`."""
+) -> dict[str, Any]:
+    """What vLLM, with a share of the GPU's memory, answers of a form that is there, and with which kernels.
+
+    `name` may end in `:BACKEND`, vLLM's linear backend.
+    """
     form, _, backend = name.partition(":")
     directory = model if form == "bf16" else work / form
     settings = ServeSettings(port=0, video_pruning_rate=0.0, gpu_memory_utilization=share)
     with running_server(directory, settings, [*(["--linear-backend", backend] if backend else []), *flags]) as server:
-        return ask_endpoint(server.url, asked)
+        answers = ask_endpoint(server.url, asked)
+        return {"answers": answers, **said(server.log.read_text(encoding="utf-8", errors="replace"))}
 
 
 def measure(
@@ -180,9 +185,13 @@ def measure(
     if clips:
         console.print(table)
     endpoint: dict[str, list[Paired]] = {}
+    from_bf16: dict[str, list[Paired]] = {}
+    reference = by_server[part_of["bf16"]]["answers"] if "bf16" in served else answers_of("bf16")
     for name in served:
-        endpoint[name] = pair(samples, answers_of(name.partition(":")[0]), by_server[part_of[name]])
+        endpoint[name] = pair(samples, answers_of(name.partition(":")[0]), by_server[part_of[name]]["answers"])
         console.print(paired_table(endpoint[name], f"{name} in process", f"{name} served by vLLM"))
+        if name != "bf16":
+            from_bf16[name] = pair(samples, reference, by_server[part_of[name]]["answers"])
     parts.done()
     distilled = [name for name in variants if name.startswith("nvfp4_qa")]
     return {
@@ -193,8 +202,12 @@ def measure(
         "against_bf16": {name: _plain(rows) for name, rows in paired.items()},
         "evs_bf16": curve,
         "served_against_in_process": {name: _plain(rows) for name, rows in endpoint.items()},
+        "served_against_bf16": {name: _plain(rows) for name, rows in from_bf16.items()},
+        "vllm": vllm_version() if served else None,
+        "kernels": {name: by_server[part_of[name]]["kernels"] for name in served},
         "distillation": {name: _distillation(work / name) for name in distilled},
-        "won_back": {name: won_back(paired["nvfp4"], paired[name]) for name in distilled if "nvfp4" in paired},
+        "won_back": _all_won_back(paired),
+        "won_back_served": _all_won_back(from_bf16),
     }
 
 
@@ -202,6 +215,12 @@ def won_back(ptq: Sequence[Paired], distilled: Sequence[Paired]) -> float | None
     """Share of what PTQ lost on the mean of the tasks that distillation wins back; None where nothing was lost."""
     lost = ptq[-1].reference - ptq[-1].variant
     return round((distilled[-1].variant - ptq[-1].variant) / lost, 3) if lost > 0 else None
+
+
+def _all_won_back(paired: Mapping[str, Sequence[Paired]]) -> dict[str, float | None]:
+    """`won_back` of every distilled form whose PTQ, with the same linear backend, is there."""
+    ptq = {name: "nvfp4" + "".join(name.partition(":")[1:]) for name in paired if name.startswith("nvfp4_qa")}
+    return {name: won_back(paired[ptq[name]], paired[name]) for name in ptq if ptq[name] in paired}
 
 
 def _distillation(directory: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _run() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of recipes/nvfp4_qad.yaml")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if torch.cuda.device_count() < given.processes:
         there = f"{torch.cuda.device_count()} CUDA devices are there"
         raise BadInput(Fault("--processes", there, f"{given.processes} are asked for"))

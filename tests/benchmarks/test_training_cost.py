@@ -59,8 +59,9 @@ def test_a_run_that_ends_before_says_why():
         training.measure(["-c", "print('memory of cuda: needs 205 GB')"], 4, 1)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
-    given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", "j", "--processes", "99"]
+def test_fields_may_follow_options_and_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
+    # argparse gives a `*` positional its words together with the model, and then refuses those after the options.
+    given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", "j", "--processes", "99", "distill.batch=4"]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(BadInput, match="99 are asked for"):
         training._run()
