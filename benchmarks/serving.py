@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.parts import Parts, write_json
 from checkpoint.config import read_config
-from checkpoint.faults import BadInput, Fault, main
+from checkpoint.faults import Fault, main, raise_if_any
 from recipes.inputs import versions
 from serve.ask import ask, connect
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
@@ -90,10 +90,11 @@ def _run() -> int:
     parser.add_argument("directories", nargs="+", metavar="DIR[:BACKEND]")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--max-tokens", type=int, default=48, help="most tokens of an answer (48)")
+    parser.add_argument("--jobs", type=int, default=1, help="servers at once; --vllm then gives each its memory")
     parser.add_argument("--vllm", default="", metavar="FLAGS", help="more flags of vllm serve, in one word")
     given = parser.parse_args()
-    if given.max_tokens < 1:
-        raise BadInput(Fault("--max-tokens", f"is {given.max_tokens}", "give 1 or more"))
+    counts = {"--max-tokens": given.max_tokens, "--jobs": given.jobs}
+    raise_if_any(Fault(name, f"is {count}", "give 1 or more") for name, count in counts.items() if count < 1)
     for name in given.directories:
         read_config(parted(name)[0])
     flags, environment = shlex.split(given.vllm), find_environment()
@@ -106,8 +107,8 @@ def _run() -> int:
         video = Path(scratch) / "clip.mp4"
         draw_video(video)
         ask_all = functools.partial(measure, flags=flags, images=images, video=video, max_tokens=given.max_tokens)
-        found = parts.all({name: functools.partial(ask_all, name) for name in given.directories})
-    shown = [f"--max-tokens={given.max_tokens}", *([f"--vllm={given.vllm}"] if flags else [])]
+        found = parts.all({name: functools.partial(ask_all, name) for name in given.directories}, given.jobs)
+    shown = [f"--max-tokens={given.max_tokens}", f"--jobs={given.jobs}", *([f"--vllm={given.vllm}"] if flags else [])]
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.serving", *given.directories, *shown]),
         "device": environment.device.name,

@@ -145,16 +145,16 @@ def _exclusion_faults(
         parent, _, short = vllm_name(linear.name).rpartition(".")
         module = f"{parent}.qkv_proj" if short in FUSED["qkv_proj"] else f"{parent}.{short}"
         format = FORMATS[formats[linear.name]] if linear.name in formats else None
-        if isinstance(layers, dict):  # vLLM goes by this table and ignores the exclude list
-            given = layers.get(linear.name, {}).get("quant_algo")
-            if given != (format.algo if format else None):
-                yield Fault(where, f"quantized_layers gives {linear.name} {given}, its tensors say otherwise", _REWRITE)
-            continue
         excluded = is_excluded(module, entries)
         if excluded and format:
             yield Fault(
                 linear.name, "is quantized, but vLLM's exclude rule leaves it out", "mend `ignore`: " + _REWRITE
             )
+        if isinstance(layers, dict):  # vLLM asks this table about what the exclude list leaves in
+            given = layers.get(linear.name, {}).get("quant_algo")
+            if given != (format.algo if format else None):
+                yield Fault(where, f"quantized_layers gives {linear.name} {given}, its tensors say otherwise", _REWRITE)
+            continue
         if not excluded and not format:
             yield Fault(linear.name, "has no scales, but vLLM takes it for quantized", "mend `ignore`: " + _REWRITE)
         if format and format.algo != section.get("quant_algo"):

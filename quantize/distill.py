@@ -36,12 +36,14 @@ from quantize.policy import Policy
 from quantize.ptq import share_fused_scales
 from quantize.qad_state import (
     BEST,
+    WEIGHTS,
     amax_of,
     begin,
     checkpoints,
     gather,
     identity_of,
     load_weights,
+    share_ranges,
     space_faults,
     state_bytes,
     state_faults,
@@ -115,7 +117,7 @@ class Plan:
         return os.environ.get("RANK", "0") == "0"
 
     def finish(self) -> None:
-        """Remove the state; call it when the result is on disk."""
+        """Remove the state; call it when the result is on disk and measured."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -230,10 +232,13 @@ def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module |
     student = model.language_model
     share_fused_scales(student, plan.policy)  # the export will: what is trained must be what is served
     linears = {name: student.get_submodule(module_name(name)) for name in plan.trained}
-    before = {name: amax.clone() for name, amax in amax_of(linears).items()}
     with trainable(student, linears), embedding_only(model), contextlib.redirect_stdout(io.StringIO()):
         trainer = _trainer(plan, model, student, teacher, linears)
+        share_ranges(student)
         last = next(reversed(checkpoints(plan.directory)), None)
+        if last is not None:
+            load_weights(linears, last / WEIGHTS)  # its ranges hold: a GPU may calibrate another bit this time
+        before = {name: amax.clone() for name, amax in amax_of(linears).items()}
         gc.collect()
         gc.freeze()  # QADTrainer collects garbage before every batch: keep what is there out of it
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -93,6 +94,15 @@ def amax_of(linears: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
         for name, module in linears.items()
         for quantizer in ("weight_quantizer", "input_quantizer")
     }
+
+
+@torch.no_grad()
+def share_ranges(model: nn.Module) -> None:
+    """Give every process the first one's ranges: each has calibrated for itself, and their GPUs may differ in a bit."""
+    if dist.is_initialized():
+        for name, buffer in model.named_buffers():
+            if name.endswith("_amax"):
+                dist.broadcast(buffer, 0)
 
 
 def weight_of(linear: nn.Module) -> nn.Parameter:

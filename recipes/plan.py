@@ -26,6 +26,7 @@ from checkpoint.layers import largest_layer, layer_configs, layer_specs, single_
 from checkpoint.layout import LANGUAGE_MODEL, LAYERS, language_model_linears, spec_bytes
 from checkpoint.memory import device_available, host_available
 from checkpoint.writing import check_output
+from export.manifest import read_manifest
 from export.write import output_specs
 from quantize.distill import Plan
 from quantize.policy import Policy
@@ -142,7 +143,7 @@ def plan_run(
     in_memory = min(activations, budget) if streams else 0
     # Two saves of the activations, the older one until the newer is whole, and what memory has no room for.
     kept = 2 * activations + (activations - in_memory) if streams else 0
-    if not (streams and state.written()):
+    if not (streams and state.written()) and not written_before(recipe, distillation):
         check_output(recipe.output, 0 if streams and begun else written)
     if not (streams and begun):
         faults += _disk_fault(recipe.output, written + kept)
@@ -163,6 +164,14 @@ def plan_run(
     if streams and begun:
         lines.append(f"goes on after layer {state.progress()[0]} of {len(config.pattern)}, from {state.directory}")
     return WorkPlan(streams, reason, tuple(lines), budget)
+
+
+def written_before(recipe: Recipe, distillation: Plan | None) -> bool:
+    """Whether the output is that of this distillation, killed after it was written and before it was measured."""
+    if distillation is None or not distillation.directory.exists():
+        return False
+    manifest = read_manifest(recipe.output)
+    return manifest is not None and manifest.recipe == recipe.model_dump(mode="json")
 
 
 def _kernel_line(device: str) -> list[str]:

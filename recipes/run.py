@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 from torch import nn
 
@@ -25,7 +26,7 @@ from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
 from quantize.student import frozen_copy
 from recipes.inputs import distillation, open_checkpoint, pick_device, prompt_stream, versions
-from recipes.plan import plan_run
+from recipes.plan import plan_run, written_before
 from recipes.schema import Recipe
 from recipes.search import auto_faults, searched
 from recipes.streaming import Job, run_streamed
@@ -90,16 +91,19 @@ def run(recipe: Recipe) -> int:
         say(f"distilled: {distilled}")
         manifest = dataclasses.replace(manifest, distillation=dataclasses.asdict(distilled))
     packed = packed_linears(model.language_model, policy)
+    if written_before(recipe, plan):
+        shutil.rmtree(recipe.output)
     write_checkpoint(config, source, policy, packed, recipe.output, manifest)
     if search:
         search.write(recipe.output)
     del model, packed, teacher
-    if plan:
-        plan.finish()
 
     def read_back() -> tuple[list[States], nn.Module]:
         exported = load_exported(read_config(recipe.output), device)
         answers = states(exported, held_out(skipped=Skipped()), describe="quantized answers")
         return answers, exported.language_model.lm_head
 
-    return conclude(recipe, config, manifest, lambda: reference, read_back, device)
+    status = conclude(recipe, config, manifest, lambda: reference, read_back, device)
+    if plan:
+        plan.finish()
+    return status

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint.faults import Fault
 from export.verify import show_faults, verify
+from recipes.run import run
+from recipes.schema import load_recipe
 from tests.editing import edit_json, edit_tensors, truncate
 
 LAYER = "language_model.backbone.layers.{}.mixer.{}"
@@ -18,6 +21,15 @@ IN_PROJ = LAYER.format(0, "in_proj")
 @pytest.fixture
 def attention(tiny_config) -> str:
     return f"language_model.backbone.layers.{tiny_config.pattern.index('*')}.mixer"
+
+
+@pytest.fixture
+def mixed(tiny, tmp_path):
+    """An export with NVFP4, attention in FP8 and MLPs in BF16."""
+    layers = "quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]"
+    few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", layers]
+    run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, f"output={tmp_path / 'mixed'}"]))
+    return tmp_path / "mixed"
 
 
 def messages(directory, source=None) -> str:
@@ -88,6 +100,13 @@ def test_a_quantized_linear_that_the_list_excludes(fp8_copy):
     """Upstream trap: a glob such as language_model* makes vLLM take the whole language model for BF16."""
     edit_both_lists(fp8_copy, lambda entries: entries.append("language_model*"))
     assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(fp8_copy)
+
+
+def test_a_linear_of_a_mixed_export_that_the_list_excludes(mixed):
+    """Upstream trap: vLLM asks the exclude list first, also where quantized_layers names the linear's format."""
+    assert messages(mixed) == ""
+    edit_both_lists(mixed, lambda entries: entries.append("language_model*"))
+    assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(mixed)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "conv1d"])

@@ -162,9 +162,68 @@ def test_a_range_that_moves_stops_the_run(tiny_config, tmp_path, monkeypatch):
         Small(tiny_config, tmp_path, steps=1).run()
 
 
-def test_a_learning_rate_far_too_high_stops_the_run_with_advice(tiny_config, tmp_path):
-    with pytest.raises(BadInput, match=r"above PTQ's .* nats 1 times in a row.*learning_rate first"):
-        Small(tiny_config, tmp_path, steps=3, learning_rate=0.1, patience=1).run()
+@pytest.mark.parametrize("patience", [1, 2])
+def test_a_learning_rate_far_too_high_stops_the_run_with_advice(tiny_config, tmp_path, patience):
+    with pytest.raises(BadInput, match=rf"above PTQ's .* nats {patience} times in a row.*learning_rate first"):
+        Small(tiny_config, tmp_path, steps=4, learning_rate=0.1, patience=patience).run()
+
+
+def test_the_schedule_is_adamws_with_a_warm_up_and_a_cosine_and_evaluations_are_as_far_apart_as_asked(
+    tiny_config, tmp_path, monkeypatch
+):
+    seen, step = {}, DistillationTrainer.training_step
+
+    def watched(self, *arguments):
+        optimizer = self.optimizer.optimizer
+        seen[self.state.global_step] = optimizer.param_groups[0] | {"name": type(optimizer).__name__}
+        return step(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", watched)
+    result = Small(tiny_config, tmp_path, steps=6, warmup=1 / 3, learning_rate=1e-5, save_every=3).run()
+    cosine = [(1 + math.cos(math.pi * part / 4)) / 2 for part in (0, 1, 2, 3)]
+    assert [group["lr"] for group in seen.values()] == pytest.approx([1e-5 * share for share in (0, 0.5, *cosine)])
+    assert {(g["name"], g["betas"], g["weight_decay"]) for g in seen.values()} == {("AdamW", (0.9, 0.999), 0.05)}
+    assert [number for number, _ in result.held_out] == [0, 3, 6]
+
+
+def test_q_k_and_v_train_under_the_ranges_that_they_will_share_when_served(tiny_config, tmp_path, monkeypatch):
+    seen, step = [], DistillationTrainer.training_step
+
+    def watched(self, model, *arguments):
+        seen.append([float(getattr(model.model.layers[layer].mixer, name).weight_quantizer._amax) for name in names])
+        return step(self, model, *arguments)
+
+    layer, names = tiny_config.pattern.index("*"), ("q_proj", "k_proj", "v_proj")
+    small = Small(tiny_config, tmp_path, format="nvfp4", steps=1, batch=1)
+    mixer = small.model.language_model.model.layers[layer].mixer
+    own = {float(getattr(mixer, name).weight_quantizer._amax) for name in names}
+    monkeypatch.setattr(DistillationTrainer, "training_step", watched)
+    small.run()
+    assert len(own) == 3
+    assert seen == [[max(own)] * 3]
+
+
+def test_a_run_taken_up_again_keeps_the_ranges_it_began_with(tiny_config, tmp_path, monkeypatch):
+    """A GPU may calibrate another bit the second time: what the weights were trained under counts."""
+    step = DistillationTrainer.training_step
+
+    def killed(self, *arguments):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    def range_of(small):
+        return small.model.language_model.model.layers[0].mixer.in_proj.input_quantizer._amax
+
+    first = Small(tiny_config, tmp_path, learning_rate=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    second = Small(tiny_config, tmp_path, learning_rate=1e-5)
+    range_of(second).mul_(1 + 2**-7)
+    assert second.run().steps == 2
+    assert torch.equal(range_of(second), range_of(first))
 
 
 def test_nan_stops_the_run_with_advice(tiny_config, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A distillation killed at any moment goes on with the same command and ends with the same bytes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -102,6 +103,50 @@ def test_killed_while_exporting_it_does_not_train_again(tiny, uninterrupted, tmp
     load_and_run(tiny, output)
     assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
     assert read_manifest(output).distillation == read_manifest(uninterrupted).distillation
+
+
+def test_killed_between_writing_and_the_verdict_it_comes_to_one_without_training_again(
+    tiny, uninterrupted, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.run.conclude", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_and_run(tiny, output)
+    assert read_manifest(output).gate["passed"] is None
+    monkeypatch.setattr("quantize.qad_trainer.DistillationTrainer.training_step", None)
+    with pytest.raises(BadInput, match="exists already"):  # another recipe's output stays
+        load_and_run(tiny, output, "serve.video_pruning_rate=0.5")
+    load_and_run(tiny, output)
+    assert read_manifest(output) == dataclasses.replace(
+        read_manifest(uninterrupted), recipe=read_manifest(output).recipe
+    )
+    assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert not (tmp_path / ".out.qad").exists()
+    with pytest.raises(BadInput, match="exists already"):
+        load_and_run(tiny, output)
+
+
+@pytest.mark.parametrize("section", ["calibrate", "distill"])
+def test_samples_that_have_changed_are_refused(tiny, tmp_path, monkeypatch, section):
+    given, samples = overrides(tiny, tmp_path / "out"), tmp_path / "mine.jsonl"
+    samples.write_bytes((tiny.parent / "samples.jsonl").read_bytes())
+    given.append(f"{section}.sources=[{{type: jsonl, path: {samples}}}]")
+    monkeypatch.setattr("quantize.distill.DistillationTrainer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(RECIPE, given))
+    samples.write_text(samples.read_text().replace("Answer 3", "Answer 5"))
+    with pytest.raises(BadInput, match=r"samples\..*mine\.jsonl: was "):
+        run(load_recipe(RECIPE, given))
+
+
+def test_nvfp4_is_distilled_and_its_export_verified(tiny, tmp_path):
+    nvfp4 = ["quantize.layers=[{format: nvfp4}]", "distill.steps=1", "distill.learning_rate=1e-5"]
+    output = tmp_path / "out"
+    assert load_and_run(tiny, output, *nvfp4) in (0, 1)
+    manifest = read_manifest(output)
+    assert verify(output, tiny) == []
+    assert len(manifest.distillation["trained"]) == manifest.formats["nvfp4"] == 24
 
 
 def test_a_source_that_has_changed_is_refused(tiny_copy, tmp_path, monkeypatch):
