@@ -1,4 +1,4 @@
-"""Quantized checkpoints on a real vLLM on a CPU, through the plug-in."""
+"""Our exports of every format on a real vLLM on a CPU, through the plug-in."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from exports import write_export
 
+from recipes.run import run
+from recipes.schema import load_recipe
 from serve.ask import ask, connect, content_parts
 from serve.environment import find_python
 from serve.process import running_server
@@ -61,12 +62,19 @@ def ask_directory(directory):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def exported(tiny, output, *layers):
+    few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", f"output={output}"]
+    run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *layers]))
+    return output
+
+
 @pytest.fixture(scope="module")
 def served(fp8, tiny, tmp_path_factory):
     """Three servers at once: starting one is importing vLLM three times, and uses one core."""
     folder = tmp_path_factory.mktemp("quantized")
-    mixed = write_export(tiny, folder / "mixed", {"mamba": "FP8", "mlp": "NVFP4"})
-    nvfp4 = write_export(tiny, folder / "nvfp4", {"mamba": "NVFP4", "mlp": "NVFP4", "attention": "NVFP4"})
+    layers = "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention}]"
+    mixed = exported(tiny, folder / "mixed", layers)
+    nvfp4 = exported(tiny, folder / "nvfp4")
     with ThreadPoolExecutor() as pool:
         started = {
             "fp8": pool.submit(generate, fp8),
@@ -83,7 +91,7 @@ def test_our_fp8_export_generates(served):
     assert log.count("FP8 (W8A8) layers run on a REFERENCE kernel") == 1
 
 
-def test_a_mixed_checkpoint_generates(served):
+def test_our_mixed_export_generates(served):
     answer, log = served["mixed"].result()
     assert answer.completion_tokens >= 1
     assert "quantization=modelopt_mixed," in log
@@ -91,7 +99,7 @@ def test_a_mixed_checkpoint_generates(served):
     assert "Selected ReferenceFp8Kernel" in log
 
 
-def test_an_nvfp4_directory_is_served_for_one_question(served):
+def test_our_nvfp4_export_is_served_for_one_question(served):
     """The whole of `python -m serve.ask DIR`: start, ask, stop."""
     done = served["nvfp4"].result()
     assert done.returncode == 0, done.stderr
