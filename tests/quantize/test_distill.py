@@ -12,6 +12,7 @@ from checkpoint.classes import modeling as modeling_nemotron_h
 from checkpoint.faults import BadInput
 from checkpoint.native import load_model, module_name
 from quantize import student as student_of
+from quantize.ptq import share_fused_scales
 from quantize.qad_trainer import DistillationTrainer
 from quantize.training_stream import with_answer
 from tests.quantize.distilling import Small, mixture, one_thread, said  # noqa: F401
@@ -37,11 +38,13 @@ def sums(reference, student, small, samples, answers=False):
     return total, count
 
 
-@pytest.fixture(scope="module")
-def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
+@pytest.fixture(scope="module", params=["fp8", "nvfp4"])
+def done(request, one_thread, tiny_config, tmp_path_factory):  # noqa: F811
     """A run over a clip, a picture and texts, with what was known before it."""
-    small = Small(tiny_config, tmp_path_factory.mktemp("qad"), mixture, steps=2, learning_rate=1e-4)
+    directory = tmp_path_factory.mktemp("qad")
+    small = Small(tiny_config, directory, mixture, format=request.param, steps=2, learning_rate=1e-4)
     bf16, student = load_model(tiny_config).language_model, small.model.language_model
+    share_fused_scales(student, small.plan.policy)  # PTQ's export has them so
     samples = list(mixture())
     with torch.no_grad():
         small.ptq_held_out = (lambda total, count: float(total) / count)(
