@@ -30,15 +30,14 @@ from serve.environment import find_environment
 from serve.process import running_server
 from serve.settings import served
 
-_KERNEL = re.compile(r"(?:Using|Selected) (\w+LinearKernel)\b(?: for (\w+))?")
+_KERNEL = re.compile(r"(?:Using|Selected) (\w+Kernel) for ")
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
 
 
 def said(log: str) -> dict[str, Any]:
     """Of vLLM's log: its kernels for quantized linears, and the weights' memory in GiB, None where it did not say."""
-    kernels = sorted({match[1] + (f" for {match[2]}" if match[2] else "") for match in _KERNEL.finditer(log)})
     weights = _WEIGHTS.search(log)
-    return {"kernels": kernels, "weights_gib": float(weights[1]) if weights else None}
+    return {"kernels": sorted(set(_KERNEL.findall(log))), "weights_gib": float(weights[1]) if weights else None}
 
 
 def vllm_version() -> str:

@@ -15,13 +15,20 @@ FP8 = """
 (EngineCore pid=2) INFO 11-26 09:43:36 [gpu_model_runner.py:5347] Model loading took 13.04 GiB memory and 0.208822 seconds
 """  # noqa: E501
 NVFP4 = "(EngineCore pid=2) INFO 11-26 09:43:35 [__init__.py:978] Using MarlinNvFp4LinearKernel for NVFP4 GEMM\n"
+# vLLM 0.32 on a CPU, a mixed export.
+CPU = """
+(Worker pid=3) INFO 11-26 12:59:40 [__init__.py:635] Selected ReferenceFp8Kernel for QKVParallelLinear
+(Worker pid=3) INFO 11-26 12:59:40 [__init__.py:978] Using ReferenceNvFp4Kernel for NVFP4 GEMM
+(Worker pid=3) INFO 11-26 12:59:41 [cpu.py:80] Using default backend AttentionBackendEnum.TORCH_SDPA for vit attention
+"""
 
 
 @pytest.mark.parametrize(
     ("log", "kernels", "weights"),
     [
-        (FP8, ["CutlassFP8ScaledMMLinearKernel for ModelOptFp8LinearMethod"], 13.04),
-        (2 * NVFP4, ["MarlinNvFp4LinearKernel for NVFP4"], None),
+        (FP8, ["CutlassFP8ScaledMMLinearKernel"], 13.04),
+        (2 * NVFP4, ["MarlinNvFp4LinearKernel"], None),
+        (CPU, ["ReferenceFp8Kernel", "ReferenceNvFp4Kernel"], None),
         ("", [], None),
     ],
 )
