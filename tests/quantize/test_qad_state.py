@@ -1,16 +1,17 @@
-"""The state of a distillation on disk: its space is asked for before training, and is what it then takes."""
+"""The state of a distillation: its space is asked for before training, and is what it then takes; ranges are shared."""
 
 import math
 import shutil
 from collections import namedtuple
 
 import pytest
+import torch
 
 from checkpoint.faults import BadInput
 from checkpoint.layout import language_model_linears
 from checkpoint.tiny import write_tiny
 from quantize import qad_state, qad_trainer
-from quantize.qad_state import state_bytes
+from quantize.qad_state import share_ranges, state_bytes
 from tests.quantize.distilling import Small, one_thread  # noqa: F401
 
 Usage = namedtuple("Usage", "total used free")
@@ -48,3 +49,18 @@ def test_the_largest_state_is_what_was_asked_for(tmp_path, monkeypatch):
     weights = sum(math.prod(linear.shape) for linear in language_model_linears(config))
     assert 0.98 < max(sizes) / state_bytes(weights) <= 1.02
     shutil.rmtree(small.plan.directory)
+
+
+def shared(rank, rendezvous):
+    torch.distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=2)
+    model = torch.nn.Module()
+    model.register_buffer("_amax", torch.tensor(1.0 + rank))
+    model.register_buffer("other", torch.tensor(1.0 + rank))
+    share_ranges(model)
+    assert model._amax == 1.0
+    assert model.other == 1.0 + rank
+
+
+def test_every_process_takes_the_first_ones_ranges(tmp_path):
+    """Each calibrates for itself, and GPUs may differ in a bit."""
+    torch.multiprocessing.spawn(shared, (tmp_path / "rendezvous",), nprocs=2)
