@@ -14,7 +14,6 @@ import gc
 import io
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +39,14 @@ from quantize.qad_state import (
     amax_of,
     begin,
     checkpoints,
+    end,
     gather,
     identity_of,
+    load_ranges,
     load_weights,
     share_ranges,
     space_faults,
+    stamp,
     state_bytes,
     state_faults,
 )
@@ -118,7 +120,7 @@ class Plan:
 
     def finish(self) -> None:
         """Remove the state; call it when the result is on disk and measured."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        end(self.directory)
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def plan_distillation(
         remedy = "launch with --fsdp_cpu_ram_efficient_loading false"
         faults.append(Fault("accelerate", "cpu_ram_efficient_loading leaves processes without weights", remedy))
     files = sorted(config.directory.glob("*.safetensors"))
-    source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    source = {file.name: stamp(file) for file in files}
     identity = identity_of({"source": source, "processes": ranks, "judged by": "answers", **recipe})
     directory = output.with_name(f".{output.name}.qad")
     faults += state_faults(directory, identity)
@@ -237,7 +239,7 @@ def distill(plan: Plan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module |
         share_ranges(student)
         last = next(reversed(checkpoints(plan.directory)), None)
         if last is not None:
-            load_weights(linears, last / WEIGHTS)  # its ranges hold: a GPU may calibrate another bit this time
+            load_ranges(linears, last / WEIGHTS)  # a GPU may calibrate another bit this time
         before = {name: amax.clone() for name, amax in amax_of(linears).items()}
         gc.collect()
         gc.freeze()  # QADTrainer collects garbage before every batch: keep what is there out of it

@@ -43,6 +43,11 @@ def identity_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     return dict(leaves(parts, ""))
 
 
+def stamp(path: Path) -> list[int]:
+    """Size in bytes and time of change in ns, which tell whether a file is another; empty where there is none."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+
+
 def state_faults(directory: Path, identity: Mapping[str, Any]) -> Iterator[Fault]:
     """Every difference between this run and the one whose state is in `directory`; none where there is no state."""
     if not (directory / _RUN).exists():
@@ -80,6 +85,15 @@ def begin(directory: Path, identity: Mapping[str, Any]) -> None:
     """Make the directory and write down what it belongs to."""
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / _RUN, json.dumps(dict(identity), indent=2) + "\n")
+
+
+def end(directory: Path) -> None:
+    """Remove a state; a kill leaves it whole or not there."""
+    removed = directory.with_name(directory.name + ".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if directory.exists():
+        directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -145,9 +159,17 @@ def load_weights(linears: Mapping[str, nn.Module], path: Path) -> int:
             if isinstance(weight, DTensor):
                 full = distribute_tensor(full, weight.device_mesh, weight.placements)
             weight.copy_(full)
+        step = int(file.metadata()["step"])
+    load_ranges(linears, path)
+    return step
+
+
+@torch.no_grad()
+def load_ranges(linears: Mapping[str, nn.Module], path: Path) -> None:
+    """Load the ranges alone of what `save_weights` wrote."""
+    with safe_open(path, framework="pt") as file:
         for name, amax in amax_of(linears).items():
             amax.copy_(file.get_tensor(name))
-        return int(file.metadata()["step"])
 
 
 @torch.no_grad()

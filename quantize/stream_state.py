@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from calibrate.activations import Activations
 from calibrate.prompts import Prompt
 from checkpoint.config import read_json
 from checkpoint.faults import Fault
-from quantize.qad_state import begin, state_faults, write_text
+from quantize.qad_state import begin, end, state_faults, write_text
 
 _SAVE_SHARE = 10
 _ASSUMED_RATE = 1e9
@@ -163,8 +162,4 @@ class StreamState:
 
     def remove(self) -> None:
         """Remove the state; call it when the result is on disk and measured."""
-        removed = self.directory.with_name(self.directory.name + ".removed")  # a state is whole or not there
-        shutil.rmtree(removed, ignore_errors=True)
-        if self.directory.exists():
-            self.directory.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        end(self.directory)

@@ -20,6 +20,7 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.tiny import embedded_checkpoint
 from quantize.distill import Plan, Settings, plan_distillation
 from quantize.policy import Policy
+from quantize.qad_state import stamp
 from recipes.schema import Accuracy, Calibrate, Distill, HubSource, JsonlSource, Recipe, Source, SyntheticSource
 
 EMBEDDED = "embedded"
@@ -107,14 +108,9 @@ def distillation(
     next(in_order())
     decides = recipe.model_dump(mode="json", include={"model", "calibrate", "quantize", "distill"})
     files = [source.path for source in (*recipe.calibrate.sources, *section.sources) if isinstance(source, JsonlSource)]
-    decides |= {"versions": versions(), "samples": {str(path): _stamp(Path(path)) for path in files}}
+    decides |= {"versions": versions(), "samples": {str(path): stamp(Path(path)) for path in files}}
     settings = Settings(**section.model_dump(exclude={"sources"}))
     return plan_distillation(settings, samples, config, tokenizer, policy, recipe.output, decides, device)
-
-
-def _stamp(path: Path) -> list[int]:
-    """What tells whether a file of samples has changed; empty for one that is not there, which is refused elsewhere."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
 
 
 def _read(source: Source, section: Calibrate | Accuracy | Distill, skipped: Skipped) -> Iterable[Sample]:

@@ -33,7 +33,7 @@ from export.load import exported_reader, read_exported_layers
 from export.manifest import Manifest
 from export.write import by_name, open_writer, write_companions
 from quantize.policy import Policy
-from quantize.qad_state import identity_of
+from quantize.qad_state import identity_of, stamp
 from quantize.stream_state import Digest, StreamState
 from quantize.streaming import FinishedLayer, quantize_layers
 from recipes.inputs import versions
@@ -69,7 +69,7 @@ class Job:
 def stream_state(recipe: Recipe, config: CheckpointConfig, device: str) -> StreamState:
     """The state that belongs to a recipe's output, there or not."""
     files = sorted(config.directory.glob("*.safetensors"))
-    source = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    source = {file.name: stamp(file) for file in files}
     decides = recipe.model_dump(mode="json", include={"model", "calibrate", "quantize", "accuracy", "serve"})
     del decides["quantize"]["memory"], decides["quantize"]["host_memory_gb"], decides["quantize"]["batch_tokens"]
     decides["accuracy"] = {key: decides["accuracy"][key] for key in ("sources", "samples", "seed")}
