@@ -68,6 +68,21 @@ def fp8_copy(fp8, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nvfp4_export(tiny, tmp_path_factory):
+    """Makes an export of its own by the shipped tiny NVFP4 recipe on few samples; call it with more overrides."""
+    from recipes.run import run
+    from recipes.schema import load_recipe
+
+    def export(*overrides: str) -> Path:
+        output = tmp_path_factory.mktemp("nvfp4") / "tiny-nvfp4"
+        few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", f"output={output}"]
+        run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *overrides]))
+        return output
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def server(tiny):
     """The embedded checkpoint on a real vLLM, EVS on at the default rate, shared by every test that needs a server."""
     from serve.process import running_server

@@ -3,15 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint.faults import Fault
 from export.verify import show_faults, verify
-from recipes.run import run
-from recipes.schema import load_recipe
 from tests.editing import edit_json, edit_tensors, truncate
 
 LAYER = "language_model.backbone.layers.{}.mixer.{}"
@@ -24,12 +21,9 @@ def attention(tiny_config) -> str:
 
 
 @pytest.fixture
-def mixed(tiny, tmp_path):
+def mixed(nvfp4_export):
     """An export with NVFP4, attention in FP8 and MLPs in BF16."""
-    layers = "quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]"
-    few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", layers]
-    run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, f"output={tmp_path / 'mixed'}"]))
-    return tmp_path / "mixed"
+    return nvfp4_export("quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]")
 
 
 def messages(directory, source=None) -> str:

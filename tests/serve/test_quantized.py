@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from recipes.run import run
-from recipes.schema import load_recipe
 from serve.ask import ask, connect, content_parts
 from serve.environment import find_python
 from serve.process import running_server
@@ -62,19 +60,12 @@ def ask_directory(directory):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def exported(tiny, output, *layers):
-    few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", f"output={output}"]
-    run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *layers]))
-    return output
-
-
 @pytest.fixture(scope="module")
-def served(fp8, tiny, tmp_path_factory):
+def served(fp8, nvfp4_export):
     """Three servers at once: starting one is importing vLLM three times, and uses one core."""
-    folder = tmp_path_factory.mktemp("quantized")
     layers = "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention}]"
-    mixed = exported(tiny, folder / "mixed", layers)
-    nvfp4 = exported(tiny, folder / "nvfp4")
+    mixed = nvfp4_export(layers)
+    nvfp4 = nvfp4_export()
     with ThreadPoolExecutor() as pool:
         started = {
             "fp8": pool.submit(generate, fp8),
