@@ -1,5 +1,5 @@
 # make setup   install both environments (DEVICE=cpu, the default, or DEVICE=cuda)
-# make demo    embedded checkpoint → FP8 → verified → compared → served with EVS → asked
+# make demo    tiny checkpoint → FP8 → verified → compared → served with EVS → asked
 # make test    lint, types and all tests
 # make clean   remove what the demo wrote
 
@@ -30,7 +30,7 @@ setup: .venv/ready-$(DEVICE) .venv-serve/ready-$(DEVICE)
 	$(EXTRA)
 	rm -f .venv/ready-*; touch $@
 
-.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/mend.py $(wildcard serve/plugin/hybridquant_vllm/*.py serve/plugin/pyproject.toml)
+.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/mend.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
 	$(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/python -m pip install -q --upgrade pip
 	.venv-serve/bin/python -m pip install -q $(INDEX) $(SERVE_PACKAGES)
@@ -45,7 +45,7 @@ demo: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy accuracy benchmarks calibrate checkpoint export quantize recipes serve
+	.venv/bin/mypy accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 test: lint
 	.venv/bin/python -m pytest

@@ -1,7 +1,9 @@
-"""Token agreement of a variant with BF16: KL divergence, top-1 agreement, perplexity ratio on held-out prompts.
+"""Token agreement of a variant with BF16: KL divergence, top-1 agreement, perplexity ratio on
+held-out prompts.
 
-Final hidden states are kept rather than logits (5,120 numbers a token instead of 132,096), and both sides go through
-the same `lm_head`, which is never quantized. So the two models need not be in memory together.
+Final hidden states are kept rather than logits (5,120 numbers a token instead of 132,096), and both
+sides go through the same `lm_head`, which is never quantized. So the two models need not be in
+memory together.
 """
 
 from __future__ import annotations
@@ -80,14 +82,21 @@ def final_states(
     states = []
     for prompt in tqdm(prompts, desc=describe, unit="prompt", leave=False, disable=None):
         embedded = embed(model, prompt, config, pruning_rate)
-        output = model.language_model.model(inputs_embeds=embedded.inputs_embeds[None], use_cache=False)
-        states.append(States(prompt.group, embedded.token_ids.cpu(), output.last_hidden_state[0].cpu()))
+        output = model.language_model.model(
+            inputs_embeds=embedded.inputs_embeds[None], use_cache=False
+        )
+        states.append(
+            States(prompt.group, embedded.token_ids.cpu(), output.last_hidden_state[0].cpu())
+        )
     return states
 
 
 @torch.no_grad()
 def compare(
-    reference: Sequence[States], variant: Sequence[States], lm_head: torch.nn.Module, image_token_id: int
+    reference: Sequence[States],
+    variant: Sequence[States],
+    lm_head: torch.nn.Module,
+    image_token_id: int,
 ) -> dict[str, Agreement]:
     """Compare two models' states of the same prompts.
 
@@ -136,7 +145,10 @@ class _Sums:
 
     def agreement(self) -> Agreement:
         count = max(self.tokens, 1)
-        mean_nll, ratio = self.nll_reference / count, (self.nll_variant - self.nll_reference) / count
+        mean_nll, ratio = (
+            self.nll_reference / count,
+            (self.nll_variant - self.nll_reference) / count,
+        )
         return Agreement(
             self.prompts,
             self.tokens,
@@ -148,10 +160,14 @@ class _Sums:
         )
 
 
-def _compare_positions(ours: States, theirs: States, part: torch.Tensor, lm_head: torch.nn.Module) -> _Sums:
+def _compare_positions(
+    ours: States, theirs: States, part: torch.Tensor, lm_head: torch.nn.Module
+) -> _Sums:
     weight = next(lm_head.parameters())
     p, q = (
-        torch.log_softmax(lm_head(states.hidden[part].to(weight.device, weight.dtype)).float(), dim=-1)
+        torch.log_softmax(
+            lm_head(states.hidden[part].to(weight.device, weight.dtype)).float(), dim=-1
+        )
         for states in (ours, theirs)
     )
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)

@@ -1,4 +1,6 @@
-"""Asks the items of the tasks through an OpenAI-compatible endpoint; what goes wrong is counted, never scored right."""
+"""Asks the items of the tasks through an OpenAI-compatible endpoint; what goes wrong is counted,
+never scored right.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ _AT_ONCE = 8
 
 
 def ask_endpoint(
-    url: str, samples: Mapping[str, Sequence[Sample]], max_failed: float = 0.02, timeout: float = 600.0
+    url: str,
+    samples: Mapping[str, Sequence[Sample]],
+    max_failed: float = 0.02,
+    timeout: float = 600.0,
 ) -> dict[str, list[str | None]]:
     """Ask every item, greedily.
 
@@ -58,7 +63,17 @@ def ask_endpoint(
 
     flat = [sample for items in samples.values() for sample in items]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        answers = iter(list(tqdm(pool.map(answer, flat), total=len(flat), desc="asking", unit="item", disable=None)))
+        answers = iter(
+            list(
+                tqdm(
+                    pool.map(answer, flat),
+                    total=len(flat),
+                    desc="asking",
+                    unit="item",
+                    disable=None,
+                )
+            )
+        )
     if len(reasons) > max_failed * len(flat):
         faults = [Fault(url, reason) for reason in reasons[:5]]
         what = f"{len(reasons)} of {len(flat)} requests failed, at most {max_failed:.0%} may"

@@ -47,12 +47,21 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        measured = {name: dataclasses.asdict(agreement) for name, agreement in self.measured.items()}
+        measured = {
+            name: dataclasses.asdict(agreement) for name, agreement in self.measured.items()
+        }
         tasks = [dataclasses.asdict(row) for row in self.tasks]
-        return {"passed": self.passed, "missed": list(self.missed), "agreement": measured, "tasks": tasks}
+        return {
+            "passed": self.passed,
+            "missed": list(self.missed),
+            "agreement": measured,
+            "tasks": tasks,
+        }
 
 
-def judge(measured: dict[str, Agreement], thresholds: Thresholds, tasks: Sequence[Paired] = ()) -> Verdict:
+def judge(
+    measured: dict[str, Agreement], thresholds: Thresholds, tasks: Sequence[Paired] = ()
+) -> Verdict:
     """Hold the figures over all held-out samples against the thresholds.
 
     Args:
@@ -69,12 +78,22 @@ def judge(measured: dict[str, Agreement], thresholds: Thresholds, tasks: Sequenc
     missed = [] if overall.tokens else ["no position was compared"]
     for name, value, limit, at_most in limits:
         # A NaN meets no comparison, so ask for what is allowed, not for what is forbidden.
-        met = limit is None or (math.isfinite(value) and (value <= limit if at_most else value >= limit))
+        met = limit is None or (
+            math.isfinite(value) and (value <= limit if at_most else value >= limit)
+        )
         if not met:
-            missed.append(f"{name} is {value:.4g}, allowed is at {'most' if at_most else 'least'} {limit:g}")
-    if tasks and thresholds.max_loss is not None and not -100 * tasks[-1].difference <= thresholds.max_loss:
+            missed.append(
+                f"{name} is {value:.4g}, allowed is at {'most' if at_most else 'least'} {limit:g}"
+            )
+    if (
+        tasks
+        and thresholds.max_loss is not None
+        and not -100 * tasks[-1].difference <= thresholds.max_loss
+    ):
         lost = -100 * tasks[-1].difference
-        missed.append(f"the tasks' mean is {lost:.1f} points below BF16, allowed are {thresholds.max_loss:g}")
+        missed.append(
+            f"the tasks' mean is {lost:.1f} points below BF16, allowed are {thresholds.max_loss:g}"
+        )
     return Verdict(measured, tuple(missed), tuple(tasks))
 
 
@@ -84,7 +103,12 @@ def show(verdict: Verdict) -> None:
     for column in ("samples", "prompts", "tokens", "KL (nats)", "top-1", "perplexity", "ratio"):
         table.add_column(column, justify="left" if column == "samples" else "right", no_wrap=True)
     for name, a in verdict.measured.items():
-        figures = (f"{a.kl:.5f}", f"{a.top1:.2%}", f"{a.perplexity:.4g}", f"{a.perplexity_ratio:.4f}")
+        figures = (
+            f"{a.kl:.5f}",
+            f"{a.top1:.2%}",
+            f"{a.perplexity:.4g}",
+            f"{a.perplexity_ratio:.4f}",
+        )
         table.add_row(name.removeprefix("synthetic "), str(a.prompts), str(a.tokens), *figures)
     console = Console()
     console.print(table)

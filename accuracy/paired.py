@@ -1,4 +1,6 @@
-"""Two sets of answers to the same items, held against each other: accuracies, their difference, a paired interval."""
+"""Two sets of answers to the same items, held against each other: accuracies, their difference, a
+paired interval.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from accuracy.tasks import result, score
+from accuracy.scoring import result, score
 from calibrate.samples import Sample
 
 _RESAMPLES = 10_000
@@ -49,8 +51,9 @@ def pair(
 ) -> list[Paired]:
     """Score both sets of answers, task by task and, last, their unweighted mean.
 
-    The interval is a paired bootstrap over items, 10,000 resamples from a fixed seed (Efron and Tibshirani 1993,
-    chapter 13): both models answered the same items, so what is hard for both cancels.
+    The interval is a paired bootstrap over items, 10,000 resamples from a fixed seed (Efron and
+    Tibshirani 1993, chapter 13): both models answered the same items, so what is hard for both
+    cancels.
 
     Args:
         samples: Items by task.
@@ -60,17 +63,25 @@ def pair(
     random = np.random.default_rng(0)
     rows, draws = [], []
     for task, asked in samples.items():
-        ours = np.array([score(answer, sample) for answer, sample in zip(reference[task], asked, strict=True)])
-        theirs = np.array([score(answer, sample) for answer, sample in zip(variant[task], asked, strict=True)])
+        ours = np.array(
+            [score(answer, sample) for answer, sample in zip(reference[task], asked, strict=True)]
+        )
+        theirs = np.array(
+            [score(answer, sample) for answer, sample in zip(variant[task], asked, strict=True)]
+        )
         difference = theirs.astype(float) - ours
         picked = random.integers(0, len(asked), (_RESAMPLES, len(asked)))
         drawn = difference[picked].mean(1)
         draws.append(drawn)
         low, high = np.quantile(drawn, (0.025, 0.975))
         empty = result(task, asked, variant[task]).empty
-        rows.append(Paired(task, len(asked), ours.mean(), theirs.mean(), float(low), float(high), empty))
+        rows.append(
+            Paired(task, len(asked), ours.mean(), theirs.mean(), float(low), float(high), empty)
+        )
     low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    means = [float(np.mean([getattr(row, side) for row in rows])) for side in ("reference", "variant")]
+    means = [
+        float(np.mean([getattr(row, side) for row in rows])) for side in ("reference", "variant")
+    ]
     total, empties = sum(row.items for row in rows), sum(row.empty for row in rows)
     return [*rows, Paired("mean", total, means[0], means[1], float(low), float(high), empties)]
 

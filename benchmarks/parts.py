@@ -1,4 +1,6 @@
-"""A measurement's files: its result, and what a long one has finished, so that the same command goes on from there."""
+"""A measurement's files: its result, and what a long one has finished, so that the same command
+goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def at_once(todo: Mapping[str, Work], jobs: int) -> Iterator[tuple[str, dict[str
     """What comes of each piece of work, as it is done: in this process, or in `jobs` others.
 
     Raises:
-        Exception: What a piece raised, when those that were under way are done; others are not begun.
+        Exception: What a piece raised, when those that were under way are done; others are not
+            begun.
     """
     if jobs == 1:
         yield from ((name, work()) for name, work in todo.items())
@@ -58,7 +61,10 @@ class Parts:
         self.path, self.plan = path, json.loads(json.dumps(plan))
         self.noted: dict[str, dict[str, float]] = {}
         self._found: dict[str, dict[str, Any]] = {}
-        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["plan"] == self.plan:
+        if (
+            path.exists()
+            and (kept := json.loads(path.read_text(encoding="utf-8")))["plan"] == self.plan
+        ):
             self._found, self.noted = kept["found"], kept["noted"]
             print(f"measured before: {', '.join(self._found)}", flush=True)
 
@@ -67,15 +73,19 @@ class Parts:
         return self.all({name: work})[name]
 
     def all(self, todo: Mapping[str, Work], jobs: int = 1) -> dict[str, dict[str, Any]]:
-        """Run what was not finished before, in this process or in `jobs` others, and keep each part as it is done.
+        """Run what was not finished before, in this process or in `jobs` others, and keep each part
+        as it is done.
 
         Returns:
             What each part returned, by name.
 
         Raises:
-            Exception: What a part raised, when those that were under way are kept; others are not begun.
+            Exception: What a part raised, when those that were under way are kept; others are not
+                begun.
         """
-        for name, found in at_once({name: work for name, work in todo.items() if name not in self._found}, jobs):
+        for name, found in at_once(
+            {name: work for name, work in todo.items() if name not in self._found}, jobs
+        ):
             self._found[name] = found
             write_json(self.path, {"plan": self.plan, "found": self._found, "noted": self.noted})
         return {name: self._found[name] for name in todo}

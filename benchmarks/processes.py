@@ -1,11 +1,14 @@
-"""One process and several: the same scales from PTQ, the same loss curve from distillation, one directory from each.
+"""One process and several: the same scales from PTQ, the same loss curve from distillation, one
+directory from each.
 
-    python -m benchmarks.processes --work DIR --json benchmarks/results/processes_2gpu.json [--processes 2]
+    python -m benchmarks.processes --work DIR --json benchmarks/results/processes_2gpu.json
+    [--processes 2]
 
-Runs the commands that a user would: `torchrun -m quantize.fp8` and `accelerate launch … -m quantize.qad` with FSDP2, on
-the embedded checkpoint. Distillation runs twice in one process, so that what rounding alone does to a curve is known.
-A run that was cut off goes on with the same command: what it finished is kept in DIR.
-`--device cpu` runs the PTQ half, through gloo: accelerate's FSDP2 wants an accelerator.
+Runs the commands that a user would: `torchrun -m quantize.fp8` and `accelerate launch … -m
+quantize.qad` with FSDP2, on the tiny checkpoint. Distillation runs twice in one process, so that
+what rounding alone does to a curve is known. A run that was cut off goes on with the same command:
+what it finished is kept in DIR. `--device cpu` runs the PTQ half, through gloo: accelerate's FSDP2
+wants an accelerator.
 """
 
 from __future__ import annotations
@@ -26,14 +29,19 @@ import torch
 from benchmarks.parts import Parts, write_json
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles
-from checkpoint.tiny import embedded_checkpoint
 from export.manifest import read_manifest
-from recipes.inputs import versions
+from pipeline.inputs import versions
+from tiny.checkpoint import tiny_checkpoint
 
 _WITHOUT_TASKS = "accuracy.tasks=null"
 FSDP2 = (
     *("--mixed_precision", "no", "--use_fsdp", "--fsdp_version", "2"),
-    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "NemotronHBlock"),
+    *(
+        "--fsdp_auto_wrap_policy",
+        "TRANSFORMER_BASED_WRAP",
+        "--fsdp_transformer_layer_cls_to_wrap",
+        "NemotronHBlock",
+    ),
     *("--fsdp_cpu_ram_efficient_loading", "false"),
 )
 
@@ -54,15 +62,21 @@ def launched(command: Sequence[str], device: str, processes: int = 1) -> float:
     # Sums are made in one order only where every process has as many threads.
     environment = os.environ | (shown if device == "cuda" else {"OMP_NUM_THREADS": "1"})
     start = time.monotonic()
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}"
+        )
     return time.monotonic() - start
 
 
 def same_files(one: Path, other: Path) -> bool:
     """Whether the tensors of two directories are the same bytes."""
-    return all((one / file).read_bytes() == (other / file).read_bytes() for file in TensorFiles(one).files)
+    return all(
+        (one / file).read_bytes() == (other / file).read_bytes() for file in TensorFiles(one).files
+    )
 
 
 def ptq(work: Path, processes: int, device: str, model: Path, parts: Parts) -> dict[str, Any]:
@@ -72,7 +86,13 @@ def ptq(work: Path, processes: int, device: str, model: Path, parts: Parts) -> d
         alone, shared = work / f"{name}-1", work / f"{name}-{processes}"
         module = ("-m", f"quantize.{name}", f"recipes/tiny/{name}.yaml", f"model={model}", "calibrate.samples=64",
                   _WITHOUT_TASKS)  # fmt: skip
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+        torchrun = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        )
         for output in (alone, shared):
             shutil.rmtree(output, ignore_errors=True)
         seconds = [launched((*module, f"output={alone}"), device)]
@@ -100,24 +120,34 @@ def distilled(work: Path, processes: int, steps: int, model: Path, parts: Parts)
         seconds = launched((*prefix, *module, f"output={output}"), "cuda", count)
         manifest = read_manifest(output)
         assert manifest is not None
-        return {"seconds": seconds} | {key: manifest.distillation[key] for key in ("losses", "held_out")}
+        return {"seconds": seconds} | {
+            key: manifest.distillation[key] for key in ("losses", "held_out")
+        }
 
     found: dict[str, Any] = {}
     runs: tuple[tuple[str, tuple[str, ...], int], ...] = (("one", (), 1), ("one_again", (), 1))
     for name, prefix, count in (*runs, ("several", launch, processes)):
-        found[name] = dict(parts.part(name, functools.partial(curves, work / f"qad-{name}", prefix, count)))
+        found[name] = dict(
+            parts.part(name, functools.partial(curves, work / f"qad-{name}", prefix, count))
+        )
         for curve in ("losses", "held_out"):
             first, mine = ([loss for _, loss in found[run][curve]] for run in ("one", name))
-            found[name][f"{curve}_apart"] = max(abs(a - b) for a, b in zip(first, mine, strict=True)) / first[0]
-        print(name, {key: value for key, value in found[name].items() if key != "losses"}, flush=True)
+            found[name][f"{curve}_apart"] = (
+                max(abs(a - b) for a, b in zip(first, mine, strict=True)) / first[0]
+            )
+        print(
+            name, {key: value for key, value in found[name].items() if key != "losses"}, flush=True
+        )
     return found
 
 
 def measure(work: Path, processes: int, steps: int, device: str) -> dict[str, Any]:
     """Run everything; seconds, shares and nats a token."""
     work.mkdir(parents=True, exist_ok=True)
-    model = embedded_checkpoint(work / "bf16").directory
-    parts = Parts(work / "measured.json", {"processes": processes, "steps": steps, "device": device})
+    model = tiny_checkpoint(work / "bf16").directory
+    parts = Parts(
+        work / "measured.json", {"processes": processes, "steps": steps, "device": device}
+    )
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "processes": processes,
@@ -131,7 +161,9 @@ def measure(work: Path, processes: int, steps: int, device: str) -> dict[str, An
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.processes", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.processes", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for exports")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)

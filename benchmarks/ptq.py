@@ -1,13 +1,17 @@
-"""Post-training quantization: ours with the whole model and a layer at a time, beside stock ModelOpt, in one run.
+"""Post-training quantization: ours with the whole model and a layer at a time, beside stock
+ModelOpt, in one run.
 
-    python -m benchmarks.ptq MODEL --work DIR --json benchmarks/results/ptq_fp8.json [--format fp8] [--samples 64]
-    python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full --work /data --json …
+    python -m benchmarks.ptq MODEL --work DIR --json benchmarks/results/ptq_fp8.json [--format fp8]
+    [--samples 64]
+    python -m checkpoint.synthetic /data/full --size full && python -m benchmarks.ptq /data/full
+    --work /data --json …
 
-One process, one device, one set of prompts: random token ids of one length, so that the forward rate means something.
-Each stage is timed once after a warm-up of the kernels, the raw forward three times; ratios are between stages of the
-same run. A run that was cut off goes on with the same command: of the three ways, those it finished are kept in DIR.
-`--whole` leaves the way a layer at a time out; `--device cpu` tries the program on the embedded checkpoint, FP8 alone:
-stock ModelOpt has no NVFP4 there.
+One process, one device, one set of prompts: random token ids of one length, so that the forward
+rate means something. Each stage is timed once after a warm-up of the kernels, the raw forward three
+times; ratios are between stages of the same run. A run that was cut off goes on with the same
+command: of the three ways, those it finished are kept in DIR. `--whole` leaves the way a layer at a
+time out; `--device cpu` tries the program on the tiny checkpoint, FP8 alone: stock ModelOpt has no
+NVFP4 there.
 """
 
 from __future__ import annotations
@@ -41,11 +45,11 @@ from checkpoint.native import load_model
 from export.manifest import Manifest
 from export.verify import verify
 from export.write import open_writer, write_checkpoint, write_companions
+from pipeline.inputs import versions
+from pipeline.streaming import named_tensors
+from quantize.layerwise import quantize_layers
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
-from quantize.streaming import quantize_layers
-from recipes.inputs import versions
-from recipes.streaming import named_tensors
 
 _FORWARD, _REPEATS = 64, 3
 """Samples of the raw forward, and how often it is timed; its rate is the median's."""
@@ -53,18 +57,24 @@ _STOCK = {"fp8": mtq.FP8_DEFAULT_CFG, "nvfp4": mtq.NVFP4_DEFAULT_CFG}
 
 
 class Clock:
-    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes. They are kept with `parts`."""
+    """Seconds and peak memory, GPU's and host's, of named stages; GB are 1e9 bytes. They are kept
+    with `parts`.
+    """
 
     def __init__(self, device: str, parts: Parts) -> None:
         self.cuda = device == "cuda"
-        self.seconds, self.gpu, self.host = (parts.noted.setdefault(name, {}) for name in ("seconds", "gpu", "host"))
+        self.seconds, self.gpu, self.host = (
+            parts.noted.setdefault(name, {}) for name in ("seconds", "gpu", "host")
+        )
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` under a name and return what it returns."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError):  # where it is not allowed, peaks are those since the process began
+        with contextlib.suppress(
+            OSError
+        ):  # where it is not allowed, peaks are those since the process began
             Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         result = work()
@@ -111,7 +121,13 @@ def measure(
     config = read_config(model_directory)
     work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
-    plan = {"model": str(model_directory), "format": format, "samples": samples, "tokens": tokens, "device": device}
+    plan = {
+        "model": str(model_directory),
+        "format": format,
+        "samples": samples,
+        "tokens": tokens,
+        "device": device,
+    }
     parts = Parts(work / "measured.json", plan)
     clock = Clock(device, parts)
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +149,11 @@ def measure(
             warm = True
             work()
             _let_go()
-            faults = [] if out == stock else clock.time(f"{name}: verify", lambda: verify(out, model_directory))
+            faults = (
+                []
+                if out == stock
+                else clock.time(f"{name}: verify", lambda: verify(out, model_directory))
+            )
             return {"faults": [str(fault) for fault in faults]}
 
         return parts.part(name, run)
@@ -141,17 +161,28 @@ def measure(
     whole = way("ours", ours, lambda: _measure_ours(config, clock, format, forward, ours, device))
     faults, same = list(whole["faults"]), None
     if streams:
-        layers = way("streamed", streamed, lambda: _measure_streamed(config, clock, format, ids, streamed, device))
+        layers = way(
+            "streamed",
+            streamed,
+            lambda: _measure_streamed(config, clock, format, ids, streamed, device),
+        )
         faults += layers["faults"]
-        same = all((ours / file).read_bytes() == (streamed / file).read_bytes() for file in TensorFiles(ours).files)
+        same = all(
+            (ours / file).read_bytes() == (streamed / file).read_bytes()
+            for file in TensorFiles(ours).files
+        )
     written = TensorFiles(ours).total_bytes / 1e9
-    disk = parts.part("disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))})
+    disk = parts.part(
+        "disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))}
+    )
     way("stock", stock, lambda: _measure_stock(config, clock, format, forward, stock, device))
     parts.done()
     seconds, total = clock.seconds, samples * tokens
     raw = statistics.median(seconds[f"raw forward {repeat}"] for repeat in range(1, _REPEATS + 1))
     rate = min(samples, _FORWARD) * tokens / raw
-    stages: dict[str, tuple[str, ...]] = {"ours": ("load", "ours: calibrate", "ours: export", "ours: verify")}
+    stages: dict[str, tuple[str, ...]] = {
+        "ours": ("load", "ours: calibrate", "ours: export", "ours: verify")
+    }
     if streams:
         stages["streamed"] = ("streamed: calibrate and export", "streamed: verify")
     stages["stock"] = ("stock: load", "stock: calibrate", "stock: export")
@@ -169,14 +200,20 @@ def measure(
         "streamed_bytes_equal": same,
         "faults": faults,
         "forward_tokens_per_s": rate,
-        "calibration_tokens_per_s": {s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")},
-        "calibration_share_of_forward": {s: total / seconds[f"{s}: calibrate"] / rate for s in ("ours", "stock")},
+        "calibration_tokens_per_s": {
+            s: total / seconds[f"{s}: calibrate"] for s in ("ours", "stock")
+        },
+        "calibration_share_of_forward": {
+            s: total / seconds[f"{s}: calibrate"] / rate for s in ("ours", "stock")
+        },
         "written_gb": written,
         "export_gb_per_s": written / seconds["ours: export"],
         "disk_gb_per_s": disk["rate"],
         "stock_written_gb": TensorFiles(stock).total_bytes / 1e9,
         "load_to_verified_directory_s": end_to_end,
-        "times_faster_than_stock": {s: end_to_end["stock"] / end_to_end[s] for s in end_to_end if s != "stock"},
+        "times_faster_than_stock": {
+            s: end_to_end["stock"] / end_to_end[s] for s in end_to_end if s != "stock"
+        },
     }
 
 
@@ -186,35 +223,52 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _warm_up(config: CheckpointConfig, clock: Clock, forward: Callable[..., None], device: str) -> None:
+def _warm_up(
+    config: CheckpointConfig, clock: Clock, forward: Callable[..., None], device: str
+) -> None:
     clock.time("warm up kernels", lambda: forward(load_model(config, device).language_model, 2))
     _let_go()
 
 
 def _measure_ours(
-    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
+    config: CheckpointConfig,
+    clock: Clock,
+    format: str,
+    forward: Callable[..., None],
+    out: Path,
+    device: str,
 ) -> None:
     policy = make_policy([Rule(format)], language_model_linears(config))
     source = clock.time("check BF16 weights", lambda: check_weights(config))
     language_model = clock.time("load", lambda: load_model(config, device)).language_model
     for repeat in range(1, _REPEATS + 1):
         clock.time(f"raw forward {repeat}", lambda: forward(language_model, _FORWARD))
-    clock.time("ours: calibrate", lambda: quantize_model(language_model, policy, lambda: forward(language_model)))
+    clock.time(
+        "ours: calibrate",
+        lambda: quantize_model(language_model, policy, lambda: forward(language_model)),
+    )
     manifest = Manifest({}, versions(), policy.counts(), {}, {})
     packed = packed_linears(language_model, policy)
-    clock.time("ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest))
+    clock.time(
+        "ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest)
+    )
 
 
 def _measure_streamed(
     config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path, device: str
 ) -> None:
-    """From the files to the written directory, as `recipes.streaming` does it, without its saves."""
-    policy, source = make_policy([Rule(format)], language_model_linears(config)), TensorFiles(config.directory)
+    """From the files to the written directory, as `pipeline.streaming` does it, without its saves."""
+    policy, source = (
+        make_policy([Rule(format)], language_model_linears(config)),
+        TensorFiles(config.directory),
+    )
     hidden = config.text["hidden_size"]
 
     def work() -> None:
         budget = Budget(22_000_000_000)
-        kept, none = (Activations(hidden, device, budget, out.with_name(name)) for name in ("kept", "none"))
+        kept, none = (
+            Activations(hidden, device, budget, out.with_name(name)) for name in ("kept", "none")
+        )
         with contextlib.closing(kept), contextlib.closing(none):
             embeddings = source.read("language_model.backbone.embeddings.weight").to(device)
             for sample in ids:
@@ -225,23 +279,39 @@ def _measure_streamed(
             with open_writer(config, source, policy, out) as writer:
                 for layer in layers:
                     writer.put(named_tensors(layer))
-            write_companions(config, policy, source, out, Manifest({}, versions(), policy.counts(), {}, {}))
+            write_companions(
+                config, policy, source, out, Manifest({}, versions(), policy.counts(), {}, {})
+            )
 
     clock.time("streamed: calibrate and export", work)
 
 
 def _measure_stock(
-    config: CheckpointConfig, clock: Clock, format: str, forward: Callable[..., None], out: Path, device: str
+    config: CheckpointConfig,
+    clock: Clock,
+    format: str,
+    forward: Callable[..., None],
+    out: Path,
+    device: str,
 ) -> None:
     model = clock.time("stock: load", lambda: load_model(config, device)).language_model
     clock.time("stock: calibrate", lambda: mtq.quantize(model, _STOCK[format], forward))
-    clock.time("stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out))
+    clock.time(
+        "stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
+    )
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ptq", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ptq", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the exports, on the disk to be measured")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="folder for the exports, on the disk to be measured",
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--format", choices=sorted(_STOCK), default="fp8")
     parser.add_argument("--samples", type=int, default=64)
@@ -250,12 +320,25 @@ def _run() -> int:
     parser.add_argument("--whole", action="store_true", help="leave the way a layer at a time out")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput(Fault("--device", "there is no CUDA device", "try --device cpu with the embedded checkpoint"))
+        raise BadInput(
+            Fault(
+                "--device", "there is no CUDA device", "try --device cpu with the tiny checkpoint"
+            )
+        )
     if given.device == "cpu" and given.format != "fp8":
-        raise BadInput(Fault("--format", f"stock ModelOpt cannot quantize to {given.format} on a CPU", "use fp8"))
+        raise BadInput(
+            Fault(
+                "--format", f"stock ModelOpt cannot quantize to {given.format} on a CPU", "use fp8"
+            )
+        )
     streams = not given.whole
-    result = measure(given.model, given.work, given.format, given.samples, given.tokens, given.device, streams)
-    shape = f"--format {given.format} --samples {given.samples} --tokens {given.tokens}" + " --whole" * given.whole
+    result = measure(
+        given.model, given.work, given.format, given.samples, given.tokens, given.device, streams
+    )
+    shape = (
+        f"--format {given.format} --samples {given.samples} --tokens {given.tokens}"
+        + " --whole" * given.whole
+    )
     result["command"] = f"python -m benchmarks.ptq MODEL --work DIR {shape}"
     table = Table(title=f"{given.format} on {result['device']}", title_justify="left")
     table.add_column("stage")

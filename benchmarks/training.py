@@ -1,10 +1,13 @@
-"""What distillation of a checkpoint takes: tokens a second and peak memory of a GPU, by the command that a user gives.
+"""What distillation of a checkpoint takes: tokens a second and peak memory of a GPU, by the command
+that a user gives.
 
-    python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [--steps 4] [key=value …]
+    python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [--steps 4] [key=value
+    …]
 
-Launches `quantize.qad` on recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: alone), with short samples unless told
-otherwise, and ends it after the last step's evaluation: what is written afterwards is tested elsewhere. Figures are
-those the run itself prints; memory is the first process's from the beginning of the training on.
+Launches `quantize.qad` on recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: alone), with short
+samples unless told otherwise, and ends it after the last step's evaluation: what is written
+afterwards is tested elsewhere. Figures are those the run itself prints; memory is the first
+process's from the beginning of the training on.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
 from checkpoint.classes import KERNELS_MISSING
 from checkpoint.faults import BadInput, Fault, main
-from recipes.inputs import versions
+from pipeline.inputs import versions
 
 _GRACE_SECONDS = 30
 _LINE = re.compile(
@@ -38,11 +41,17 @@ _LINE = re.compile(
 
 
 def parsed(line: str) -> dict[str, float] | None:
-    """A progress line of a distillation: step, held-out KL and loss in nats, tokens/s, peak GPU memory in GB."""
+    """A progress line of a distillation: step, held-out KL and loss in nats, tokens/s, peak GPU
+    memory in GB.
+    """
     found = _LINE.search(line)
     if found is None:
         return None
-    return {name: float(text.replace(",", "")) for name, text in found.groupdict().items() if text is not None}
+    return {
+        name: float(text.replace(",", ""))
+        for name, text in found.groupdict().items()
+        if text is not None
+    }
 
 
 def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any]:
@@ -70,7 +79,8 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
                     if found["step"] == steps:
                         break
         finally:
-            # A launcher that is killed leaves its workers on the GPUs; asked to end, it ends them first.
+            # A launcher that is killed leaves its workers on the GPUs; asked to end, it ends them
+            # first.
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_SECONDS)
@@ -85,13 +95,17 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the run keeps")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of recipes/nvfp4_qad.yaml")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="fields of recipes/nvfp4_qad.yaml"
+    )
     given = parser.parse_intermixed_args()
     if torch.cuda.device_count() < given.processes:
         there = f"{torch.cuda.device_count()} CUDA devices are there"
@@ -101,17 +115,39 @@ def _run() -> int:
     for left in (output, output.with_name(".qad.qad")):
         shutil.rmtree(left, ignore_errors=True)
     few = ["calibrate.samples=4", "accuracy.samples=1", f"distill.held_out={2 * given.processes}"]
-    shape = [f"distill.steps={given.steps}", f"distill.save_every={given.steps}", *few, *given.settings]
+    shape = [
+        f"distill.steps={given.steps}",
+        f"distill.save_every={given.steps}",
+        *few,
+        *given.settings,
+    ]
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(given.processes), *FSDP2]
-    module = ["-m", "quantize.qad", "recipes/nvfp4_qad.yaml", f"model={given.model}", f"output={output}", *shape]
-    options = ["MODEL", "--work", "DIR", "--processes", str(given.processes), "--steps", str(given.steps)]
+    module = [
+        "-m",
+        "quantize.qad",
+        "recipes/nvfp4_qad.yaml",
+        f"model={given.model}",
+        f"output={output}",
+        *shape,
+    ]
+    options = [
+        "MODEL",
+        "--work",
+        "DIR",
+        "--processes",
+        str(given.processes),
+        "--steps",
+        str(given.steps),
+    ]
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.training", *options, *given.settings]),
         "device": torch.cuda.get_device_name(),
         "processes": given.processes,
         "versions": versions(),
         "mamba_kernels": KERNELS_MISSING or "mamba_ssm",
-        **measure([*(launch if given.processes > 1 else []), *module], given.steps, given.processes),
+        **measure(
+            [*(launch if given.processes > 1 else []), *module], given.steps, given.processes
+        ),
     }
     shutil.rmtree(output.with_name(".qad.qad"), ignore_errors=True)
     write_json(given.json, result)

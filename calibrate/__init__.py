@@ -1,1 +1,3 @@
-"""Samples in, activation ranges out: sources, prompts as vLLM builds them, EVS pruning, the forward loop."""
+"""Samples in, activation ranges out: sources, prompts as vLLM builds them, EVS pruning, the forward
+loop.
+"""

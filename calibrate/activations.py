@@ -1,7 +1,9 @@
-"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond, never all on a GPU.
+"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond,
+never all on a GPU.
 
-A layer replaces each batch by its output. On a GPU, batches come from page-locked memory and go back to it while others
-are computed; the host runs ahead of the GPU by a few batches and waits for nothing else.
+A layer replaces each batch by its output. On a GPU, batches come from page-locked memory and go
+back to it while others are computed; the host runs ahead of the GPU by a few batches and waits for
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 
 from checkpoint.files import bytes_of, read_into
 
-# Page-locked memory comes in powers of two: one block holds many samples, so that nothing is lost to rounding.
+# Page-locked memory comes in powers of two: one block holds many samples, so that nothing is lost
+# to rounding.
 _BLOCK = 1 << 30
 # Batches loaded before they are needed, and batches the host may run ahead of the GPU.
 _LOAD_AHEAD, _RUN_AHEAD = 2, 3
@@ -40,7 +43,8 @@ class Budget:
 
 
 class Activations:
-    """The residual stream [length, hidden] of every sample, BF16; samples are numbered in the order they are added.
+    """The residual stream [length, hidden] of every sample, BF16; samples are numbered in the order
+    they are added.
 
     Attributes:
         lengths: Tokens of each sample.
@@ -106,8 +110,12 @@ class Activations:
             for start in range(0, len(indices), size)
         ]
 
-    def replace(self, layer: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Batch]) -> None:
-        """Replace each batch by what `layer` makes of it: [batch, length, hidden] to the same shape."""
+    def replace(
+        self, layer: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Batch]
+    ) -> None:
+        """Replace each batch by what `layer` makes of it: [batch, length, hidden] to the same
+        shape.
+        """
         self._settle()
         for batch, inputs in self._loaded(batches):
             self._store(batch, layer(inputs))
@@ -156,7 +164,9 @@ class Activations:
         slot = self._slots[index]
         if isinstance(slot, torch.Tensor):
             return slot
-        row = torch.empty(self.lengths[index], self._hidden, dtype=torch.bfloat16, pin_memory=self._cuda)
+        row = torch.empty(
+            self.lengths[index], self._hidden, dtype=torch.bfloat16, pin_memory=self._cuda
+        )
         read_into(self._file, row, slot, self._spill)
         return row
 
@@ -195,7 +205,9 @@ class Activations:
 
     def _write_later(self, write: Callable[..., None], *arguments: object) -> None:
         self._stores.append(self._threads[1].submit(write, *arguments))
-        if len(self._stores) > _RUN_AHEAD:  # a slow disk holds the layer up rather than filling the memory
+        if (
+            len(self._stores) > _RUN_AHEAD
+        ):  # a slow disk holds the layer up rather than filling the memory
             self._stores.popleft().result()
 
     def _write_staged(self, index: int, staged: torch.Tensor, copied: torch.cuda.Event) -> None:
@@ -245,7 +257,11 @@ class Activations:
             for length in lengths:
                 self._new_slot(length)
                 slot = self._slots[-1]
-                row = slot if isinstance(slot, torch.Tensor) else torch.empty(length, self._hidden).bfloat16()
+                row = (
+                    slot
+                    if isinstance(slot, torch.Tensor)
+                    else torch.empty(length, self._hidden).bfloat16()
+                )
                 read_into(descriptor, row, start, path)
                 if isinstance(slot, int):
                     self._write(slot, row)

@@ -1,7 +1,9 @@
-"""Calibration a layer at a time: prompts embedded once, then every layer run over what the one before it left.
+"""Calibration a layer at a time: prompts embedded once, then every layer run over what the one
+before it left.
 
-Samples of one length run together where the result is bit for bit that of one by one: each shape is tried at the first
-layer of each kind, inputs of every linear compared, and run singly where they differ.
+Samples of one length run together where the result is bit for bit that of one by one: each shape is
+tried at the first layer of each kind, inputs of every linear compared, and run singly where they
+differ.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ def embed_into(
         What was kept.
     """
     samples = tokens = kept = pruned = 0
-    with torch.no_grad(), tqdm(prompts, describe, total, unit="sample", disable=None, bar_format=BAR) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(prompts, describe, total, unit="sample", disable=None, bar_format=BAR) as bar,
+    ):
         for number, prompt in enumerate(bar):
             if not mine(number):
                 continue
@@ -87,13 +92,17 @@ class Batching:
         self._same: dict[tuple[str, int, int], bool] = {}
 
     def batches(self, activations: Activations, model: nn.Module, kind: str) -> list[Batch]:
-        """The batches in which to run `activations` through a layer whose quantizers are not there yet."""
+        """The batches in which to run `activations` through a layer whose quantizers are not there
+        yet.
+        """
         found: list[Batch] = []
         for batch in activations.batches(self._tokens):
             shape = (kind, len(batch), activations.lengths[batch[0]])
             if len(batch) > 1 and shape not in self._same:
                 self._same[shape] = _same_together(model, activations.take(batch))
-            found += [batch] if len(batch) == 1 or self._same[shape] else [(index,) for index in batch]
+            found += (
+                [batch] if len(batch) == 1 or self._same[shape] else [(index,) for index in batch]
+            )
         return found
 
 
@@ -108,7 +117,10 @@ def _same_together(model: nn.Module, inputs: torch.Tensor) -> bool:
             alone = run(row[None])
             if not torch.equal(alone[0], together[number]):
                 return False
-            if not all(torch.equal(single[0], whole[number]) for single, whole in zip(seen, batched, strict=True)):
+            if not all(
+                torch.equal(single[0], whole[number])
+                for single, whole in zip(seen, batched, strict=True)
+            ):
                 return False
     return True
 

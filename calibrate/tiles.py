@@ -1,6 +1,8 @@
-"""Images and video frames to normalised tiles, as vLLM's processor for `NemotronH_Nano_VL_V2` makes them.
+"""Images and video frames to normalised tiles, as vLLM's processor for `NemotronH_Nano_VL_V2` makes
+them.
 
-Facts from vLLM 0.32: vllm/transformers_utils/processors/{nano_nemotron_vl,internvl}.py and vllm/multimodal/image.py.
+Facts from vLLM 0.32: vllm/transformers_utils/processors/{nano_nemotron_vl,internvl}.py and
+vllm/multimodal/image.py.
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ MAX_TILES = 12
 MAX_PIXELS = 178_956_970
 # Readers that run other programs on the file, or cannot decode; vLLM denies them too.
 _DENIED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-# Frames resized at once. Float32 frames are eight times their decoded bytes; 128 of a large video would not fit.
+# Frames resized at once. Float32 frames are eight times their decoded bytes; 128 of a large video
+# would not fit.
 _FRAMES_AT_ONCE = 8
 
 
 def load_image(data: bytes, where: str) -> Image.Image:
-    """Decode an image file to RGB: upright by its EXIF orientation, transparency laid on white, first frame only.
+    """Decode an image file to RGB: upright by its EXIF orientation, transparency laid on white,
+    first frame only.
 
     Raises:
-        BadInput: It is no image, it is cut off, or it has more than `MAX_PIXELS`; `where` names the sample.
+        BadInput: It is no image, it is cut off, or it has more than `MAX_PIXELS`; `where` names the
+            sample.
     """
     Image.init()
     try:
@@ -46,10 +51,16 @@ def load_image(data: bytes, where: str) -> Image.Image:
         image.load()
     except BadInput:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, the same number, comes first
-        raise BadInput(Fault(where, f"at most {MAX_PIXELS} pixels are served: {error}", "make it smaller")) from None
+    except (
+        Image.DecompressionBombError
+    ) as error:  # Pillow's own limit, the same number, comes first
+        raise BadInput(
+            Fault(where, f"at most {MAX_PIXELS} pixels are served: {error}", "make it smaller")
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise BadInput(Fault(where, f"image cannot be read: {error}", "give PNG, JPEG or WebP")) from None
+        raise BadInput(
+            Fault(where, f"image cannot be read: {error}", "give PNG, JPEG or WebP")
+        ) from None
     with contextlib.suppress(Exception):  # an unreadable EXIF block is ignored, as in serving
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
@@ -63,7 +74,8 @@ def load_image(data: bytes, where: str) -> Image.Image:
 
 
 def tile_grid(width: int, height: int, size: int, limit: int = MAX_TILES) -> tuple[int, int]:
-    """Return the (columns, rows) of tiles an image is cut into: the grid nearest to its aspect ratio.
+    """Return the (columns, rows) of tiles an image is cut into: the grid nearest to its aspect
+    ratio.
 
     Of grids equally near, a larger one wins if the image has more than half its pixels.
 
@@ -95,7 +107,11 @@ def image_tiles(image: Image.Image, config: CheckpointConfig) -> torch.Tensor:
     cols, rows = tile_grid(*image.size, size)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))[None]
     whole = _normalised(pixels, rows * size, cols * size, config)
-    tiles = whole.reshape(3, rows, size, cols, size).permute(1, 3, 0, 2, 4).reshape(rows * cols, 3, size, size)
+    tiles = (
+        whole.reshape(3, rows, size, cols, size)
+        .permute(1, 3, 0, 2, 4)
+        .reshape(rows * cols, 3, size, size)
+    )
     if config.raw["use_thumbnail"] and len(tiles) > 1:
         tiles = torch.cat([tiles, _normalised(pixels, size, size, config)])
     return tiles
@@ -119,13 +135,17 @@ def frame_tiles(frames: NDArray[np.uint8], config: CheckpointConfig) -> torch.Te
     return torch.cat(parts)
 
 
-def _normalised(pixels: torch.Tensor, height: int, width: int, config: CheckpointConfig) -> torch.Tensor:
+def _normalised(
+    pixels: torch.Tensor, height: int, width: int, config: CheckpointConfig
+) -> torch.Tensor:
     """Resize uint8 [N, H, W, 3] to float32 [N, 3, height, width] and normalise."""
     values = pixels.permute(0, 3, 1, 2).to(torch.float32)
     if values.shape[-2:] != (height, width):
         values = torch.nn.functional.interpolate(
             values, size=(height, width), mode="bicubic", align_corners=False, antialias=True
         )
-    mean, deviation = (torch.tensor(config.raw[key]).reshape(1, 3, 1, 1) for key in ("norm_mean", "norm_std"))
+    mean, deviation = (
+        torch.tensor(config.raw[key]).reshape(1, 3, 1, 1) for key in ("norm_mean", "norm_std")
+    )
     # Bicubic overshoots beyond 0..255 and vLLM does not clamp.
     return ((values / 255.0 - mean) / deviation).contiguous()

@@ -1,9 +1,10 @@
-"""Decodes a clip and samples its frames as the server does: 2 fps, at most 128 frames, uniform beyond 64 seconds.
+"""Decodes a clip and samples its frames as the server does: 2 fps, at most 128 frames, uniform
+beyond 64 seconds.
 
-The indices equal vLLM 0.32's for `--media-io-kwargs '{"video": {"fps": 2, "num_frames": 128}}'` with its default loader
-and decoder (`VLLM_VIDEO_LOADER_BACKEND=opencv`). Both keys are needed: with `num_frames` left out the loader takes 32
-frames, with `fps` left out it takes 128 of any clip. (vllm/multimodal/video.py, VideoBackend;
-video_decoders/opencv.py.)
+The indices equal vLLM 0.32's for `--media-io-kwargs '{"video": {"fps": 2, "num_frames": 128}}'`
+with its default loader and decoder (`VLLM_VIDEO_LOADER_BACKEND=opencv`). Both keys are needed: with
+`num_frames` left out the loader takes 32 frames, with `fps` left out it takes 128 of any clip.
+(vllm/multimodal/video.py, VideoBackend; video_decoders/opencv.py.)
 """
 
 from __future__ import annotations
@@ -45,11 +46,15 @@ class Clip:
 
     @property
     def frame_duration_ms(self) -> int:
-        """Whole milliseconds a frame of the file lasts: the clock that the prompt's timestamps count in."""
+        """Whole milliseconds a frame of the file lasts: the clock that the prompt's timestamps
+        count in.
+        """
         return int(1000 / self.fps)
 
 
-def sample_indices(total: int, fps: float, sample_fps: float = SAMPLE_FPS, limit: int = MAX_FRAMES) -> list[int]:
+def sample_indices(
+    total: int, fps: float, sample_fps: float = SAMPLE_FPS, limit: int = MAX_FRAMES
+) -> list[int]:
     """Return the indices of the frames to take, first and last included when there are several.
 
     Args:
@@ -75,7 +80,8 @@ def decode(data: bytes, where: str) -> Clip:
         where: Names the sample in faults.
 
     Raises:
-        BadInput: It is no video, its frame rate is unknown, its frames are too large or none can be decoded.
+        BadInput: It is no video, its frame rate is unknown, its frames are too large or none can be
+            decoded.
     """
     try:
         with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
@@ -95,28 +101,37 @@ def decode(data: bytes, where: str) -> Clip:
         with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
             taken = _read(container, set(wanted))
     except av.FFmpegError as error:
-        raise BadInput(Fault(where, f"video cannot be read: {error}", "give MP4, WebM or GIF")) from None
+        raise BadInput(
+            Fault(where, f"video cannot be read: {error}", "give MP4, WebM or GIF")
+        ) from None
     if not taken:
         raise BadInput(Fault(where, "no frame of the video can be decoded", "write the file again"))
     if len({frame.shape for frame in taken.values()}) > 1:
-        raise BadInput(Fault(where, "frame size changes within the video", "write the file again in one size"))
+        raise BadInput(
+            Fault(where, "frame size changes within the video", "write the file again in one size")
+        )
     indices = tuple(sorted(taken))
     return Clip(np.stack([taken[index] for index in indices]), indices, fps)
 
 
 def _frame_rate(stream: VideoStream) -> float:
-    """Frames a second as OpenCV reports them: on average, else FFmpeg's guess (a short MPEG-TS has no average)."""
+    """Frames a second as OpenCV reports them: on average, else FFmpeg's guess (a short MPEG-TS has
+    no average).
+    """
     return float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _frame_count(container: InputContainer, stream: VideoStream, fps: float) -> int:
-    """Frames that can be shown: the header's count, or the duration's where there is none, less what is cut away."""
+    """Frames that can be shown: the header's count, or the duration's where there is none, less
+    what is cut away.
+    """
     duration = container.duration / av.time_base if container.duration else 0.0
     if not duration and stream.duration and stream.time_base:
         duration = float(stream.duration * stream.time_base)
     total = stream.frames or math.floor(duration * fps + 0.5)
-    # A clip cut without re-encoding keeps the frames before the cut in the file and hides them with an edit list; the
-    # header counts them all the same. vLLM corrects the count from two frames' difference on.
+    # A clip cut without re-encoding keeps the frames before the cut in the file and hides them with
+    # an edit list; the header counts them all the same. vLLM corrects the count from two frames'
+    # difference on.
     shown = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
     return shown if 0 < shown < total - 1 else total
 
@@ -142,7 +157,8 @@ def _read(container: InputContainer, wanted: set[int]) -> dict[int, NDArray[np.u
 
 
 def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
-    # Phones write portrait clips as landscape frames and a rotation; OpenCV applies it, so we do. Bicubic chroma, the
-    # scaler OpenCV asks for: FFmpeg's default differs by up to several grey levels at coloured edges.
+    # Phones write portrait clips as landscape frames and a rotation; OpenCV applies it, so we do.
+    # Bicubic chroma, the scaler OpenCV asks for: FFmpeg's default differs by up to several grey
+    # levels at coloured edges.
     pixels = frame.to_ndarray(format="rgb24", interpolation=Interpolation.BICUBIC)
     return np.ascontiguousarray(np.rot90(pixels, k=round(frame.rotation / 90) % 4))

@@ -1,1 +1,3 @@
-"""The BF16 checkpoint on disk: configuration, tensor layout, native loading, the embedded tiny checkpoint."""
+"""The BF16 checkpoint on disk: configuration, tensor layout, native loading, the embedded tiny
+checkpoint.
+"""

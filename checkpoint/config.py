@@ -1,6 +1,8 @@
-"""Reads config.json of a NemotronH_Nano_VL_V2 checkpoint: every key kept, the ones we rely on checked and named.
+"""Reads config.json of a NemotronH_Nano_VL_V2 checkpoint: every key kept, the ones we rely on
+checked and named.
 
-Imports neither torch nor transformers, so the serve environment and every preflight can use it for nothing.
+Imports neither torch nor transformers, so the serve environment and every preflight can use it for
+nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from checkpoint.faults import BadInput, Fault, raise_if_any
 
 ARCHITECTURE = "NemotronH_Nano_VL_V2"
 
-# Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. The same four numbers stand in
-# vLLM's RadioConfig (vllm/transformers_utils/configs/radio.py, VIT_TIMM_DIM_BY_NAME).
+# Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. The same four
+# numbers stand in vLLM's RadioConfig (vllm/transformers_utils/configs/radio.py,
+# VIT_TIMM_DIM_BY_NAME).
 VIT_BY_NAME = {
     "vit_small_patch16_224": (384, 12, 6, 1536),
     "vit_base_patch16_224": (768, 12, 12, 3072),
@@ -55,7 +58,9 @@ class VisionTower:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint's config.json. `raw` is the file as it stands; the properties are what the rooms ask of it."""
+    """A checkpoint's config.json. `raw` is the file as it stands; the properties are what the rooms
+    ask of it.
+    """
 
     directory: Path
     raw: Mapping[str, Any]
@@ -97,14 +102,25 @@ class CheckpointConfig:
         args = self.raw["vision_config"]["args"]
         named = VIT_BY_NAME[args["model"]]
         keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        width, depth, heads, mlp = (args.get(key, value) for key, value in zip(keys, named, strict=True))
+        width, depth, heads, mlp = (
+            args.get(key, value) for key, value in zip(keys, named, strict=True)
+        )
         patch = self.raw["patch_size"]
         teachers = {teacher["name"] for teacher in args.get("teachers", [])}
         class_tokens = len(teachers) if args.get("cls_token_per_teacher") else 1
         multiple = args.get("register_multiple") or 0
-        registers = args.get("cpe_num_registers") or (multiple - class_tokens % multiple if multiple else 0)
+        registers = args.get("cpe_num_registers") or (
+            multiple - class_tokens % multiple if multiple else 0
+        )
         return VisionTower(
-            width, depth, heads, mlp, patch, class_tokens + registers, class_tokens, args["cpe_max_size"] // patch
+            width,
+            depth,
+            heads,
+            mlp,
+            patch,
+            class_tokens + registers,
+            class_tokens,
+            args["cpe_max_size"] // patch,
         )
 
     def mixer_kind(self, layer: int) -> str:
@@ -113,15 +129,27 @@ class CheckpointConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`; raises `BadInput` naming the file when it is missing or is not one."""
+    """Read a JSON object from `path`; raises `BadInput` naming the file when it is missing or is
+    not one.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(Fault(str(path), "no such file", "is this a checkpoint directory?")) from None
+        raise BadInput(
+            Fault(str(path), "no such file", "is this a checkpoint directory?")
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(Fault(str(path), f"cannot be read as JSON: {error}", "copy the file again")) from None
+        raise BadInput(
+            Fault(str(path), f"cannot be read as JSON: {error}", "copy the file again")
+        ) from None
     if not isinstance(value, dict):
-        raise BadInput(Fault(str(path), f"holds a {type(value).__name__}, not a JSON object", "copy the file again"))
+        raise BadInput(
+            Fault(
+                str(path),
+                f"holds a {type(value).__name__}, not a JSON object",
+                "copy the file again",
+            )
+        )
     return value
 
 
@@ -129,17 +157,25 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     """Read and check `directory/config.json`.
 
     Raises:
-        BadInput: With every fault: no such directory, another architecture, a missing key, an unknown mixer kind or
-            vision tower.
+        BadInput: With every fault: no such directory, another architecture, a missing key, an
+            unknown mixer kind or vision tower.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise BadInput(Fault(str(directory), "no such directory", "give the directory of the checkpoint"))
+        raise BadInput(
+            Fault(str(directory), "no such directory", "give the directory of the checkpoint")
+        )
     raw = read_json(directory / "config.json")
     where = str(directory / "config.json")
     found = raw.get("architectures")
     if found != [ARCHITECTURE]:
-        raise BadInput(Fault(where, f"architectures is {found}, expected ['{ARCHITECTURE}']", "only this model works"))
+        raise BadInput(
+            Fault(
+                where,
+                f"architectures is {found}, expected ['{ARCHITECTURE}']",
+                "only this model works",
+            )
+        )
     raise_if_any(_faults(raw, where))
     return CheckpointConfig(directory, raw)
 
@@ -151,22 +187,42 @@ def _faults(raw: Mapping[str, Any], where: str) -> list[Fault]:
     if not isinstance(text, dict):
         faults.append(Fault(where, "llm_config is missing", remedy))
     else:
-        faults += [Fault(where, f"key llm_config.{key} is missing", remedy) for key in _TEXT_KEYS if key not in text]
+        faults += [
+            Fault(where, f"key llm_config.{key} is missing", remedy)
+            for key in _TEXT_KEYS
+            if key not in text
+        ]
         pattern = str(text.get("hybrid_override_pattern", ""))
         if strange := sorted(set(pattern) - set(MIXER_KINDS)):
             faults.append(
-                Fault(where, f"llm_config.hybrid_override_pattern has {strange}, allowed are M - *", "no MoE here")
+                Fault(
+                    where,
+                    f"llm_config.hybrid_override_pattern has {strange}, allowed are M - *",
+                    "no MoE here",
+                )
             )
         if text.get("num_hidden_layers", len(pattern)) != len(pattern):
-            faults.append(Fault(where, f"num_hidden_layers {text['num_hidden_layers']} but {len(pattern)} in pattern"))
-        # vLLM reads the dtype of the embeddings it is to build from here and asserts that it is one.
+            faults.append(
+                Fault(
+                    where,
+                    f"num_hidden_layers {text['num_hidden_layers']} but {len(pattern)} in pattern",
+                )
+            )
+        # vLLM reads the dtype of the embeddings it is to build from here and asserts that it is
+        # one.
         if (text.get("torch_dtype") or text.get("dtype")) != "bfloat16":
-            faults.append(Fault(where, "llm_config.torch_dtype is not bfloat16", "vLLM needs it: add it"))
+            faults.append(
+                Fault(where, "llm_config.torch_dtype is not bfloat16", "vLLM needs it: add it")
+            )
     args = vision.get("args") if isinstance(vision, dict) else None
     if not isinstance(args, dict) or "cpe_max_size" not in args:
         faults.append(Fault(where, "vision_config.args.cpe_max_size is missing", remedy))
     elif args.get("model") not in VIT_BY_NAME:
         faults.append(
-            Fault(where, f"vision_config.args.model is {args.get('model')!r}", f"known: {', '.join(VIT_BY_NAME)}")
+            Fault(
+                where,
+                f"vision_config.args.model is {args.get('model')!r}",
+                f"known: {', '.join(VIT_BY_NAME)}",
+            )
         )
     return faults

@@ -1,4 +1,6 @@
-"""How bad input is reported: one fault names the thing and the remedy, all faults are raised at once."""
+"""How bad input is reported: one fault names the thing and the remedy, all faults are raised at
+once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# What the system refuses for reasons that only the user can mend: disk full, quota, size limit, read-only, no right.
+# What the system refuses for reasons that only the user can mend: disk full, quota, size limit,
+# read-only, no right.
 _USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -31,7 +34,9 @@ class Fault:
 
 
 class BadInput(Exception):
-    """Raised for everything that ends a command with exit status 2; carries every fault found, not the first."""
+    """Raised for everything that ends a command with exit status 2; carries every fault found, not
+    the first.
+    """
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
@@ -46,7 +51,9 @@ def raise_if_any(faults: Iterable[Fault]) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a remedy that names the valid choice nearest to `name`, or all of them when none is near."""
+    """Return a remedy that names the valid choice nearest to `name`, or all of them when none is
+    near.
+    """
     import difflib
 
     choices = sorted(valid)
@@ -55,10 +62,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def main(run: Callable[[], int]) -> None:
-    """Run a command and leave the process with its exit status: bad input is printed to stderr and exits 2.
+    """Run a command and leave the process with its exit status: bad input is printed to stderr and
+    exits 2.
 
-    A full disk is the user's to mend, so it is bad input too. Any other exception is a defect of ours and keeps its
-    traceback.
+    A full disk is the user's to mend, so it is bad input too. Any other exception is a defect of
+    ours and keeps its traceback.
     """
     try:
         sys.exit(run())

@@ -1,4 +1,6 @@
-"""Safetensors files of a checkpoint directory, single or sharded: what is in them, and one tensor at a time."""
+"""Safetensors files of a checkpoint directory, single or sharded: what is in them, and one tensor
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ DTYPES = {
 }
 Result = TypeVar("Result")
 THREADS = 8
-"""Threads that read and compare tensors; each holds one tensor of the source and a few copies of a part of it."""
+"""Threads that read and compare tensors; each holds one tensor of the source and a few copies of a
+part of it.
+"""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -46,8 +50,8 @@ class TensorFiles:
         location: Name of the file that holds each tensor.
 
     Raises:
-        BadInput: On opening, with every fault: no weights, an index that names files or tensors that are not there,
-            a truncated or corrupt file.
+        BadInput: On opening, with every fault: no weights, an index that names files or tensors
+            that are not there, a truncated or corrupt file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -58,17 +62,29 @@ class TensorFiles:
         indexed: dict[str, str] = {}
         if (self.directory / INDEX).exists():
             weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise BadInput(Fault(str(self.directory / INDEX), "holds no weight_map", "copy the file again"))
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
+                raise BadInput(
+                    Fault(str(self.directory / INDEX), "holds no weight_map", "copy the file again")
+                )
             indexed = weight_map
             self.files = sorted(set(indexed.values()))
         elif (self.directory / SINGLE).exists():
             self.files = [SINGLE]
         else:
-            raise BadInput(Fault(str(self.directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights"))
+            raise BadInput(
+                Fault(
+                    str(self.directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights"
+                )
+            )
         faults = [fault for file in self.files for fault in self._read_header(file)]
         faults += [
-            Fault(str(self.directory / INDEX), f"says {name} is in {file}, where it is not", "copy the shard again")
+            Fault(
+                str(self.directory / INDEX),
+                f"says {name} is in {file}, where it is not",
+                "copy the shard again",
+            )
             for name, file in indexed.items()
             if not faults and self.location.get(name) != file
         ]
@@ -77,7 +93,8 @@ class TensorFiles:
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
         try:
-            # For its checks of the header; "pt" would map the whole file as private memory, against any limit on it.
+            # For its checks of the header; "pt" would map the whole file as private memory, against
+            # any limit on it.
             with safe_open(path, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
                     part = opened.get_slice(name)
@@ -86,7 +103,11 @@ class TensorFiles:
             with path.open("rb") as raw:
                 size = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(size))
-            self._start |= {n: 8 + size + part["data_offsets"][0] for n, part in header.items() if n in self.specs}
+            self._start |= {
+                n: 8 + size + part["data_offsets"][0]
+                for n, part in header.items()
+                if n in self.specs
+            }
         except FileNotFoundError:
             yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         except (SafetensorError, OSError, ValueError) as error:
@@ -101,8 +122,8 @@ class TensorFiles:
     def read(self, name: str, pin: bool = False) -> torch.Tensor:
         """The tensor `name` in memory of its own; several threads may read at once.
 
-        Not mapped: pages of a mapped file stay in the process until the whole file is closed, and count against the
-        memory limit of a run that is meant to hold one layer at a time.
+        Not mapped: pages of a mapped file stay in the process until the whole file is closed, and
+        count against the memory limit of a run that is meant to hold one layer at a time.
 
         Args:
             name: As in the files.
@@ -144,8 +165,12 @@ def read_into(descriptor: int, tensor: torch.Tensor, start: int, path: Path) -> 
         left, start = left[count:], start + count
 
 
-def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str) -> list[Fault]:
-    """Every tensor that is missing, extra, mis-shaped or of another dtype: vLLM loads them all silently."""
+def layout_faults(
+    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str
+) -> list[Fault]:
+    """Every tensor that is missing, extra, mis-shaped or of another dtype: vLLM loads them all
+    silently.
+    """
     other = "is this the checkpoint that config.json describes?"
     faults = [
         Fault(where, f"tensor {name} is missing", other)
@@ -155,7 +180,9 @@ def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, Tensor
     for name, spec in found.items():
         if name not in expected:
             if name not in OPTIONAL:
-                faults.append(Fault(where, f"tensor {name} is not part of this architecture", other))
+                faults.append(
+                    Fault(where, f"tensor {name} is not part of this architecture", other)
+                )
         elif spec != expected[name]:
             want = expected[name]
             faults.append(
@@ -171,13 +198,20 @@ def layout_faults(found: Mapping[str, TensorSpec], expected: Mapping[str, Tensor
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity.
 
-    By its extremes, which carry a NaN along: on BF16 and a CPU 14 times as fast as `torch.isfinite`.
+    By its extremes, which carry a NaN along: on BF16 and a CPU 14 times as fast as
+    `torch.isfinite`.
     """
-    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    return tensor.numel() == 0 or all(
+        bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)
+    )
 
 
-def in_threads(work: Callable[[str], Result], names: Iterable[str], most: int = THREADS) -> Iterator[Result]:
-    """Results of `work` in the order of `names`; torch and the file system leave the interpreter free meanwhile."""
+def in_threads(
+    work: Callable[[str], Result], names: Iterable[str], most: int = THREADS
+) -> Iterator[Result]:
+    """Results of `work` in the order of `names`; torch and the file system leave the interpreter
+    free meanwhile.
+    """
     with ThreadPoolExecutor(min(most, os.cpu_count() or 1)) as threads:
         yield from threads.map(work, names)
 

@@ -1,7 +1,8 @@
-"""The language model one layer at a time: each read while the one before it computes, and dropped after it.
+"""The language model one layer at a time: each read while the one before it computes, and dropped
+after it.
 
-What comes is transformers' own `NemotronHForCausalLM` that holds a single block under its usual name, so that masks,
-names and ModelOpt's treatment of it are those of the whole model.
+What comes is transformers' own `NemotronHForCausalLM` that holds a single block under its usual
+name, so that masks, names and ModelOpt's treatment of it are those of the whole model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Reader = Callable[[str], torch.Tensor]
 def layer_specs(config: CheckpointConfig, layer: int) -> dict[str, TensorSpec]:
     """The tensors of one layer by checkpoint name."""
     prefix = f"{LAYERS}{layer}."
-    return {name: spec for name, spec in expected_tensors(config).items() if name.startswith(prefix)}
+    return {
+        name: spec for name, spec in expected_tensors(config).items() if name.startswith(prefix)
+    }
 
 
 def largest_layer(config: CheckpointConfig) -> int:
@@ -37,13 +40,17 @@ def largest_layer(config: CheckpointConfig) -> int:
 
 
 def layer_configs(config: CheckpointConfig) -> tuple[Any, Any]:
-    """transformers' configuration of the language model, and of one without layers; made once, for it is slow."""
+    """transformers' configuration of the language model, and of one without layers; made once, for
+    it is slow.
+    """
     native, empty = native_config(config).text_config, native_config(config).text_config
     empty.layers_block_type = []  # type: ignore[union-attr]
     return native, empty
 
 
-def single_layer(configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.Tensor]) -> NemotronHForCausalLM:
+def single_layer(
+    configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.Tensor]
+) -> NemotronHForCausalLM:
     """The language model with one layer and nothing else, in `eval()` mode.
 
     Args:
@@ -52,7 +59,8 @@ def single_layer(configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.
         tensors: Its weights by checkpoint name, on the device it is to run on.
 
     Returns:
-        A model of which `.model(inputs_embeds=…)` gives the residual stream behind the layer, not normalised.
+        A model of which `.model(inputs_embeds=…)` gives the residual stream behind the layer, not
+        normalised.
     """
     native, empty = configs
     with torch.device("meta"):
@@ -60,7 +68,9 @@ def single_layer(configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.
         native._attn_implementation = model.config._attn_implementation
         block = NemotronHBlock(native, layer)
     prefix = f"{LAYERS}{layer}."
-    block.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items()}, assign=True)
+    block.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in tensors.items()}, assign=True
+    )
     model.model.layers.add_module(str(layer), block)
     model.config = model.model.config = native
     native.architectures = ["NemotronHForCausalLM"]
@@ -78,7 +88,8 @@ def read_layers(
     Args:
         config: The checkpoint's.
         device: Where they are to run.
-        read: Gives the BF16 tensor of a checkpoint name; called in a thread of its own, one layer ahead.
+        read: Gives the BF16 tensor of a checkpoint name; called in a thread of its own, one layer
+            ahead.
         first: Index of the first layer wanted.
 
     Raises:
@@ -95,7 +106,10 @@ def read_layers(
         for layer in range(first, depth):
             assert coming is not None
             # non_blocking: from page-locked memory the copy queues behind what the GPU is doing.
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in coming.result().items()}
+            tensors = {
+                name: tensor.to(device, non_blocking=True)
+                for name, tensor in coming.result().items()
+            }
             coming = thread.submit(ahead, layer + 1) if layer + 1 < depth else None
             model = single_layer(configs, layer, tensors)
             del tensors

@@ -1,4 +1,6 @@
-"""The tensors a NemotronH_Nano_VL_V2 checkpoint must hold, computed from its config: names, shapes, dtypes, linears."""
+"""The tensors a NemotronH_Nano_VL_V2 checkpoint must hold, computed from its config: names, shapes,
+dtypes, linears.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from checkpoint.config import CheckpointConfig
 LANGUAGE_MODEL = "language_model."
 LAYERS = LANGUAGE_MODEL + "backbone.layers."
 
-# vLLM's loader passes over the input conditioner, and nobody here has seen whether the release holds it.
+# vLLM's loader passes over the input conditioner, and nobody here has seen whether the release
+# holds it.
 OPTIONAL = (
     "vision_model.radio_model.input_conditioner.norm_mean",
     "vision_model.radio_model.input_conditioner.norm_std",
@@ -71,15 +74,25 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[
 
 
 def language_model_linears(config: CheckpointConfig) -> list[Linear]:
-    """Every linear layer of the language model's blocks, in order; not the embeddings, `lm_head` or `conv1d`."""
+    """Every linear layer of the language model's blocks, in order; not the embeddings, `lm_head` or
+    `conv1d`.
+    """
     text = config.text
     hidden, inner = text["hidden_size"], text["mamba_num_heads"] * text["mamba_head_dim"]
     groups = text["n_groups"] * text["ssm_state_size"]
-    queries, keys = (text[key] * text["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    queries, keys = (
+        text[key] * text["head_dim"] for key in ("num_attention_heads", "num_key_value_heads")
+    )
     by_kind = {
         # Rows of in_proj: gate z, x, B, C and one step size dt a head.
-        "mamba": {"in_proj": (2 * inner + 2 * groups + text["mamba_num_heads"], hidden), "out_proj": (hidden, inner)},
-        "mlp": {"up_proj": (text["intermediate_size"], hidden), "down_proj": (hidden, text["intermediate_size"])},
+        "mamba": {
+            "in_proj": (2 * inner + 2 * groups + text["mamba_num_heads"], hidden),
+            "out_proj": (hidden, inner),
+        },
+        "mlp": {
+            "up_proj": (text["intermediate_size"], hidden),
+            "down_proj": (hidden, text["intermediate_size"]),
+        },
         "attention": {
             "q_proj": (queries, hidden),
             "k_proj": (keys, hidden),
@@ -88,7 +101,12 @@ def language_model_linears(config: CheckpointConfig) -> list[Linear]:
         },
     }
     return [
-        Linear(f"language_model.backbone.layers.{layer}.mixer.{name}", config.mixer_kind(layer), layer, shape)
+        Linear(
+            f"language_model.backbone.layers.{layer}.mixer.{name}",
+            config.mixer_kind(layer),
+            layer,
+            shape,
+        )
         for layer in range(len(config.pattern))
         for name, shape in by_kind[config.mixer_kind(layer)].items()
     ]
@@ -155,5 +173,9 @@ def _vision(config: CheckpointConfig) -> Iterator[tuple[str, TensorSpec]]:
     for layer in range(tower.layers):
         for name, shape in block.items():
             yield f"{model}blocks.{layer}.{name}", TensorSpec(shape)
-    summaries = [t for t in config.raw["vision_config"]["args"].get("teachers", []) if t.get("use_summary", True)]
+    summaries = [
+        t
+        for t in config.raw["vision_config"]["args"].get("teachers", [])
+        if t.get("use_summary", True)
+    ]
     yield "vision_model.radio_model.summary_idxs", TensorSpec((max(1, len(summaries)),), "I64")

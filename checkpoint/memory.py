@@ -12,12 +12,16 @@ import torch
 from checkpoint.faults import BadInput, Fault
 
 # The last is Python's, when there is no room for a thread's stack.
-_EXHAUSTED = re.compile("can't allocate memory|out of memory|Cannot allocate memory|can't start new thread")
+_EXHAUSTED = re.compile(
+    "can't allocate memory|out of memory|Cannot allocate memory|can't start new thread"
+)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_available() -> int:
-    """Bytes of host memory that can still be used, by the system's own estimate and the cgroup's limit."""
+    """Bytes of host memory that can still be used, by the system's own estimate and the cgroup's
+    limit.
+    """
     available = _meminfo("MemAvailable")
     # Only the group's own limit: a limit further up shows inside a container as the root group's.
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
@@ -48,9 +52,13 @@ def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
         text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _EXHAUSTED.search(text):
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _EXHAUSTED.search(
+            text
+        ):
             raise
-        raise BadInput(Fault("memory", f"{where()}: {text[:200] or 'no details'}", remedy)) from None
+        raise BadInput(
+            Fault("memory", f"{where()}: {text[:200] or 'no details'}", remedy)
+        ) from None
 
 
 def _meminfo(field: str) -> int:

@@ -1,4 +1,6 @@
-"""Loads the checkpoint into transformers' own classes, without remote code, weights streamed from the files."""
+"""Loads the checkpoint into transformers' own classes, without remote code, weights streamed from
+the files.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +17,29 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles
 from checkpoint.layout import LANGUAGE_MODEL, LAYERS, expected_tensors
 
-# transformers builds a video patch projection for the successor's temporal patches. V2 has none and never calls it.
+# transformers builds a video patch projection for the successor's temporal patches. V2 has none and
+# never calls it.
 _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
-# transformers would report that projection, and tensor parallelism we do not use, at every load; what is really missing
-# is raised below.
+# transformers would report that projection, and tensor parallelism we do not use, at every load;
+# what is really missing is raised below.
 logging.set_verbosity_error()
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
 
 
 def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Config:
-    """Map a V2 config to `NemotronH_Omni_Reasoning_V3_Config`, the successor's class, which loads V2's tensor names."""
+    """Map a V2 config to `NemotronH_Omni_Reasoning_V3_Config`, the successor's class, which loads
+    V2's tensor names.
+    """
     tower = config.vision
     text = {
         key: value
         for key, value in config.text.items()
-        if key not in ("architectures", "model_type", "num_hidden_layers", "torch_dtype", "auto_map")
+        if key
+        not in ("architectures", "model_type", "num_hidden_layers", "torch_dtype", "auto_map")
     }
-    # time_step_min clamps dt in transformers; the release and vLLM do not clamp. The symptom is log-probabilities off
-    # by up to 0.01 with no error anywhere.
+    # time_step_min clamps dt in transformers; the release and vLLM do not clamp. The symptom is
+    # log-probabilities off by up to 0.01 with no error anywhere.
     text["time_step_min"] = 0.0
     vision: dict[str, Any] = {
         "hidden_size": tower.hidden_size,
@@ -63,7 +69,9 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
 class _Deferred:
     """A tensor read when transformers' loader asks for it, in the shape of a safetensors slice."""
 
-    def __init__(self, tensors: TensorFiles, name: str, read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: TensorFiles, name: str, read: Callable[[str], torch.Tensor]
+    ) -> None:
         self._dtype, self._name, self._read = tensors.specs[name].dtype, name, read
 
     def get_dtype(self) -> str:
@@ -82,18 +90,18 @@ def load_model(
 ) -> NemotronH_Omni_Reasoning_V3:
     """Load the checkpoint in `eval()` mode.
 
-    Tensors are read from the mapped files one at a time and placed on `device`, so host memory never holds a second
-    copy. Embed tiles and frames with `calibrate.forward`, not with `forward(pixel_values_videos=…)`, which is broken
-    in transformers 5.19.
+    Tensors are read from the mapped files one at a time and placed on `device`, so host memory
+    never holds a second copy. Embed tiles and frames with `calibrate.forward`, not with
+    `forward(pixel_values_videos=…)`, which is broken in transformers 5.19.
 
     Args:
         config: The checkpoint.
         device: A torch device.
         dtype: Parameters' dtype; float32 for comparisons.
-        read: Gives the tensor of a checkpoint name where the files hold it in another form (quantized); the files'
-            own tensor by default.
-        layers: Without them, the language model is embeddings, final norm and head only: `checkpoint.layers` reads
-            its layers one by one.
+        read: Gives the tensor of a checkpoint name where the files hold it in another form
+            (quantized); the files' own tensor by default.
+        layers: Without them, the language model is embeddings, final norm and head only:
+            `checkpoint.layers` reads its layers one by one.
 
     Raises:
         BadInput: When tensors that the model needs are missing, or some are left over.
@@ -114,19 +122,24 @@ def load_model(
     )
     model, report = loaded
     # transformers initialises what is missing at random and goes on.
-    missing = sorted(name for name in report["missing_keys"] if name != _UNUSED and "layer_scale" not in name)
+    missing = sorted(
+        name for name in report["missing_keys"] if name != _UNUSED and "layer_scale" not in name
+    )
     left_over = sorted(report["unexpected_keys"])
     if missing or left_over or report["mismatched_keys"]:
         what = f"tensors missing {missing}, left over {left_over}"
         raise BadInput(Fault(str(config.directory), what, "check it with export.verify"))
     model.vision_model.embeddings.video_patch_projection = None
-    # from_config leaves this empty for a language model inside another, and ModelOpt's exporter iterates over it.
+    # from_config leaves this empty for a language model inside another, and ModelOpt's exporter
+    # iterates over it.
     model.language_model.config.architectures = ["NemotronHForCausalLM"]
     return model.eval()
 
 
 def module_name(tensor_or_linear: str) -> str:
-    """The language model's module for a checkpoint name: `language_model.backbone.layers.0…` → `model.layers.0…`."""
+    """The language model's module for a checkpoint name: `language_model.backbone.layers.0…` →
+    `model.layers.0…`.
+    """
     return tensor_or_linear.removeprefix(LANGUAGE_MODEL).replace("backbone.", "model.", 1)
 
 
@@ -134,10 +147,15 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     """Load tokenizer.json and the chat template of the directory.
 
     Raises:
-        BadInput: When there is no tokenizer, or it lacks the special tokens that the prompts are made of.
+        BadInput: When there is no tokenizer, or it lacks the special tokens that the prompts are
+            made of.
     """
     if not (config.directory / "tokenizer.json").exists():
-        raise BadInput(Fault(str(config.directory / "tokenizer.json"), "no such file", "copy the tokenizer files"))
+        raise BadInput(
+            Fault(
+                str(config.directory / "tokenizer.json"), "no such file", "copy the tokenizer files"
+            )
+        )
     # AutoTokenizer would read the config class from the directory's Python files.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.directory, local_files_only=True)
     token, expected = config.raw["img_context_token"], config.image_token_id

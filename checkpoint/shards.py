@@ -1,7 +1,7 @@
 """Safetensors shards in which every tensor has its place before the first is computed.
 
-A tensor is written as soon as it is finished, in any order and from any thread, and again after a restart; no shard is
-ever gathered in memory. The bytes are those of `safetensors.torch.save_file`.
+A tensor is written as soon as it is finished, in any order and from any thread, and again after a
+restart; no shard is ever gathered in memory. The bytes are those of `safetensors.torch.save_file`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from checkpoint.layout import TensorSpec, plan_shards, spec_bytes
 # safetensors 0.8 lays tensors out by dtype in this order, then by name, so that each is aligned.
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8", "U8", "BOOL")
 _THREADS = 4
-# Groups of tensors on their way to the disk; a layer of the 12B is 0.1 to 0.2 GB, or twice that in BF16.
+# Groups of tensors on their way to the disk; a layer of the 12B is 0.1 to 0.2 GB, or twice that in
+# BF16.
 _GROUPS_AHEAD = 3
 
 
@@ -47,7 +48,11 @@ class Shards:
         self._sizes: dict[str, int] = {}
         planned = plan_shards(specs, shard_bytes)
         for number, names in enumerate(planned, start=1):
-            file = SINGLE if len(planned) == 1 else f"model-{number:05d}-of-{len(planned):05d}.safetensors"
+            file = (
+                SINGLE
+                if len(planned) == 1
+                else f"model-{number:05d}-of-{len(planned):05d}.safetensors"
+            )
             self._lay_out(file, {name: specs[name] for name in names})
 
     def _lay_out(self, file: str, specs: Mapping[str, TensorSpec]) -> None:
@@ -57,7 +62,11 @@ class Shards:
         for name in sorted(specs, key=lambda name: (_ORDER.index(specs[name].dtype), name)):
             start, end = end, end + spec_bytes({name: specs[name]})
             shape = list(specs[name].shape)
-            header[name] = {"dtype": specs[name].dtype, "shape": shape, "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": specs[name].dtype,
+                "shape": shape,
+                "data_offsets": [start, end],
+            }
             self._start[name] = start
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -70,7 +79,8 @@ class Shards:
         return sum(self._sizes.values())
 
     def create(self) -> None:
-        """Make the files at their full size, headers written; what an earlier run has written stays.
+        """Make the files at their full size, headers written; what an earlier run has written
+        stays.
 
         Raises:
             OSError: When the disk does not allow files of this size.
@@ -96,7 +106,9 @@ class Shards:
         """
         spec = self.specs[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
-            raise AssertionError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}")
+            raise AssertionError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
+            )
         file = self.weight_map[name]
         path = self.directory / file
         descriptor = os.open(path, os.O_WRONLY)
@@ -118,12 +130,16 @@ class Shards:
 
 
 class Writer:
-    """Writes tensors in threads while the caller computes the next ones; use it as a context manager.
+    """Writes tensors in threads while the caller computes the next ones; use it as a context
+    manager.
 
-    Leaving the context waits for everything; an error of a thread is raised at the next `put`, or there.
+    Leaving the context waits for everything; an error of a thread is raised at the next `put`, or
+    there.
     """
 
-    def __init__(self, shards: Shards, progress: Callable[[int], object] = lambda count: None) -> None:
+    def __init__(
+        self, shards: Shards, progress: Callable[[int], object] = lambda count: None
+    ) -> None:
         self.shards, self._progress = shards, progress
         self._threads = ThreadPoolExecutor(_THREADS, "write")
         self._recorder = ThreadPoolExecutor(1, "record")
@@ -133,7 +149,8 @@ class Writer:
         self._failed = False
 
     def copy(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
-        """Write tensors that are ready elsewhere, beside everything that is put; two are in memory at a time.
+        """Write tensors that are ready elsewhere, beside everything that is put; two are in memory
+        at a time.
 
         Args:
             names: Of the tensors.
@@ -147,7 +164,9 @@ class Writer:
 
         self._groups += [self._copiers.submit(one, name) for name in names]
 
-    def put(self, tensors: Mapping[str, torch.Tensor], then: Callable[[], None] | None = None) -> None:
+    def put(
+        self, tensors: Mapping[str, torch.Tensor], then: Callable[[], None] | None = None
+    ) -> None:
         """Write finished tensors; waits while too many are on their way.
 
         Args:
@@ -158,15 +177,26 @@ class Writer:
         self._room.acquire()
         device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         ready = torch.cuda.current_stream(device).record_event() if device else None
-        writes = [self._threads.submit(self._write, name, tensor, ready) for name, tensor in tensors.items()]
+        writes = [
+            self._threads.submit(self._write, name, tensor, ready)
+            for name, tensor in tensors.items()
+        ]
         size = math.fsum(tensor.nbytes for tensor in tensors.values())
-        self._groups.append(self._recorder.submit(self._record, writes, dict.fromkeys(tensors), int(size), then))
+        self._groups.append(
+            self._recorder.submit(self._record, writes, dict.fromkeys(tensors), int(size), then)
+        )
 
     def _write(self, name: str, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> None:
-        self.shards.write(name, tensor if ready is None or not tensor.is_cuda else _fetched(tensor, ready))
+        self.shards.write(
+            name, tensor if ready is None or not tensor.is_cuda else _fetched(tensor, ready)
+        )
 
     def _record(
-        self, writes: list[Future[None]], names: Mapping[str, None], size: int, then: Callable[[], None] | None
+        self,
+        writes: list[Future[None]],
+        names: Mapping[str, None],
+        size: int,
+        then: Callable[[], None] | None,
     ) -> None:
         try:
             wait(writes)
@@ -201,12 +231,16 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.drain()
         finally:
-            self._recorder.shutdown(cancel_futures=kind is not None)  # after an error, what has not begun is dropped
+            self._recorder.shutdown(
+                cancel_futures=kind is not None
+            )  # after an error, what has not begun is dropped
             for threads in (self._threads, self._copiers):
                 threads.shutdown(cancel_futures=kind is not None)
 

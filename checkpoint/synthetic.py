@@ -1,10 +1,13 @@
-"""Writes a random-weight checkpoint of the released architecture at full or medium size, shard by shard.
+"""Writes a random-weight checkpoint of the released architecture at full or medium size, shard by
+shard.
 
-    python -m checkpoint.synthetic OUT --size full      # 760 tensors, 26.36 GB: the 12B's own configuration
+    python -m checkpoint.synthetic OUT --size full      # 760 tensors, 26.36 GB: the 12B's own
+    configuration
     python -m checkpoint.synthetic OUT --size medium    # the same kinds of layers at about 1.4 GB
 
-For measuring time, memory and disk without the released weights. Activations stay finite through all layers; answers
-mean nothing. Weights are drawn on the GPU where there is one; the same seed gives the same bytes on the same device.
+For measuring time, memory and disk without the released weights. Activations stay finite through
+all layers; answers mean nothing. Weights are drawn on the GPU where there is one; the same seed
+gives the same bytes on the same device.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from checkpoint.atomic import check_output, finished_directory, save_tensors
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.faults import main
 from checkpoint.files import INDEX
 from checkpoint.layout import TensorSpec, expected_tensors, plan_shards, spec_bytes
-from checkpoint.tiny import EMBEDDED, write_tokenizer
-from checkpoint.writing import check_output, finished_directory, save_tensors
+from checkpoint.tokenizer import RELEASED, write_tokenizer
 
-RELEASED = Path(__file__).parent / "released"
 SIZES = ("full", "medium")
 SHARD_BYTES = 4_900_000_000
 
@@ -53,7 +54,9 @@ def synthetic_config(size: str) -> dict[str, Any]:
     return config
 
 
-def write_synthetic(out: Path, size: str, seed: int = 0, device: str | None = None) -> CheckpointConfig:
+def write_synthetic(
+    out: Path, size: str, seed: int = 0, device: str | None = None
+) -> CheckpointConfig:
     """Write a random-weight checkpoint and return its configuration.
 
     Args:
@@ -71,9 +74,9 @@ def write_synthetic(out: Path, size: str, seed: int = 0, device: str | None = No
     shards, total = plan_shards(specs, SHARD_BYTES), spec_bytes(specs)
     check_output(out, total)
     with finished_directory(out) as partial:
-        for file in ("configuration.py", "chat_template.jinja"):
-            shutil.copyfile(EMBEDDED / file, partial / file)
-        (partial / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(
+            json.dumps(config.raw, indent=2) + "\n", encoding="utf-8"
+        )
         write_tokenizer(partial, config)
         weight_map: dict[str, str] = {}
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
@@ -97,7 +100,9 @@ def _drawn(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
     if last == "A_log":
         values = torch.empty(spec.shape, device=device).uniform_(1, 16, generator=generator).log()
     elif last == "dt_bias":
-        step = torch.empty(spec.shape, device=device).uniform_(-6.9, -2.3, generator=generator).exp()
+        step = (
+            torch.empty(spec.shape, device=device).uniform_(-6.9, -2.3, generator=generator).exp()
+        )
         values = step + torch.log(-torch.expm1(-step))  # inverse of softplus
     else:
         values = torch.randn(spec.shape, device=device, generator=generator, dtype=torch.bfloat16)
@@ -112,13 +117,17 @@ def _drawn(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(prog="python -m checkpoint.synthetic", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint.synthetic", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = write_synthetic(arguments.out, arguments.size, arguments.seed)
-    print(f"{config.directory}: {len(config.pattern)} layers, {len(expected_tensors(config))} tensors")
+    print(
+        f"{config.directory}: {len(config.pattern)} layers, {len(expected_tensors(config))} tensors"
+    )
     return 0
 
 

@@ -1,52 +1,120 @@
-"""Builds the embedded checkpoint's tokenizer: byte-level BPE with whole-word merges, and the special tokens."""
+"""Builds a tokenizer for checkpoints that are made here: byte-level BPE, a few whole words, the
+released special tokens.
+
+The released tokenizer cannot be shipped. This one has the same special tokens at the same places,
+so prompts are built from it in the same way.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-# As in the release: <s> 1, </s> 2, role markers 10 and 11, end of turn 12; the visual tokens stand behind the text.
-SPECIALS = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{i}>" for i in range(3, 16)]
-VISUAL = ["<image>", "<img>", "</img>", "<video>"]
+from checkpoint.config import CheckpointConfig
 
-# Words that every prompt repeats get a token each; codes, digits and rare words stay bytes, as the tasks need them.
-_WORDS = """
- Frame frame sampled at seconds System User Assistant think the a an of in is it to and on or with for from that this
- what which who how many read write answer only one word page image images video clip picture document chart table bar
- bars largest smallest value code text number color colour shows show changes change appears happened digit letter name
- city first second third last before after line red green blue yellow purple orange white black gray brown pink cyan
- circle square triangle star cross note total order date invoice report item items price quantity remember find key
- list following each was are be has
-""".split()
+RELEASED = Path(__file__).parent / "released"
+"""The released config.json, and the Python file and chat template that checkpoints made here carry.
+"""
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{number}>" for number in range(3, 16)]
+"""As in the release: <s> 1, </s> 2, role markers 10 and 11, end of turn 12."""
+
+VISUAL_TOKENS = ["<image>", "<img>", "</img>", "<video>"]
+"""They stand behind the text tokens, as in the release."""
+
+PROMPT_WORDS = [
+    "Frame",
+    "frame",
+    "sampled",
+    "at",
+    "seconds",
+    "System",
+    "User",
+    "Assistant",
+    "think",
+]
+"""Words that every prompt repeats."""
+
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "<SPECIAL_12>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+_GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 12, "do_sample": False}
 
 
-def build_tokenizer(vocab_size: int, first_visual: int | None = None) -> Tokenizer:
-    """Build the tokenizer.
+def build_tokenizer(
+    vocab_size: int, words: Sequence[str], first_visual: int | None = None
+) -> Tokenizer:
+    """Build a byte-level BPE tokenizer in which each of `words` is one token.
 
     Args:
-        vocab_size: Upper bound.
-        first_visual: Id of `<image>`; the other visual tokens follow. Right after the text tokens by default; a larger
-            one leaves fillers between that no text becomes.
+        vocab_size: Upper bound on the number of tokens.
+        words: Words that get a token of their own, with and without a space before them.
+        first_visual: Id of `<image>`; the other visual tokens follow. By default they come right
+            after the text tokens; a larger id leaves filler tokens between, which no text is
+            encoded to.
 
     Raises:
-        ValueError: When the tokens do not fit.
+        ValueError: When the tokens do not fit into `vocab_size`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(SPECIALS + alphabet)}
+    vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet)}
     merges: list[tuple[str, str]] = []
-    # Ġ is the byte-level alphabet's space. Spaced words come first: merges apply in order, and a word that had merged
-    # without its space could not take it up again.
-    for spelled in ["Ġ" + word for word in _WORDS] + _WORDS:
-        for end in range(2, len(spelled) + 1):
-            left, right = spelled[: end - 1], spelled[end - 1]
+    # "Ġ" is the byte-level alphabet's space. Merges apply in order, so words with a space come
+    # first: a word that has been merged without its space could not take it up afterwards.
+    spellings = ["Ġ" + word for word in words] + list(words)
+    for spelling in spellings:
+        for end in range(2, len(spelling) + 1):
+            left = spelling[: end - 1]
+            right = spelling[end - 1]
             if left + right not in vocab:
                 vocab[left + right] = len(vocab)
                 merges.append((left, right))
     for index in range(len(vocab), first_visual or 0):
         vocab[f"<filler_{index}>"] = index
-    if len(vocab) + len(VISUAL) > vocab_size:
-        raise ValueError(f"{len(vocab) + len(VISUAL)} tokens do not fit a vocabulary of {vocab_size}")
+    needed = len(vocab) + len(VISUAL_TOKENS)
+    if needed > vocab_size:
+        raise ValueError(f"{needed} tokens do not fit a vocabulary of {vocab_size}")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS + VISUAL])
+    special = SPECIAL_TOKENS + VISUAL_TOKENS
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return tokenizer
+
+
+def write_tokenizer(
+    directory: Path, config: CheckpointConfig, words: Sequence[str] = PROMPT_WORDS
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json, generation_config.json and the Python file of
+    the auto_map.
+
+    Args:
+        directory: The checkpoint directory.
+        config: Its config; gives the vocabulary size and the id of `<image>`.
+        words: As in `build_tokenizer`.
+    """
+    tokenizer = build_tokenizer(config.text["vocab_size"], words, config.image_token_id)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = (RELEASED / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = _TOKENIZER_CONFIG | {
+        "chat_template": template,
+        "model_max_length": config.max_length,
+    }
+    _write_json(directory / "tokenizer_config.json", settings)
+    _write_json(directory / "generation_config.json", _GENERATION_CONFIG)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    configuration = (RELEASED / "configuration.py").read_text(encoding="utf-8")
+    (directory / "configuration.py").write_text(configuration, encoding="utf-8")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

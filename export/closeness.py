@@ -1,9 +1,11 @@
-"""How near a packed weight must be to its BF16 source, by what the calibration algorithm may do to weights.
+"""How near a packed weight must be to its BF16 source, by what the calibration algorithm may do to
+weights.
 
-Rounding by absolute maxima has a bound for every element, so one flipped weight shows. A searched range may clip: the
-bound then holds against the clipped source. GPTQ moves every weight: what is left to hold it to is the error of the
-whole tensor, and that each row and column still points where the source's does; that shows exchanged, zeroed, shuffled
-or wrongly scaled weights, and no longer a single one.
+Rounding by absolute maxima has a bound for every element, so one flipped weight shows. A searched
+range may clip: the bound then holds against the clipped source. GPTQ moves every weight: what is
+left to hold it to is the error of the whole tensor, and that each row and column still points where
+the source's does; that shows exchanged, zeroed, shuffled or wrongly scaled weights, and no longer a
+single one.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import torch
 
 from checkpoint.faults import Fault
 from quantize.algorithms import Change
-from quantize.formats import FORMATS
+from quantize.formats.registry import FORMATS
 
 _ERROR = {"clipped": 2.0, "moved": 6.0}
-"""Allowed error of a tensor, in errors of rounding by absolute maxima. On the embedded checkpoint `local_hessian`
-reaches 1.1 and GPTQ 1.7; on inputs whose channels spread over two orders of magnitude, GPTQ reaches 2.8."""
+"""Allowed error of a tensor, in errors of rounding by absolute maxima. On the tiny checkpoint
+`local_hessian` reaches 1.1 and GPTQ 1.7; on inputs whose channels spread over two orders of
+magnitude, GPTQ reaches 2.8."""
 _SLOPE = (0.9, 1.1)
 """Allowed ⟨unpacked, source⟩ / ⟨source, source⟩ of a tensor; 0.987 to 1.000 in all these."""
 _LINE_SLOPE = (0.5, 1.5)
@@ -27,9 +30,14 @@ _REMEDY = "is this the right --source? else export again"
 
 
 def elements_beyond(
-    weight: torch.Tensor, unpacked: torch.Tensor, packed: Mapping[str, torch.Tensor], format: str, change: Change
+    weight: torch.Tensor,
+    unpacked: torch.Tensor,
+    packed: Mapping[str, torch.Tensor],
+    format: str,
+    change: Change,
 ) -> int:
-    """How many weights are further from the source than rounding allows; none where they may be moved.
+    """How many weights are further from the source than rounding allows; none where they may be
+    moved.
 
     Args:
         weight: The source's, or some rows of it, float32 [out, in].
@@ -50,7 +58,8 @@ def elements_beyond(
 def tensor_faults(
     name: str, weight: torch.Tensor, unpacked: torch.Tensor, format: str, change: Change
 ) -> Iterator[Fault]:
-    """Yield what shows that a whole tensor does not stand for its source; at most one fault, none after rounding.
+    """Yield what shows that a whole tensor does not stand for its source; at most one fault, none
+    after rounding.
 
     Args:
         name: The weight's, for the fault.
@@ -65,7 +74,11 @@ def tensor_faults(
     error = float((unpacked - weight).norm() / weight.norm())
     slope = float(_slopes(weight.flatten(), unpacked.flatten(), 0))
     if not error <= allowed:  # so that NaN, of a source of zeros, is none that passes
-        yield Fault(name, f"differs from the source by {error:.1%} of its norm, allowed is {allowed:.1%}", _REMEDY)
+        yield Fault(
+            name,
+            f"differs from the source by {error:.1%} of its norm, allowed is {allowed:.1%}",
+            _REMEDY,
+        )
     elif not _SLOPE[0] <= slope <= _SLOPE[1]:
         yield Fault(name, f"is {slope:.3f} times the source on average", _REMEDY)
     else:

@@ -1,4 +1,6 @@
-"""What a quantized directory holds, told from its files: the format of each linear and the tensors that follow."""
+"""What a quantized directory holds, told from its files: the format of each linear and the tensors
+that follow.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.layout import Linear, TensorSpec, expected_tensors, language_model_linears
-from quantize.formats import FORMATS
+from quantize.formats.registry import FORMATS
 
 _BY_DTYPE = {"F8_E4M3": "fp8", "U8": "nvfp4"}
 
@@ -28,7 +30,9 @@ def linear_formats(config: CheckpointConfig, specs: Mapping[str, TensorSpec]) ->
     return found
 
 
-def quantized_layout(config: CheckpointConfig, formats: Mapping[str, str], kv_scales: bool) -> dict[str, TensorSpec]:
+def quantized_layout(
+    config: CheckpointConfig, formats: Mapping[str, str], kv_scales: bool
+) -> dict[str, TensorSpec]:
     """Every tensor a directory with these formats must hold.
 
     Args:

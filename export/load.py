@@ -1,4 +1,6 @@
-"""Reads a quantized directory back into the native model: weights dequantized, inputs fake-quantized as served."""
+"""Reads a quantized directory back into the native model: weights dequantized, inputs
+fake-quantized as served.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from checkpoint.layers import read_layers
 from checkpoint.layout import LAYERS
 from checkpoint.native import load_model, module_name
 from export.layout import linear_formats
-from quantize.formats import FORMATS
+from quantize.formats.registry import FORMATS
 
 
 def packed_tensors(tensors: TensorFiles, linear: str, format: str) -> dict[str, torch.Tensor]:
@@ -30,8 +32,8 @@ def load_exported(
 ) -> NemotronH_Omni_Reasoning_V3:
     """Load an exported directory, quantized or BF16, as a server computes it.
 
-    Quantized weights are dequantized as they are read; each quantized linear rounds its input with ModelOpt's own
-    quantizer at the stored scale.
+    Quantized weights are dequantized as they are read; each quantized linear rounds its input with
+    ModelOpt's own quantizer at the stored scale.
 
     Raises:
         BadInput: As `checkpoint.native.load_model`.
@@ -42,7 +44,9 @@ def load_exported(
     return model
 
 
-def exported_reader(config: CheckpointConfig, tensors: TensorFiles) -> Callable[[str], torch.Tensor]:
+def exported_reader(
+    config: CheckpointConfig, tensors: TensorFiles
+) -> Callable[[str], torch.Tensor]:
     """What reads a BF16 tensor of an exported directory by its name, quantized weights dequantized."""
     formats = linear_formats(config, tensors.specs)
 
@@ -50,13 +54,19 @@ def exported_reader(config: CheckpointConfig, tensors: TensorFiles) -> Callable[
         linear = name.removesuffix(".weight")
         if linear not in formats:
             return tensors.read(name)
-        return FORMATS[formats[linear]].unpack(packed_tensors(tensors, linear, formats[linear])).to(torch.bfloat16)
+        return (
+            FORMATS[formats[linear]]
+            .unpack(packed_tensors(tensors, linear, formats[linear]))
+            .to(torch.bfloat16)
+        )
 
     return read
 
 
 def read_exported_layers(config: CheckpointConfig, device: str) -> Iterator[tuple[int, nn.Module]]:
-    """The layers of an exported directory one at a time, as `checkpoint.layers.read_layers`, computing as served."""
+    """The layers of an exported directory one at a time, as `checkpoint.layers.read_layers`,
+    computing as served.
+    """
     tensors = TensorFiles(config.directory)
     for layer, model in read_layers(config, device, exported_reader(config, tensors)):
         _quantize_inputs(model, config, tensors, device, layer)
@@ -64,14 +74,20 @@ def read_exported_layers(config: CheckpointConfig, device: str) -> Iterator[tupl
 
 
 def _quantize_inputs(
-    language_model: nn.Module, config: CheckpointConfig, tensors: TensorFiles, device: str, layer: int | None = None
+    language_model: nn.Module,
+    config: CheckpointConfig,
+    tensors: TensorFiles,
+    device: str,
+    layer: int | None = None,
 ) -> None:
     """Let every quantized linear, of one layer or of all, round its input at the stored scale."""
     for linear, format in linear_formats(config, tensors.specs).items():
         if layer is None or linear.startswith(f"{LAYERS}{layer}."):
             module = language_model.get_submodule(module_name(linear))
             amax = FORMATS[format].input_amax(tensors.read(f"{linear}.input_scale"))
-            _quantize_input(module, FORMATS[format].quantizer("input_quantizer", device), amax.to(device))
+            _quantize_input(
+                module, FORMATS[format].quantizer("input_quantizer", device), amax.to(device)
+            )
 
 
 def _quantize_input(module: nn.Module, settings: dict[str, Any], amax: torch.Tensor) -> None:

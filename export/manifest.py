@@ -1,4 +1,6 @@
-"""hybridquant.json beside the weights: what made them, from what, how the gate went, and how to serve them."""
+"""hybridquant.json beside the weights: what made them, from what, how the gate went, and how to
+serve them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class Manifest:
         calibration: Samples, tokens, skipped samples.
         serve: Settings for `python -m serve`, such as `video_pruning_rate`.
         gate: `passed` (None until measured), the measured figures and the thresholds they missed.
-        distillation: `trained`, the linears whose weights are no longer the source's, and how it went; empty for PTQ.
+        distillation: `trained`, the linears whose weights are no longer the source's, and how it
+            went; empty for PTQ.
     """
 
     recipe: dict[str, Any]

@@ -1,8 +1,9 @@
 """vLLM's rule for which modules an exclude list leaves unquantized, and the list that we write.
 
-The rule is replayed from `ModelOptQuantConfigBase` (vllm/model_executor/layers/quantization/modelopt.py), the same in
-0.26 to 0.33: entries are renamed like weights, then matched exactly (fused layers by their parts), as substrings, and
-as shell patterns.
+The rule is replayed from `ModelOptQuantConfigBase`
+(vllm/model_executor/layers/quantization/modelopt.py), the same in 0.26 to 0.33: entries are renamed
+like weights, then matched exactly (fused layers by their parts), as substrings, and as shell
+patterns.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
-# The model parts that are never quantized. `lm_head` has been given the quantization config from vLLM 0.32 on, so it
-# must match; full names miss versions that do not rename entries, hence the pattern beside the name.
+# The model parts that are never quantized. `lm_head` has been given the quantization config from
+# vLLM 0.32 on, so it must match; full names miss versions that do not rename entries, hence the
+# pattern beside the name.
 _ALWAYS = (
     "language_model.lm_head",
     "*lm_head*",
@@ -25,7 +27,9 @@ _ALWAYS = (
 
 
 def vllm_name(name: str) -> str:
-    """vLLM's module name for a checkpoint name: `language_model.backbone.…` is `language_model.model.…` there."""
+    """vLLM's module name for a checkpoint name: `language_model.backbone.…` is
+    `language_model.model.…` there.
+    """
     renamed = name.replace("language_model.backbone", "language_model.model", 1)
     return renamed.replace(".embeddings", ".embed_tokens")
 
@@ -56,7 +60,9 @@ def is_excluded(module: str, entries: Sequence[str]) -> bool:
         for entry in renamed
     ]
     parent, _, last = module.rpartition(".")
-    if module in renamed or (last in FUSED and all(f"{parent}.{part}" in renamed for part in FUSED[last])):
+    if module in renamed or (
+        last in FUSED and all(f"{parent}.{part}" in renamed for part in FUSED[last])
+    ):
         return True
     inner = module.removeprefix("language_model.")
     if any(entry != module and (entry in module or entry in inner) for entry in renamed):

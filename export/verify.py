@@ -1,10 +1,12 @@
-"""Verifies an exported directory from its files alone, against its config, vLLM's rules and the source.
+"""Verifies an exported directory from its files alone, against its config, vLLM's rules and the
+source.
 
     python -m export.verify DIR [--source BF16_DIR] [--json]
 
-All faults are shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is no checkpoint at all.
-Weights that distillation trained (hybridquant.json names them) are not held to the source; it says how many. How near
-the others must be follows from the calibration algorithm it records: see export/closeness.py.
+All faults are shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is no
+checkpoint at all. Weights that distillation trained (hybridquant.json names them) are not held to
+the source; it says how many. How near the others must be follows from the calibration algorithm it
+records: see export/closeness.py.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from export.load import packed_tensors
 from export.manifest import read_manifest
 from export.matching import FUSED, is_excluded, vllm_name
 from quantize.algorithms import ALGORITHMS, Change
-from quantize.formats import FORMATS
+from quantize.formats.registry import FORMATS
 
 _ALGORITHMS = (*(format.algo for format in FORMATS.values()), "MIXED_PRECISION")
 _REWRITE = "export again"
 _PART = {"cpu": 1 << 18, "cuda": 1 << 23}
-"""Weights compared at once: what fits into a CPU's cache, and what keeps a GPU busy; at 1 << 26, NVFP4 of the 12B took
-18 GB of it."""
+"""Weights compared at once: what fits into a CPU's cache, and what keeps a GPU busy; at 1 << 26,
+NVFP4 of the 12B took 18 GB of it."""
 
 
 def verify(directory: Path, source: Path | None = None) -> list[Fault]:
@@ -64,11 +66,17 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
     section = quantization_section(config)
     faults = list(_section_faults(config, section))
     if source_config and expected_tensors(source_config) != expected_tensors(config):
-        faults.append(Fault(str(source), "describes a model of other dimensions", "is this the right --source?"))
+        faults.append(
+            Fault(
+                str(source), "describes a model of other dimensions", "is this the right --source?"
+            )
+        )
         original = None
     formats = linear_formats(config, tensors.specs)
     kv_scales = isinstance(section.get("kv_cache_scheme"), dict)
-    shapes = layout_faults(tensors.specs, quantized_layout(config, formats, kv_scales), str(directory))
+    shapes = layout_faults(
+        tensors.specs, quantized_layout(config, formats, kv_scales), str(directory)
+    )
     faults += shapes
     faults += _exclusion_faults(config, section, formats)
     if not shapes:  # with tensors missing or mis-shaped there is nothing to compare
@@ -78,22 +86,36 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
 
 
 def trained_linears(directory: Path) -> frozenset[str]:
-    """Linears whose weights distillation has moved away from the source, by the directory's own manifest."""
+    """Linears whose weights distillation has moved away from the source, by the directory's own
+    manifest.
+    """
     try:
         manifest = read_manifest(directory)
     except BadInput:
         return frozenset()
-    named = manifest.distillation.get("trained") if manifest and isinstance(manifest.distillation, dict) else None
-    return frozenset(name for name in named if isinstance(name, str)) if isinstance(named, list) else frozenset()
+    named = (
+        manifest.distillation.get("trained")
+        if manifest and isinstance(manifest.distillation, dict)
+        else None
+    )
+    return (
+        frozenset(name for name in named if isinstance(name, str))
+        if isinstance(named, list)
+        else frozenset()
+    )
 
 
 def weight_change(directory: Path) -> Change:
-    """What the calibration algorithm may have done to weights, by the manifest; only rounding where it names none."""
+    """What the calibration algorithm may have done to weights, by the manifest; only rounding where
+    it names none.
+    """
     try:
         manifest = read_manifest(directory)
     except BadInput:
         return "rounded"
-    section = manifest.recipe.get("quantize") if manifest and isinstance(manifest.recipe, dict) else None
+    section = (
+        manifest.recipe.get("quantize") if manifest and isinstance(manifest.recipe, dict) else None
+    )
     name = section.get("algorithm") if isinstance(section, dict) else None
     return ALGORITHMS[name].change if isinstance(name, str) and name in ALGORITHMS else "rounded"
 
@@ -104,15 +126,22 @@ def _section_faults(config: CheckpointConfig, section: Mapping[str, Any]) -> Ite
         yield Fault(where, "has no quantization_config, so vLLM serves BF16", _REWRITE)
         return
     if section.get("quant_method") != "modelopt":
-        yield Fault(where, f"quant_method is {section.get('quant_method')!r}, not 'modelopt'", _REWRITE)
+        yield Fault(
+            where, f"quant_method is {section.get('quant_method')!r}, not 'modelopt'", _REWRITE
+        )
     if section.get("quant_algo") not in _ALGORITHMS:
         yield Fault(
-            where, f"quant_algo is {section.get('quant_algo')!r}, not one of {', '.join(_ALGORITHMS)}", _REWRITE
+            where,
+            f"quant_algo is {section.get('quant_algo')!r}, not one of {', '.join(_ALGORITHMS)}",
+            _REWRITE,
         )
     for entry in _entries(section):
         if not isinstance(entry, str) or not entry or not entry.isprintable():
-            # ModelOpt 0.47's exporter appends "\0backbone.pt_name_sentinel" to every entry of this model.
-            yield Fault(where, f"ignore entry {entry!r} is no module name", "export.repair, or export again")
+            # ModelOpt 0.47's exporter appends "\0backbone.pt_name_sentinel" to every entry of this
+            # model.
+            yield Fault(
+                where, f"ignore entry {entry!r} is no module name", "export.repair, or export again"
+            )
     legacy_path = config.directory / "hf_quant_config.json"
     try:
         legacy = read_json(legacy_path).get("quantization") or {}
@@ -134,12 +163,16 @@ def _entries(section: Mapping[str, Any]) -> list[Any]:
 def _exclusion_faults(
     config: CheckpointConfig, section: Mapping[str, Any], formats: Mapping[str, str]
 ) -> Iterator[Fault]:
-    """Hold vLLM's reading of the exclude list against the tensors: whoever has scales, and only he, is quantized."""
+    """Hold vLLM's reading of the exclude list against the tensors: whoever has scales, and only he,
+    is quantized.
+    """
     if not section:
         return
     where = str(config.directory / "config.json")
     entries = [entry for entry in _entries(section) if isinstance(entry, str)]
-    layers = section.get("quantized_layers") if section.get("quant_algo") == "MIXED_PRECISION" else None
+    layers = (
+        section.get("quantized_layers") if section.get("quant_algo") == "MIXED_PRECISION" else None
+    )
     linears = language_model_linears(config)
     for linear in linears:
         parent, _, short = vllm_name(linear.name).rpartition(".")
@@ -148,25 +181,49 @@ def _exclusion_faults(
         excluded = is_excluded(module, entries)
         if excluded and format:
             yield Fault(
-                linear.name, "is quantized, but vLLM's exclude rule leaves it out", "mend `ignore`: " + _REWRITE
+                linear.name,
+                "is quantized, but vLLM's exclude rule leaves it out",
+                "mend `ignore`: " + _REWRITE,
             )
         if isinstance(layers, dict):  # vLLM asks this table about what the exclude list leaves in
             given = layers.get(linear.name, {}).get("quant_algo")
             if given != (format.algo if format else None):
-                yield Fault(where, f"quantized_layers gives {linear.name} {given}, its tensors say otherwise", _REWRITE)
+                yield Fault(
+                    where,
+                    f"quantized_layers gives {linear.name} {given}, its tensors say otherwise",
+                    _REWRITE,
+                )
             continue
         if not excluded and not format:
-            yield Fault(linear.name, "has no scales, but vLLM takes it for quantized", "mend `ignore`: " + _REWRITE)
+            yield Fault(
+                linear.name,
+                "has no scales, but vLLM takes it for quantized",
+                "mend `ignore`: " + _REWRITE,
+            )
         if format and format.algo != section.get("quant_algo"):
-            yield Fault(linear.name, f"is {format.algo}, config.json says {section.get('quant_algo')}", _REWRITE)
+            yield Fault(
+                linear.name,
+                f"is {format.algo}, config.json says {section.get('quant_algo')}",
+                _REWRITE,
+            )
     for layer, formats_used in _by_layer(linears, formats).items():
         if len(formats_used) > 1:
-            yield Fault(f"layer {layer}", "q_proj, k_proj and v_proj differ in format; vLLM fuses them", _REWRITE)
+            yield Fault(
+                f"layer {layer}",
+                "q_proj, k_proj and v_proj differ in format; vLLM fuses them",
+                _REWRITE,
+            )
     others = ["language_model.lm_head"]
-    others += [f"{vllm_name(n.name).rpartition('.')[0]}.conv1d" for n in linears if n.short == "in_proj"]
+    others += [
+        f"{vllm_name(n.name).rpartition('.')[0]}.conv1d" for n in linears if n.short == "in_proj"
+    ]
     for module in others:
         if layers is None and not is_excluded(module, entries):
-            yield Fault(module, "has no scales, but vLLM takes it for quantized", "mend `ignore`: " + _REWRITE)
+            yield Fault(
+                module,
+                "has no scales, but vLLM takes it for quantized",
+                "mend `ignore`: " + _REWRITE,
+            )
 
 
 def _by_layer(linears: list[Any], formats: Mapping[str, str]) -> dict[int, set[str | None]]:
@@ -201,10 +258,16 @@ def _value_faults(
             s: float(packed[s]) for s in ("input_scale", "weight_scale_2") if fused and s in packed
         }
         packed = {suffix: tensor.to(device) for suffix, tensor in packed.items()}
-        return list(_packed_faults(linear.name, formats[linear.name], packed, source, change)), scales
+        return list(
+            _packed_faults(linear.name, formats[linear.name], packed, source, change)
+        ), scales
 
-    names = tqdm(expected_tensors(config), desc="verifying", unit="tensor", leave=False, disable=None)
-    for name, (faults, scales) in zip(expected_tensors(config), in_threads(check, names), strict=True):
+    names = tqdm(
+        expected_tensors(config), desc="verifying", unit="tensor", leave=False, disable=None
+    )
+    for name, (faults, scales) in zip(
+        expected_tensors(config), in_threads(check, names), strict=True
+    ):
         yield from faults
         for suffix, scale in scales.items():
             mixer, _, short = name.removesuffix(".weight").rpartition(".")
@@ -224,7 +287,11 @@ def _plain_faults(name: str, tensors: TensorFiles, original: TensorFiles | None)
         yield Fault(name, "holds NaN or infinite values", _REWRITE)
     if original is not None:
         if name not in original or original.specs[name] != tensors.specs[name]:
-            yield Fault(name, "is not in the source, or has another shape there", "is this the right --source?")
+            yield Fault(
+                name,
+                "is not in the source, or has another shape there",
+                "is this the right --source?",
+            )
         elif not torch.equal(_bits(tensor), _bits(original.read(name))):
             yield Fault(name, "differs from the source, though it is not quantized", _REWRITE)
 
@@ -237,14 +304,25 @@ def _scale_faults(name: str, scale: torch.Tensor) -> Iterator[Fault]:
     values = scale.float()
     if not bool((torch.isfinite(values) & (values > 0)).all()):
         bad = int((~(torch.isfinite(values) & (values > 0))).sum())
-        yield Fault(name, f"has {bad} values that are zero, negative or not finite", "calibrate and export again")
+        yield Fault(
+            name,
+            f"has {bad} values that are zero, negative or not finite",
+            "calibrate and export again",
+        )
 
 
 def _packed_faults(
-    linear: str, format: str, packed: Mapping[str, torch.Tensor], original: TensorFiles | None, change: Change
+    linear: str,
+    format: str,
+    packed: Mapping[str, torch.Tensor],
+    original: TensorFiles | None,
+    change: Change,
 ) -> Iterator[Fault]:
     scales = [
-        fault for suffix, t in packed.items() if suffix != "weight" for fault in _scale_faults(f"{linear}.{suffix}", t)
+        fault
+        for suffix, t in packed.items()
+        if suffix != "weight"
+        for fault in _scale_faults(f"{linear}.{suffix}", t)
     ]
     yield from scales
     if scales:
@@ -252,7 +330,10 @@ def _packed_faults(
     whole = f"{linear}.weight"
     weight = None
     if original is not None:
-        spec, columns = original.specs.get(whole), FORMATS[format].unpack(_rows(packed, 0, 1)).shape[1]
+        spec, columns = (
+            original.specs.get(whole),
+            FORMATS[format].unpack(_rows(packed, 0, 1)).shape[1],
+        )
         if spec is None:
             yield Fault(whole, "is not in the source", "is this the right --source?")
             return
@@ -262,7 +343,9 @@ def _packed_faults(
         weight = original.read(whole).to(packed["weight"].device)
     rows, beyond, unsound, kept = len(packed["weight"]), 0, False, list[torch.Tensor]()
     step = max(1, _PART[packed["weight"].device.type] // packed["weight"].shape[1])
-    for start in range(0, rows, step):  # a part that fits into the cache, and never the whole in float32
+    for start in range(
+        0, rows, step
+    ):  # a part that fits into the cache, and never the whole in float32
         part = _rows(packed, start, start + step)
         unpacked = FORMATS[format].unpack(part)
         unsound = unsound or not all_finite(unpacked)
@@ -281,7 +364,10 @@ def _packed_faults(
 
 def _rows(packed: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
     """Some rows of a packed linear: scalars speak of all of them."""
-    return {suffix: tensor[start:end] if tensor.dim() == 2 else tensor for suffix, tensor in packed.items()}
+    return {
+        suffix: tensor[start:end] if tensor.dim() == 2 else tensor
+        for suffix, tensor in packed.items()
+    }
 
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:
@@ -307,14 +393,25 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(prog="python -m export.verify", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m export.verify", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--source", type=Path, metavar="BF16_DIR", help="compare with the checkpoint it was made from")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="BF16_DIR",
+        help="compare with the checkpoint it was made from",
+    )
     parser.add_argument("--json", action="store_true", help="print the faults as JSON")
     arguments = parser.parse_args()
     faults = verify(arguments.directory, arguments.source)
     if arguments.json:
-        json.dump({"directory": str(arguments.directory), "faults": [asdict(f) for f in faults]}, sys.stdout, indent=2)
+        json.dump(
+            {"directory": str(arguments.directory), "faults": [asdict(f) for f in faults]},
+            sys.stdout,
+            indent=2,
+        )
         print()
     else:
         show_faults(arguments.directory, faults)

@@ -1,4 +1,6 @@
-"""Writes the quantized checkpoint from the source's files: quantized tensors replaced, everything else bit for bit."""
+"""Writes the quantized checkpoint from the source's files: quantized tensors replaced, everything
+else bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from tqdm import tqdm
 
+from checkpoint.atomic import check_output, finished_directory
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import INDEX, TensorFiles
 from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, spec_bytes
 from checkpoint.shards import Shards, Writer
-from checkpoint.writing import check_output, finished_directory
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.matching import exclude_list
-from quantize.formats import FORMATS, NVFP4_BLOCK, UNQUANTIZED
+from quantize.formats.registry import FORMATS, NVFP4_BLOCK, UNQUANTIZED
 from quantize.policy import Policy
 from quantize.ptq import PackedLinear
 
@@ -29,8 +31,11 @@ SHARD_BYTES = 5_000_000_000
 _OURS = ("config.json", "hf_quant_config.json", MANIFEST, INDEX)
 
 
-def output_specs(config: CheckpointConfig, policy: Policy, source: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Name, shape and dtype of every tensor of the quantized checkpoint, before anything is computed.
+def output_specs(
+    config: CheckpointConfig, policy: Policy, source: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Name, shape and dtype of every tensor of the quantized checkpoint, before anything is
+    computed.
 
     Args:
         config: The source's configuration.
@@ -90,9 +95,14 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def open_writer(
-    config: CheckpointConfig, source: TensorFiles, policy: Policy, directory: Path, shard_bytes: int = SHARD_BYTES
+    config: CheckpointConfig,
+    source: TensorFiles,
+    policy: Policy,
+    directory: Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[Writer]:
-    """Lay out the weight files in `directory` and copy what is not quantized, while the caller puts what is.
+    """Lay out the weight files in `directory` and copy what is not quantized, while the caller puts
+    what is.
 
     What an earlier run has put there stays. Leaving the context waits until all of it is written.
 
@@ -102,9 +112,14 @@ def open_writer(
     specs = output_specs(config, policy, source.specs)
     shards = Shards(directory, specs, shard_bytes)
     shards.create()
-    with tqdm(total=spec_bytes(specs), desc="writing", unit="B", unit_scale=True, disable=None) as progress:
+    with tqdm(
+        total=spec_bytes(specs), desc="writing", unit="B", unit_scale=True, disable=None
+    ) as progress:
         with Writer(shards, progress.update) as writer:
-            writer.copy([name for name, spec in specs.items() if source.specs.get(name) == spec], source.read)
+            writer.copy(
+                [name for name, spec in specs.items() if source.specs.get(name) == spec],
+                source.read,
+            )
             yield writer
 
 
@@ -126,7 +141,10 @@ def write_companions(
     _copy_other_files(config.directory, directory)
     weight_map = Shards(directory, specs, shard_bytes).weight_map
     if len(set(weight_map.values())) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": spec_bytes(specs)}, "weight_map": weight_map})
+        _write_json(
+            directory / INDEX,
+            {"metadata": {"total_size": spec_bytes(specs)}, "weight_map": weight_map},
+        )
     legacy = quantization_config(policy)
     _write_json(directory / "hf_quant_config.json", legacy)
     section = convert_hf_quant_config_format(legacy)
@@ -139,24 +157,37 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
     section: dict[str, Any] = {
         "quant_algo": policy.algo,
         "kv_cache_quant_algo": "FP8" if policy.kv_cache == "fp8" else None,
-        "exclude_modules": exclude_list([n for n, format in policy.formats.items() if format == UNQUANTIZED]),
+        "exclude_modules": exclude_list(
+            [n for n, format in policy.formats.items() if format == UNQUANTIZED]
+        ),
     }
     if policy.algo == "NVFP4":
         section["group_size"] = NVFP4_BLOCK
     if policy.algo == "MIXED_PRECISION":
         section["quantized_layers"] = {
-            name: {"quant_algo": FORMATS[format].algo} | ({"group_size": NVFP4_BLOCK} if format == "nvfp4" else {})
+            name: {"quant_algo": FORMATS[format].algo}
+            | ({"group_size": NVFP4_BLOCK} if format == "nvfp4" else {})
             for name, format in policy.quantized.items()
         }
-    return {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
+    return {
+        "producer": {"name": "modelopt", "version": modelopt.__version__},
+        "quantization": section,
+    }
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
-    """Tokenizer, Python files, templates, processor settings, licence: whatever the source has, in its folders too."""
+    """Tokenizer, Python files, templates, processor settings, licence: whatever the source has, in
+    its folders too.
+    """
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if not file.is_file() or hidden or relative.suffix == ".safetensors" or str(relative) in _OURS:
+        if (
+            not file.is_file()
+            or hidden
+            or relative.suffix == ".safetensors"
+            or str(relative) in _OURS
+        ):
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / relative)

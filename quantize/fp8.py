@@ -2,15 +2,15 @@
 
     python -m quantize.fp8 [RECIPE] [key=value …]
 
-    python -m quantize.fp8                                           # the embedded checkpoint, on a CPU
+    python -m quantize.fp8                                           # the tiny checkpoint, on a CPU
     python -m quantize.fp8 recipes/fp8.yaml model=BF16_DIR output=OUT   # the 12B, on a GPU
     python -m quantize.fp8 calibrate.samples=64 quantize.kv_cache=fp8
 
-RECIPE is recipes/tiny/fp8.yaml by default; key=value reaches any of its fields. Exit status: 0 done and the gate
-passed, 1 a verification or the gate failed, 2 bad input.
+RECIPE is recipes/tiny/fp8.yaml by default; key=value reaches any of its fields. Exit status: 0 done
+and the gate passed, 1 a verification or the gate failed, 2 bad input.
 """
 
-from recipes.command import front_door
+from pipeline.command import front_door
 
 if __name__ == "__main__":
     front_door(__doc__, "tiny/fp8.yaml")

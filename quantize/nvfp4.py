@@ -2,14 +2,15 @@
 
     python -m quantize.nvfp4 [RECIPE] [key=value …]
 
-    python -m quantize.nvfp4                                              # the embedded checkpoint, on a CPU
+    python -m quantize.nvfp4                                              # the tiny checkpoint, on
+    a CPU
     python -m quantize.nvfp4 recipes/nvfp4.yaml model=BF16_DIR output=OUT   # the 12B, on a GPU
 
-RECIPE is recipes/tiny/nvfp4.yaml by default; key=value reaches any of its fields. Exit status: 0 done and the gate
-passed, 1 a verification or the gate failed, 2 bad input.
+RECIPE is recipes/tiny/nvfp4.yaml by default; key=value reaches any of its fields. Exit status: 0
+done and the gate passed, 1 a verification or the gate failed, 2 bad input.
 """
 
-from recipes.command import front_door
+from pipeline.command import front_door
 
 if __name__ == "__main__":
     front_door(__doc__, "tiny/nvfp4.yaml")

@@ -1,4 +1,6 @@
-"""Which linear layer gets which format: rules from the recipe, in order, the last match wins; all checked first."""
+"""Which linear layer gets which format: rules from the recipe, in order, the last match wins; all
+checked first.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from checkpoint.config import MIXER_KINDS
 from checkpoint.faults import Fault, nearest, raise_if_any
 from checkpoint.layout import Linear
-from quantize.formats import FORMATS, UNQUANTIZED
+from quantize.formats.registry import FORMATS, UNQUANTIZED
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Rule:
         format: `fp8`, `nvfp4` or `bf16`.
         kind: `mamba`, `mlp` or `attention`.
         layers: Layer indices; negative ones count from the last layer.
-        name: A shell pattern on the linear's full name or its last part: `o_proj`, `*.mixer.in_proj`.
+        name: A shell pattern on the linear's full name or its last part: `o_proj`,
+            `*.mixer.in_proj`.
     """
 
     format: str
@@ -33,12 +36,22 @@ class Rule:
         """Whether this rule speaks of `linear` in a model of `depth` layers."""
         return (
             (self.kind is None or self.kind == linear.kind)
-            and (self.layers is None or linear.layer in {i % depth for i in self.layers if -depth <= i < depth})
-            and (self.name is None or any(fnmatch.fnmatchcase(n, self.name) for n in (linear.name, linear.short)))
+            and (
+                self.layers is None
+                or linear.layer in {i % depth for i in self.layers if -depth <= i < depth}
+            )
+            and (
+                self.name is None
+                or any(fnmatch.fnmatchcase(n, self.name) for n in (linear.name, linear.short))
+            )
         )
 
     def __str__(self) -> str:
-        parts = [f"{key}={value}" for key in ("kind", "layers", "name") if (value := getattr(self, key)) is not None]
+        parts = [
+            f"{key}={value}"
+            for key in ("kind", "layers", "name")
+            if (value := getattr(self, key)) is not None
+        ]
         return f"{self.format} for {', '.join(parts) or 'every linear layer'}"
 
 
@@ -47,7 +60,8 @@ class Policy:
     """The format of every linear layer of the language model.
 
     Attributes:
-        formats: Format by checkpoint name of the linear, `bf16` for those left alone; in the model's order.
+        formats: Format by checkpoint name of the linear, `bf16` for those left alone; in the
+            model's order.
         kv_cache: `fp8`, or None for an unquantized KV cache.
     """
 
@@ -70,12 +84,15 @@ class Policy:
         return dict(Counter(self.formats.values()))
 
 
-def make_policy(rules: Sequence[Rule], linears: Sequence[Linear], kv_cache: str | None = None) -> Policy:
+def make_policy(
+    rules: Sequence[Rule], linears: Sequence[Linear], kv_cache: str | None = None
+) -> Policy:
     """Apply `rules` to the model's linears.
 
     Raises:
-        BadInput: With every fault: an unknown format or kind, a rule that matches nothing or that later rules undo
-            altogether, nothing quantized, q, k and v of different formats, or a width that the format cannot have.
+        BadInput: With every fault: an unknown format or kind, a rule that matches nothing or that
+            later rules undo altogether, nothing quantized, q, k and v of different formats, or a
+            width that the format cannot have.
     """
     faults = []
     depth = 1 + max((linear.layer for linear in linears), default=0)
@@ -84,16 +101,28 @@ def make_policy(rules: Sequence[Rule], linears: Sequence[Linear], kv_cache: str 
         where = f"quantize.layers[{number}]"
         if rule.format not in (*FORMATS, UNQUANTIZED):
             faults.append(
-                Fault(where, f"unknown format {rule.format!r}", nearest(rule.format, [*FORMATS, UNQUANTIZED]))
+                Fault(
+                    where,
+                    f"unknown format {rule.format!r}",
+                    nearest(rule.format, [*FORMATS, UNQUANTIZED]),
+                )
             )
             continue
         if rule.kind is not None and rule.kind not in MIXER_KINDS.values():
-            faults.append(Fault(where, f"unknown kind {rule.kind!r}", nearest(rule.kind, MIXER_KINDS.values())))
+            faults.append(
+                Fault(
+                    where, f"unknown kind {rule.kind!r}", nearest(rule.kind, MIXER_KINDS.values())
+                )
+            )
             continue
         matched = [linear for linear in linears if rule.matches(linear, depth)]
         if not matched:
             known = ", ".join(sorted({linear.short for linear in linears}))
-            faults.append(Fault(where, f"{rule} matches no layer", f"the model has {depth} layers with {known}"))
+            faults.append(
+                Fault(
+                    where, f"{rule} matches no layer", f"the model has {depth} layers with {known}"
+                )
+            )
         formats.update({linear.name: rule.format for linear in matched})
     if not faults:
         faults += _unfit(formats, linears)
@@ -105,7 +134,13 @@ def _unfit(formats: Mapping[str, str], linears: Sequence[Linear]) -> list[Fault]
     faults = []
     if all(format == UNQUANTIZED for format in formats.values()):
         # ModelOpt's exporter writes a BF16 directory without a word in this case.
-        faults.append(Fault("quantize.layers", "no layer is quantized", "give at least one rule with fp8 or nvfp4"))
+        faults.append(
+            Fault(
+                "quantize.layers",
+                "no layer is quantized",
+                "give at least one rule with fp8 or nvfp4",
+            )
+        )
     fused: dict[int, set[str]] = {}
     for linear in linears:
         format = FORMATS.get(formats[linear.name])
@@ -117,5 +152,7 @@ def _unfit(formats: Mapping[str, str], linears: Sequence[Linear]) -> list[Fault]
     for layer, used in fused.items():
         if len(used) > 1:
             what = f"q_proj, k_proj and v_proj have the formats {', '.join(sorted(used))}"
-            faults.append(Fault(f"layer {layer}", what, "vLLM fuses the three: give them one format"))
+            faults.append(
+                Fault(f"layer {layer}", what, "vLLM fuses the three: give them one format")
+            )
     return faults

@@ -1,8 +1,9 @@
-"""How much each linear layer minds each format, and the mix of formats that fits a size: ModelOpt's `auto_quantize`.
+"""How much each linear layer minds each format, and the mix of formats that fits a size: ModelOpt's
+`auto_quantize`.
 
-One scoring gives the mix for every size: `mtq.get_auto_quantize_config` solves again without running the model.
-ModelOpt groups q, k and v, as vLLM's fused layer needs, and may leave a layer in BF16; all of it is what vLLM loads as
-MIXED_PRECISION.
+One scoring gives the mix for every size: `mtq.get_auto_quantize_config` solves again without
+running the model. ModelOpt groups q, k and v, as vLLM's fused layer needs, and may leave a layer in
+BF16; all of it is what vLLM loads as MIXED_PRECISION.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from torch import nn
 from calibrate.forward import Embedded
 from checkpoint.layout import spec_bytes
 from checkpoint.native import module_name
-from quantize.formats import FORMATS, UNQUANTIZED
+from quantize.formats.registry import FORMATS, UNQUANTIZED
 from quantize.policy import Policy
 
 SENSITIVITY = "sensitivity.json"
 POSITIONS = 512
-"""Last positions of a sample whose distributions are compared: 0.27 GB of logits at the 12B's vocabulary."""
+"""Last positions of a sample whose distributions are compared: 0.27 GB of logits at the 12B's
+vocabulary.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Score:
     Attributes:
         linear: Checkpoint name without `.weight`.
         format: A key of `FORMATS`.
-        kl: KL(BF16 ‖ model with only this linear's group in the format), in nats, summed over the positions compared;
-            q, k and v are one group and share it. ModelOpt never lets it grow with the bits.
+        kl: KL(BF16 ‖ model with only this linear's group in the format), in nats, summed over the
+            positions compared; q, k and v are one group and share it. ModelOpt never lets it grow
+            with the bits.
         weight_mse: Mean squared error of the weight.
-        input_mse: Mean squared error of the inputs of the samples, every linear being in the format.
+        input_mse: Mean squared error of the inputs of the samples, every linear being in the
+            format.
     """
 
     linear: str
@@ -55,7 +60,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Point:
-    """One mix of formats: mean bits a weight of the searched linears, the sum of its groups' KL, linears by format."""
+    """One mix of formats: mean bits a weight of the searched linears, the sum of its groups' KL,
+    linears by format.
+    """
 
     bits: float
     kl: float
@@ -97,7 +104,11 @@ def format_bits(format: str) -> float:
 
 
 def search_formats(
-    language_model: nn.Module, policy: Policy, given: Sequence[Embedded], formats: Sequence[str], bits: float
+    language_model: nn.Module,
+    policy: Policy,
+    given: Sequence[Embedded],
+    formats: Sequence[str],
+    bits: float,
 ) -> Search:
     """Score the linears of a policy in each format and choose the mix of least error under a size.
 
@@ -106,12 +117,17 @@ def search_formats(
         policy: What it quantizes is searched; what it leaves in BF16 stays so.
         given: Samples; each is run once a group of linears and format, besides a calibration.
         formats: What a linear may become, besides BF16.
-        bits: Mean bits a weight of the searched linears, at most; no less than the smallest format's.
+        bits: Mean bits a weight of the searched linears, at most; no less than the smallest
+            format's.
     """
     language_model.eval()
     device = next(language_model.parameters()).device.type
     names = {module_name(name): name for name in policy.quantized}
-    linears = (name for name, module in language_model.named_modules() if isinstance(module, nn.Linear | nn.Conv1d))
+    linears = (
+        name
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d)
+    )
     others = [name for name in linears if name not in names]
     with _quietly():
         _, state = mtq.auto_quantize(
@@ -125,9 +141,13 @@ def search_formats(
             num_score_steps=len(given),
             method="kl_div",
         )
-    groups = [group for group in state["candidate_stats"].values() if group["module_names"][0] in names]
+    groups = [
+        group for group in state["candidate_stats"].values() if group["module_names"][0] in names
+    ]
     errors = _group_errors(groups, formats)
-    mse = {format: _squared_errors(language_model, policy, given, format, device) for format in formats}
+    mse = {
+        format: _squared_errors(language_model, policy, given, format, device) for format in formats
+    }
     scores = [
         Score(name, format, errors[module][format], *mse[format][name])
         for module, name in names.items()
@@ -143,9 +163,13 @@ def search_formats(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without ModelOpt's counts, and its warnings that formats given in full have no name and that all are `max`."""
+    """Without ModelOpt's counts, and its warnings that formats given in full have no name and that
+    all are `max`.
+    """
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Received custom quantization formats|get_auto_quantize_config")
+        warnings.filterwarnings(
+            "ignore", message="Received custom quantization formats|get_auto_quantize_config"
+        )
         yield
 
 
@@ -165,10 +189,13 @@ def _logits(language_model: nn.Module, sample: Embedded) -> torch.Tensor:
 def _squared_errors(
     language_model: nn.Module, policy: Policy, given: Sequence[Embedded], format: str, device: str
 ) -> dict[str, tuple[float, float]]:
-    """ModelOpt's squared error of weight and input of every linear of the policy, all of them in one format."""
+    """ModelOpt's squared error of weight and input of every linear of the policy, all of them in
+    one format.
+    """
     config = _format_config(format, device)
     enabled = [
-        entry | {"quantizer_name": f"{module_name(name)}.{entry['quantizer_name'].removeprefix('*')}"}
+        entry
+        | {"quantizer_name": f"{module_name(name)}.{entry['quantizer_name'].removeprefix('*')}"}
         for name in policy.quantized
         for entry in config["quant_cfg"][1:]
     ]
@@ -179,15 +206,24 @@ def _squared_errors(
             _logits(model, sample)
 
     with _quietly():
-        mtq.quantize(language_model, {"quant_cfg": [config["quant_cfg"][0], *enabled], "algorithm": "max"}, loop)
+        mtq.quantize(
+            language_model,
+            {"quant_cfg": [config["quant_cfg"][0], *enabled], "algorithm": "max"},
+            loop,
+        )
         errors = mtq.compute_quantization_mse(language_model, loop)
     return {
-        name: (errors[f"{module_name(name)}.weight_quantizer"], errors[f"{module_name(name)}.input_quantizer"])
+        name: (
+            errors[f"{module_name(name)}.weight_quantizer"],
+            errors[f"{module_name(name)}.input_quantizer"],
+        )
         for name in policy.quantized
     }
 
 
-def _group_errors(groups: Sequence[Mapping[str, Any]], formats: Sequence[str]) -> dict[str, dict[str, float]]:
+def _group_errors(
+    groups: Sequence[Mapping[str, Any]], formats: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """KL by module name and format."""
     by_bits = {format_bits(format): format for format in formats}
     return {
@@ -211,9 +247,13 @@ def _mix(
     """ModelOpt's solution for a size, without running the model, and the policy it is."""
     with _quietly():
         config = mtq.get_auto_quantize_config(state, {"effective_bits": bits})
-    by_num_bits = {tuple(FORMATS[format].weight_quantizer["num_bits"]): format for format in FORMATS}
+    by_num_bits = {
+        tuple(FORMATS[format].weight_quantizer["num_bits"]): format for format in FORMATS
+    }
     chosen = {
-        entry["quantizer_name"].removesuffix(".weight_quantizer"): by_num_bits[tuple(entry["cfg"]["num_bits"])]
+        entry["quantizer_name"].removesuffix(".weight_quantizer"): by_num_bits[
+            tuple(entry["cfg"]["num_bits"])
+        ]
         for entry in config["quant_cfg"]
         if entry["quantizer_name"].endswith(".weight_quantizer") and entry["enable"]
     }
@@ -224,5 +264,8 @@ def _mix(
         whole += weights
         size += weights * (16.0 if format == UNQUANTIZED else format_bits(format))
         error += errors[module].get(format, 0.0)
-    mixed = Policy({name: chosen.get(module_name(name), UNQUANTIZED) for name in policy.formats}, policy.kv_cache)
+    mixed = Policy(
+        {name: chosen.get(module_name(name), UNQUANTIZED) for name in policy.formats},
+        policy.kv_cache,
+    )
     return Point(round(size / whole, 3), error, mixed.counts()), mixed

@@ -1,16 +1,18 @@
-"""What a streaming run leaves on disk while it goes, so that the same command goes on where it was killed.
+"""What a streaming run leaves on disk while it goes, so that the same command goes on where it was
+killed.
 
 .NAME.stream/run.json             what the run must agree with to be taken up again
-.NAME.stream/samples-R.json       what process R embedded: lengths, counts, held-out tokens, a digest of all prompts
-.NAME.stream/progress.json        layers written, and the layer that the kept activations belong to
-.NAME.stream/calibrate-K-R        process R's samples in front of layer K; held_out-K-R likewise
-.NAME.stream/reference-R          BF16's final states of the held-out samples
+.NAME.stream/samples-R.json       what process R embedded: lengths, counts, held-out tokens, a
+digest of all prompts .NAME.stream/progress.json        layers written, and the layer that the kept
+activations belong to .NAME.stream/calibrate-K-R        process R's samples in front of layer K;
+held_out-K-R likewise .NAME.stream/reference-R          BF16's final states of the held-out samples
 .NAME.stream/checkpoint/          the output, its weight files filled layer by layer
 
-Activations change at every layer, and those of a full run are larger than the model: they are saved whenever the time
-since the last save is ten times what a save takes, so a save costs at most a tenth, and a restart passes the samples
-through the few layers since then (in BF16: nothing is quantized or written twice). Each save is a new file; the one
-before it goes when `progress.json` names the new one.
+Activations change at every layer, and those of a full run are larger than the model: they are saved
+whenever the time since the last save is ten times what a save takes, so a save costs at most a
+tenth, and a restart passes the samples through the few layers since then (in BF16: nothing is
+quantized or written twice). Each save is a new file; the one before it goes when `progress.json`
+names the new one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from calibrate.activations import Activations
 from calibrate.prompts import Prompt
 from checkpoint.config import read_json
 from checkpoint.faults import Fault
-from quantize.qad_state import begin, end, state_faults, write_text
+from quantize.distill.state import begin, end, state_faults, write_text
 
 _SAVE_SHARE = 10
 _ASSUMED_RATE = 1e9
@@ -46,7 +48,8 @@ class Digest:
         """Pass prompts on and take each in."""
         for prompt in prompts:
             self._hash.update(f"{prompt.sample_id}\0{prompt.token_ids}\0".encode())
-            # Sums of pixel rows, taken of the bits: hashing every pixel would cost more than decoding it.
+            # Sums of pixel rows, taken of the bits: hashing every pixel would cost more than
+            # decoding it.
             rows = prompt.tiles.view(torch.int32).sum(-1, dtype=torch.int64)
             self._hash.update(rows.numpy().tobytes())
             yield prompt
@@ -91,11 +94,19 @@ class StreamState:
         begin(self.directory, self.identity)
 
     def written(self) -> bool:
-        """Whether the output is whole and in its place, so that only verification and the gate are left."""
-        return self.output.exists() and (self.directory / "progress.json").exists() and not self.checkpoint.exists()
+        """Whether the output is whole and in its place, so that only verification and the gate are
+        left.
+        """
+        return (
+            self.output.exists()
+            and (self.directory / "progress.json").exists()
+            and not self.checkpoint.exists()
+        )
 
     def progress(self) -> tuple[int, int | None]:
-        """Layers written, and the layer that the saved activations stand in front of; None without any."""
+        """Layers written, and the layer that the saved activations stand in front of; None without
+        any.
+        """
         if not (self.directory / "progress.json").exists():
             return 0, None
         found = read_json(self.directory / "progress.json")
@@ -106,7 +117,9 @@ class StreamState:
         self._record(layers, self.progress()[1])
 
     def _record(self, layers: int, saved: int | None) -> None:
-        write_text(self.directory / "progress.json", json.dumps({"layers": layers, "saved": saved}) + "\n")
+        write_text(
+            self.directory / "progress.json", json.dumps({"layers": layers, "saved": saved}) + "\n"
+        )
 
     def keep_samples(self, samples: Mapping[str, Any]) -> None:
         """Write down what this process embedded."""
@@ -122,7 +135,9 @@ class StreamState:
         before = self.samples()
         if before is None or before["digest"] == digest:
             return []
-        remedy = f"go back to them to take the run up again, or remove {self.directory} to start anew"
+        remedy = (
+            f"go back to them to take the run up again, or remove {self.directory} to start anew"
+        )
         what = f"the samples have changed since {self.directory} was begun"
         return [Fault("calibrate.sources, accuracy.sources", what, remedy)]
 

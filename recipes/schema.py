@@ -1,4 +1,6 @@
-"""What a recipe may say: each field's type, range and default; an unknown key is an error that names the right one."""
+"""What a recipe may say: each field's type, range and default; an unknown key is an error that
+names the right one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from accuracy.tasks import TASKS
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
+from tiny.tasks import TASKS
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -65,7 +67,9 @@ class Calibrate(_Section):
 
 
 class LayerRule(_Section):
-    """One rule of the layer policy; what is not given matches everything, the last rule that matches wins."""
+    """One rule of the layer policy; what is not given matches everything, the last rule that
+    matches wins.
+    """
 
     format: str
     kind: str | None = None
@@ -80,7 +84,9 @@ class Auto(_Section):
     """
 
     bits: Annotated[float, Field(ge=4, lt=16)] = 6.0
-    """Mean bits a weight of the searched linears, at most: NVFP4 has 4.5 with its block scales, FP8 8."""
+    """Mean bits a weight of the searched linears, at most: NVFP4 has 4.5 with its block scales, FP8
+    8.
+    """
     formats: Annotated[tuple[Literal["nvfp4", "fp8"], ...], Field(min_length=1)] = ("nvfp4", "fp8")
     """What a linear may become, besides bf16."""
     samples: Annotated[int, Field(ge=1)] = 8
@@ -93,37 +99,47 @@ class Quantize(_Section):
     layers: Annotated[tuple[LayerRule, ...], Field(min_length=1)]
     kv_cache: Literal["fp8"] | None = None
     algorithm: Literal["max", "mse", "local_hessian", "awq_clip", "gptq"] = "max"
-    """ModelOpt's calibration algorithm; `quantize/algorithms.py` says what each does, and for which formats."""
+    """ModelOpt's calibration algorithm; `quantize/algorithms.py` says what each does, and for which
+    formats.
+    """
     gptq_damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to GPTQ's Hessian, as a share of its mean diagonal: more of it moves weights less."""
     auto: Auto | None = None
     """Without it, every linear has the format that `layers` gives it."""
 
     memory: Literal["auto", "whole", "stream"] = "auto"
-    """`whole` holds the model in the device's memory, `stream` one layer at a time; `auto` asks the device."""
+    """`whole` holds the model in the device's memory, `stream` one layer at a time; `auto` asks the
+    device.
+    """
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Samples of one length run together up to so many tokens, where that changes no bit."""
     host_memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """Activations that `stream` keeps in host memory, in 1e9 bytes; what is beyond goes to a file beside the output."""
+    """Activations that `stream` keeps in host memory, in 1e9 bytes; what is beyond goes to a file
+    beside the output.
+    """
 
     @field_validator("algorithm", mode="before")
     @classmethod
     def _loadable(cls, name: Any) -> Any:
         if name in ("awq", "awq_lite", "awq_full", "smoothquant", "svdquant"):
-            raise ValueError("vLLM cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can")
+            raise ValueError(
+                "vLLM cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can"
+            )
         return name
 
 
 class Distill(_Section):
     """Distillation of the quantized model from BF16; the defaults are the published run of the 12B.
 
-    Sources: arXiv 2511.03929 (batch, steps, optimizer, warm-up, loss over prompt tokens too) and arXiv 2601.20088,
+    Sources: arXiv 2511.03929 (batch, steps, optimizer, warm-up, loss over prompt tokens too) and
+        arXiv 2601.20088,
     Table 7 (learning rate).
     """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = _DEFAULT_SOURCES
     loss: Literal["kl", "cross_entropy"] = "kl"
-    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison."""
+    """`kl` from BF16's next-token distributions, or the samples' own tokens: QAT, for comparison.
+    """
     steps: Annotated[int, Field(ge=1)] = 240
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1)] = 128
@@ -184,7 +200,9 @@ class Accuracy(_Section):
     min_top1: Annotated[float, Field(ge=0, le=1)] | None = None
     max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     tasks: Tasks | None = None
-    """`accuracy/tasks.py`: six tasks with one right answer each, which the embedded checkpoint was trained for."""
+    """`accuracy/tasks.py`: six tasks with one right answer each, which the tiny checkpoint was
+    trained for.
+    """
 
 
 class Serve(_Section):
@@ -198,7 +216,8 @@ class Recipe(_Section):
     """One product: what to load, calibrate, quantize, demand and serve."""
 
     model: str
-    """Directory of the BF16 checkpoint, or `embedded` for the tiny one that comes with this repository."""
+    """Directory of the BF16 checkpoint, or `tiny` for the tiny one that comes with this repository.
+    """
     output: Path
     device: str | None = None
     """A torch device; the GPU if there is one by default."""
@@ -214,17 +233,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides by dotted name.
 
     Raises:
-        BadInput: With every fault: no such file, not YAML, unknown or misspelt keys, wrong types, out of range.
+        BadInput: With every fault: no such file, not YAML, unknown or misspelt keys, wrong types,
+            out of range.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        shipped = sorted(str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p) for p in _shipped())
+        shipped = sorted(
+            str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p)
+            for p in _shipped()
+        )
         raise BadInput(Fault(str(path), "no such recipe", nearest(str(path), shipped))) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(Fault(str(path), f"cannot be read as YAML: {_one_line(error)}", "mend the file")) from None
+        raise BadInput(
+            Fault(str(path), f"cannot be read as YAML: {_one_line(error)}", "mend the file")
+        ) from None
     if not isinstance(raw, dict):
-        raise BadInput(Fault(str(path), "holds no mapping of fields", "start from recipes/tiny/fp8.yaml"))
+        raise BadInput(
+            Fault(str(path), "holds no mapping of fields", "start from recipes/tiny/fp8.yaml")
+        )
     raise_if_any([fault for text in overrides for fault in _override(raw, text)])
     try:
         return Recipe.model_validate(raw)
@@ -254,7 +281,11 @@ def _override(raw: dict[str, Any], text: str) -> list[Fault]:
                 section[parent] = {}
             section = section[parent]
         else:
-            return [Fault(text, f"{parent} is no section of the recipe", "write the field's dotted name")]
+            return [
+                Fault(
+                    text, f"{parent} is no section of the recipe", "write the field's dotted name"
+                )
+            ]
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -274,7 +305,9 @@ def _fault(path: Path, detail: Any) -> Fault:
     where = f"{path}: {'.'.join(map(str, location)) or 'recipe'}"
     if detail["type"] == "extra_forbidden":
         valid = _fields_at(detail["loc"][:-1])
-        return Fault(where, "unknown field", nearest(str(location[-1]), valid) if valid else "remove it")
+        return Fault(
+            where, "unknown field", nearest(str(location[-1]), valid) if valid else "remove it"
+        )
     if detail["type"] == "missing":
         return Fault(where, "is missing", "add it")
     message = detail["msg"][0].lower() + detail["msg"][1:]
@@ -292,7 +325,10 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
             model = LayerRule
         elif isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            for choice in (annotation, *get_args(annotation)):  # a section, or one that may be left out
+            for choice in (
+                annotation,
+                *get_args(annotation),
+            ):  # a section, or one that may be left out
                 if isinstance(choice, type) and issubclass(choice, BaseModel):
                     model = choice
     return list(model.model_fields)

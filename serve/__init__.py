@@ -1,1 +1,3 @@
-"""vLLM on a checkpoint directory: the command, the server process, the client, the plug-in for CPUs."""
+"""vLLM on a checkpoint directory: the command, the server process, the client, the plug-in for
+CPUs.
+"""

@@ -1,13 +1,16 @@
 """Serves a checkpoint with vLLM: BF16, FP8, NVFP4 or mixed, with Efficient Video Sampling (EVS).
 
-    python -m serve DIR                                  # q from the checkpoint's manifest, else 0.75
+    python -m serve DIR                                  # q from the checkpoint's manifest, else
+    0.75
     python -m serve DIR --video-pruning-rate 0.9 --port 8001
-    python -m serve DIR --dry-run                        # print the vllm command and what it would say
+    python -m serve DIR --dry-run                        # print the vllm command and what it would
+    say
     python -m serve DIR -- --max-num-seqs 32             # anything vLLM takes; it wins over ours
 
-It runs from either environment and finds vLLM's (see serve/environment.py), reads the precision from DIR's config.json,
-checks what vLLM would stumble over, and stays in front of the server until Ctrl-C. Exit status: 0 stopped as asked, 1
-vLLM died, 2 bad input. On a CPU everything runs, quantized layers on slow reference kernels.
+It runs from either environment and finds vLLM's (see serve/environment.py), reads the precision
+from DIR's config.json, checks what vLLM would stumble over, and stays in front of the server until
+Ctrl-C. Exit status: 0 stopped as asked, 1 vLLM died, 2 bad input. On a CPU everything runs,
+quantized layers on slow reference kernels.
 """
 
 from __future__ import annotations
@@ -38,17 +41,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     default = ServeSettings()
     parser.add_argument("directory", metavar="DIR", type=Path, help="checkpoint directory")
-    parser.add_argument("--video-pruning-rate", metavar="Q", type=float, help="EVS rate in [0, 1); 0 turns it off")
+    parser.add_argument(
+        "--video-pruning-rate", metavar="Q", type=float, help="EVS rate in [0, 1); 0 turns it off"
+    )
     parser.add_argument("--max-model-len", metavar="N", type=int, help="longest sequence in tokens")
-    parser.add_argument("--max-frames", metavar="N", type=int, help=f"most frames of a clip ({default.max_frames})")
-    parser.add_argument("--fps", metavar="F", type=float, help=f"frames sampled a second ({default.fps:g})")
-    parser.add_argument("--max-images", metavar="N", type=int, help=f"most images of a prompt ({default.max_images})")
+    parser.add_argument(
+        "--max-frames", metavar="N", type=int, help=f"most frames of a clip ({default.max_frames})"
+    )
+    parser.add_argument(
+        "--fps", metavar="F", type=float, help=f"frames sampled a second ({default.fps:g})"
+    )
+    parser.add_argument(
+        "--max-images",
+        metavar="N",
+        type=int,
+        help=f"most images of a prompt ({default.max_images})",
+    )
     parser.add_argument("--host", help=f"address to listen on ({default.host})")
     parser.add_argument("--port", type=int, help=f"TCP port, 0 for any free one ({default.port})")
-    parser.add_argument("--gpu-memory-utilization", metavar="F", type=float, help="share of GPU memory to take")
-    parser.add_argument("--tensor-parallel-size", metavar="N", type=int, help="GPUs to split the weights over")
-    parser.add_argument("--allowed-local-media-path", metavar="PATH", type=Path, help="directory for file:// URLs")
-    parser.add_argument("--log", type=Path, help="file for vLLM's output (one in the temporary directory)")
+    parser.add_argument(
+        "--gpu-memory-utilization", metavar="F", type=float, help="share of GPU memory to take"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", metavar="N", type=int, help="GPUs to split the weights over"
+    )
+    parser.add_argument(
+        "--allowed-local-media-path", metavar="PATH", type=Path, help="directory for file:// URLs"
+    )
+    parser.add_argument(
+        "--log", type=Path, help="file for vLLM's output (one in the temporary directory)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
     return parser
 
@@ -65,11 +87,16 @@ def _run(arguments: list[str] | None = None) -> int:
     ours, extra = split_extra(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(ours)
     names = {field.name for field in dataclasses.fields(ServeSettings)}
-    found = served(options.directory, {key: value for key, value in vars(options).items() if key in names})
+    found = served(
+        options.directory, {key: value for key, value in vars(options).items() if key in names}
+    )
     settings = adopt(found.settings, extra)
     environment = find_environment()
     if found.gate_passed is False:
-        print(f"warning: {options.directory} failed its accuracy gate; serving it all the same", file=sys.stderr)
+        print(
+            f"warning: {options.directory} failed its accuracy gate; serving it all the same",
+            file=sys.stderr,
+        )
     if options.dry_run:
         print(_shell_line(options.directory, settings, environment, extra))
         return 0
@@ -98,9 +125,13 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _shell_line(directory: Path, settings: ServeSettings, environment: ServeEnvironment, extra: list[str]) -> str:
+def _shell_line(
+    directory: Path, settings: ServeSettings, environment: ServeEnvironment, extra: list[str]
+) -> str:
     config = preflight(directory, dataclasses.replace(settings, port=0), environment)
-    variables = [f"{key}={value}" for key, value in build_environment(config, environment.device).items()]
+    variables = [
+        f"{key}={value}" for key, value in build_environment(config, environment.device).items()
+    ]
     return " ".join([*variables, shlex.join(full_command(directory, settings, environment, extra))])
 
 

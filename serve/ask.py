@@ -1,10 +1,12 @@
-"""Asks a served checkpoint one question, with images and videos, and prints answer, token counts and time.
+"""Asks a served checkpoint one question, with images and videos, and prints answer, token counts
+and time.
 
     python -m serve.ask URL --text "What changes?" --video clip.mp4
-    python -m serve.ask DIR --image page.png --image chart.png --text "Compare the two." --max-tokens 64
+    python -m serve.ask DIR --image page.png --image chart.png --text "Compare the two."
+    --max-tokens 64
 
-With a URL it asks the server there; with a directory it starts one, asks, and stops it. Images come first in the
-prompt, then videos, then the texts, each in the order given.
+With a URL it asks the server there; with a directory it starts one, asks, and stops it. Images come
+first in the prompt, then videos, then the texts, each in the order given.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 # mimetypes reads the system's table, and a slim container has none.
-_TYPES = {".webp": "image/webp", ".mkv": "video/x-matroska", ".webm": "video/webm", ".mp4": "video/mp4"}
+_TYPES = {
+    ".webp": "image/webp",
+    ".mkv": "video/x-matroska",
+    ".webm": "video/webm",
+    ".mp4": "video/mp4",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Answer:
 
     Attributes:
         text: The answer.
-        prompt_tokens: Tokens of the prompt as the language model saw it: after EVS, frame texts included.
+        prompt_tokens: Tokens of the prompt as the language model saw it: after EVS, frame texts
+            included.
         completion_tokens: Tokens of the answer.
         seconds: From the request to the last token.
     """
@@ -60,7 +68,8 @@ class RequestRefused(Exception):
 def content_parts(
     texts: Sequence[str] = (), images: Sequence[str | Path] = (), videos: Sequence[str | Path] = ()
 ) -> list[dict[str, Any]]:
-    """OpenAI content parts: files as base64 `data:` URLs, http, https, file and data URLs as they are.
+    """OpenAI content parts: files as base64 `data:` URLs, http, https, file and data URLs as they
+    are.
 
     Raises:
         BadInput: With every file that is missing, unreadable, or by its name no image or video.
@@ -70,7 +79,9 @@ def content_parts(
     for kind, sources in (("image", images), ("video", videos)):
         for source in sources:
             try:
-                parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": media_url(source, kind)}})
+                parts.append(
+                    {"type": f"{kind}_url", f"{kind}_url": {"url": media_url(source, kind)}}
+                )
             except BadInput as bad:
                 faults += bad.faults
     raise_if_any(faults)
@@ -88,11 +99,15 @@ def media_url(source: str | Path, kind: str) -> str:
     path = Path(source)
     guessed = _TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
     if not guessed.startswith(kind + "/"):
-        raise BadInput(Fault(str(path), f"is by its name no {kind}", f"give --{kind} a {kind} file"))
+        raise BadInput(
+            Fault(str(path), f"is by its name no {kind}", f"give --{kind} a {kind} file")
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadInput(Fault(str(path), error.strerror or "cannot be read", "check the path")) from None
+        raise BadInput(
+            Fault(str(path), error.strerror or "cannot be read", "check the path")
+        ) from None
     return f"data:{guessed};base64,{base64.b64encode(data).decode()}"
 
 
@@ -105,9 +120,16 @@ def connect(url: str) -> OpenAI:
     try:
         from openai import OpenAI
     except ImportError:
-        raise BadInput(Fault("openai", "is not installed here", f"{sys.executable} -m pip install openai")) from None
+        raise BadInput(
+            Fault("openai", "is not installed here", f"{sys.executable} -m pip install openai")
+        ) from None
     root = url.rstrip("/")
-    return OpenAI(base_url=root if root.endswith("/v1") else f"{root}/v1", api_key="none", max_retries=0, timeout=3600)
+    return OpenAI(
+        base_url=root if root.endswith("/v1") else f"{root}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=3600,
+    )
 
 
 def first_model(client: OpenAI) -> str:
@@ -122,7 +144,11 @@ def first_model(client: OpenAI) -> str:
         return client.models.list().data[0].id
     except OpenAIError as error:
         raise BadInput(
-            Fault(str(client.base_url), f"no server answers: {error}", "start one: python -m serve DIR")
+            Fault(
+                str(client.base_url),
+                f"no server answers: {error}",
+                "start one: python -m serve DIR",
+            )
         ) from None
 
 
@@ -142,10 +168,12 @@ def ask(
         parts: From `content_parts`.
         max_tokens: Most tokens of the answer.
         temperature: 0 is greedy.
-        think: Let the model reason before it answers (`/think` as the system message instead of `/no_think`).
+        think: Let the model reason before it answers (`/think` as the system message instead of
+            `/no_think`).
 
     Raises:
-        BadInput: When the server calls the request bad: too long, too many images, media it cannot read.
+        BadInput: When the server calls the request bad: too long, too many images, media it cannot
+            read.
         RequestRefused: When the server fails or goes away.
     """
     from openai import APIError, APIStatusError
@@ -162,14 +190,21 @@ def ask(
     except APIStatusError as error:
         text = _server_text(error.body) or error.message
         if error.status_code < 500:
-            raise BadInput(Fault("request", text, "change the prompt or the server's settings")) from None
+            raise BadInput(
+                Fault("request", text, "change the prompt or the server's settings")
+            ) from None
         raise RequestRefused(text) from None
     except APIError as error:
         raise RequestRefused(f"the server went away: {error}") from None
     seconds = time.monotonic() - started
     usage = reply.usage
     assert usage is not None  # vLLM always counts a request that is not streamed
-    return Answer(reply.choices[0].message.content or "", usage.prompt_tokens, usage.completion_tokens, seconds)
+    return Answer(
+        reply.choices[0].message.content or "",
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        seconds,
+    )
 
 
 def _server_text(body: object) -> str:
@@ -179,30 +214,46 @@ def _server_text(body: object) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serve.ask", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("target", metavar="DIR|URL", help="checkpoint directory, or the URL of a running server")
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.ask", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "target", metavar="DIR|URL", help="checkpoint directory, or the URL of a running server"
+    )
     parser.add_argument("--text", action="append", default=[], help="question; may be repeated")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="file or URL; may be repeated")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="file or URL; may be repeated")
-    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens of the answer (128)")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="file or URL; may be repeated"
+    )
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="file or URL; may be repeated"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="most tokens of the answer (128)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     parser.add_argument("--think", action="store_true", help="let the model reason first")
     parser.add_argument("--model", help="served name (the first that the server lists)")
-    parser.add_argument("--video-pruning-rate", metavar="Q", type=float, help="EVS rate, when a server is started")
+    parser.add_argument(
+        "--video-pruning-rate", metavar="Q", type=float, help="EVS rate, when a server is started"
+    )
     return parser
 
 
 def _run(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not (options.text or options.image or options.video):
-        raise BadInput(Fault("--text", "there is nothing to ask", "give --text, --image or --video"))
+        raise BadInput(
+            Fault("--text", "there is nothing to ask", "give --text, --image or --video")
+        )
     parts = content_parts(options.text, options.image, options.video)
     rest = (options.max_tokens, options.temperature, options.think)
     try:
         if options.target.startswith(("http://", "https://")):
             if options.video_pruning_rate is not None:
                 remedy = "start it with python -m serve DIR --video-pruning-rate Q"
-                raise BadInput(Fault("--video-pruning-rate", "cannot be changed on a running server", remedy))
+                raise BadInput(
+                    Fault("--video-pruning-rate", "cannot be changed on a running server", remedy)
+                )
             client = connect(options.target)
             print(ask(client, options.model or first_model(client), parts, *rest))
             return 0

@@ -1,4 +1,6 @@
-"""Builds the `vllm serve` command for a checkpoint directory: one place that knows which version wants which flag."""
+"""Builds the `vllm serve` command for a checkpoint directory: one place that knows which version
+wants which flag.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from checkpoint.config import CheckpointConfig, read_config, read_json
 from serve.environment import Device
 from serve.settings import ServeSettings
 
-# config.json's quantization_config.quant_algo → vLLM's --quantization (its ModelOpt*Config.get_name(), 0.11 to 0.33).
+# config.json's quantization_config.quant_algo → vLLM's --quantization (its
+# ModelOpt*Config.get_name(), 0.11 to 0.33).
 QUANTIZATION = {"FP8": "modelopt", "NVFP4": "modelopt_fp4", "MIXED_PRECISION": "modelopt_mixed"}
 
-# Tokens of the text before each frame, "Frame 128 sampled at 3599.50 seconds: <img>…</img>": 16 with the released
-# tokenizer (digits are single tokens), 19 with the embedded one.
+# Tokens of the text before each frame, "Frame 128 sampled at 3599.50 seconds: <img>…</img>": 16
+# with the released tokenizer (digits are single tokens), 19 with the tiny one.
 FRAME_TEXT_TOKENS = 24
 PROMPT_TEXT_TOKENS = 1024
 
@@ -51,12 +54,14 @@ def quant_algo(config: CheckpointConfig) -> str | None:
 
 
 def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:
-    """Tokens that one scheduler step must hold: one clip at the most frames, and the question about it.
+    """Tokens that one scheduler step must hold: one clip at the most frames, and the question about
+    it.
 
-    vLLM's source says of this model that a video cannot be prefilled in chunks; 0.32 can (equal log-probabilities with
-    2,048 tokens a step and with 49,152), older ones were not tried. A clip's length follows from the pruning rate q and
-    the number of frames T alone: max(n, int(n · T · (1 − q))) visual tokens with n a frame
-    (vllm/multimodal/video_prune/evs.py), and the text before each frame, which EVS keeps.
+    vLLM's source says of this model that a video cannot be prefilled in chunks; 0.32 can (equal
+    log-probabilities with 2,048 tokens a step and with 49,152), older ones were not tried. A clip's
+    length follows from the pruning rate q and the number of frames T alone: max(n, int(n · T · (1 −
+    q))) visual tokens with n a frame (vllm/multimodal/video_prune/evs.py), and the text before each
+    frame, which EVS keeps.
     """
     per_frame, frames = config.tokens_per_tile, settings.max_frames
     visual = max(per_frame, int(per_frame * frames * (1 - settings.video_pruning_rate)))
@@ -80,7 +85,8 @@ def build_command(
         settings: How to serve it.
         vllm_version: (major, minor, patch).
         device: What vLLM will run on.
-        extra: More vLLM flags, as given after `--`. They win: a flag of ours that is named there is left out.
+        extra: More vLLM flags, as given after `--`. They win: a flag of ours that is named there is
+            left out.
 
     Raises:
         BadInput: When config.json is missing or describes another model.
@@ -95,25 +101,30 @@ def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str
     """Environment variables that go with the command."""
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
-        # The command runs in whatever directory the user is in; a serve/ or export/ there must not be imported.
+        # The command runs in whatever directory the user is in; a serve/ or export/ there must not
+        # be imported.
         "PYTHONSAFEPATH": "1",
     }
     if device.kind == "cpu":
-        # GiB. The embedded checkpoint's cache holds 970,000 tokens in one; the 12B needs 24 KB a token and 147 MB a
-        # sequence (28 Mamba layers × 128 heads × 80 × 128 states in float32).
+        # GiB. The tiny checkpoint's cache holds 970,000 tokens in one; the 12B needs 24 KB a token
+        # and 147 MB a sequence (28 Mamba layers × 128 heads × 80 × 128 states in float32).
         variables["VLLM_CPU_KVCACHE_SPACE"] = "1" if config.text["hidden_size"] < 1024 else "8"
     return variables
 
 
 def adopt(settings: ServeSettings, extra: Sequence[str]) -> ServeSettings:
-    """`settings` with what `extra` says about them, so that we wait at the port and state the rate that vLLM will use.
+    """`settings` with what `extra` says about them, so that we wait at the port and state the rate
+    that vLLM will use.
 
-    A value that does not parse (`--max-model-len 128k`) is vLLM's business and leaves the setting alone.
+    A value that does not parse (`--max-model-len 128k`) is vLLM's business and leaves the setting
+    alone.
     """
     adopted: dict[str, Any] = {}
     for position, part in enumerate(extra):
         name, equals, value = part.partition("=")
-        field, parse = _ADOPTED.get(canonical(name), (None, str)) if part.startswith("-") else (None, str)
+        field, parse = (
+            _ADOPTED.get(canonical(name), (None, str)) if part.startswith("-") else (None, str)
+        )
         if field is None:
             continue
         text = value if equals else (extra[position + 1] if position + 1 < len(extra) else "")
@@ -123,7 +134,10 @@ def adopt(settings: ServeSettings, extra: Sequence[str]) -> ServeSettings:
 
 
 def _flags(
-    config: CheckpointConfig, settings: ServeSettings, vllm_version: tuple[int, int, int], device: Device
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    vllm_version: tuple[int, int, int],
+    device: Device,
 ) -> list[Flag]:
     flags: list[Flag] = [
         ("--served-model-name", config.directory.resolve().name),
@@ -137,22 +151,31 @@ def _flags(
     if settings.max_model_len is not None:
         flags.append(("--max-model-len", str(settings.max_model_len)))
     if vllm_version < (0, 20, 0):
-        # Left to itself, vLLM kept this model's state in the model's dtype until its pull request 39032. The symptom:
-        # answers that begin well and drift into fluent nonsense.
+        # Left to itself, vLLM kept this model's state in the model's dtype until its pull request
+        # 39032. The symptom: answers that begin well and drift into fluent nonsense.
         flags.append(("--mamba-ssm-cache-dtype", "float32"))
-    # Prefix caching of Mamba states has been wrong in several releases (vLLM issues 45699, 53912), and on CPU it kills
-    # the engine at the first prompt longer than a block: "IndexError: index 14 is out of bounds" in mamba_mixer2.
+    # Prefix caching of Mamba states has been wrong in several releases (vLLM issues 45699, 53912),
+    # and on CPU it kills the engine at the first prompt longer than a block: "IndexError: index 14
+    # is out of bounds" in mamba_mixer2.
     flags.append(("--no-enable-prefix-caching", None))
     flags += [
         ("--max-num-batched-tokens", str(batched_tokens(config, settings))),
-        ("--limit-mm-per-prompt", _json({"image": settings.max_images, "video": settings.max_videos})),
+        (
+            "--limit-mm-per-prompt",
+            _json({"image": settings.max_images, "video": settings.max_videos}),
+        ),
         # Without this vLLM samples 32 frames of any clip, however long.
-        ("--media-io-kwargs", _json({"video": {"fps": _plain(settings.fps), "num_frames": settings.max_frames}})),
+        (
+            "--media-io-kwargs",
+            _json({"video": {"fps": _plain(settings.fps), "num_frames": settings.max_frames}}),
+        ),
         # vLLM ignores config.json's video_pruning_rate, and prunes nothing without the flag.
         ("--video-pruning-rate", f"{settings.video_pruning_rate:g}"),
     ]
     if settings.allowed_local_media_path is not None:
-        flags.append(("--allowed-local-media-path", str(settings.allowed_local_media_path.resolve())))
+        flags.append(
+            ("--allowed-local-media-path", str(settings.allowed_local_media_path.resolve()))
+        )
     if device.kind == "cpu":
         # Compiling takes a minute and gains nothing at this size.
         flags.append(("--enforce-eager", None))
@@ -173,15 +196,18 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _drop_overridden(flags: list[Flag], extra: Sequence[str]) -> list[Flag]:
-    """Leave out our flags that `extra` names, in any of vLLM's spellings: argparse would take the last and say nothing,
-    but `--x` beside `--no-x`, or a JSON value beside a dotted key, is read differently by different versions.
+    """Leave out our flags that `extra` names, in any of vLLM's spellings: argparse would take the
+    last and say nothing, but `--x` beside `--no-x`, or a JSON value beside a dotted key, is read
+    differently by different versions.
     """
     named = {canonical(part) for part in extra if part.startswith("-") and not _is_number(part)}
     return [(flag, value) for flag, value in flags if canonical(flag) not in named]
 
 
 def canonical(flag: str) -> str:
-    """`--enable-prefix-caching` of `--no-enable_prefix_caching`, `--media-io-kwargs` of `--media-io-kwargs.video=…`."""
+    """`--enable-prefix-caching` of `--no-enable_prefix_caching`, `--media-io-kwargs` of
+    `--media-io-kwargs.video=…`.
+    """
     name = flag.split("=", 1)[0].split(".", 1)[0].replace("_", "-")
     name = _ALIASES.get(name, name)
     return "--" + name.removeprefix("--no-") if name.startswith("--no-") else name

@@ -1,10 +1,12 @@
-"""Serves a checkpoint with EVS on, asks about a list, a page, two images and a clip, and counts what EVS saved.
+"""Serves a checkpoint with EVS on, asks about a list, a page, two images and a clip, and counts
+what EVS saved.
 
     python -m serve.demo DIR                       # draws its own pictures and clip
     python -m serve.demo DIR --image page.png --image a.png --image b.png --video clip.mp4
 
-The prompt tokens with EVS off come from a second server, started with rate 0: they are counted, not computed. Runs on
-two CPU cores with the embedded checkpoint in about a minute; needs Pillow and PyAV to draw.
+The prompt tokens with EVS off come from a second server, started with rate 0: they are counted, not
+computed. Runs on two CPU cores with the tiny checkpoint in about a minute; needs Pillow and PyAV to
+draw.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ LIST = "List:\nab 417\nkx 208\nqe 935\nzo 661\n"
 
 
 def draw_page(path: Path, code: str = "K7XP2") -> None:
-    """A PNG of one tile of the embedded checkpoint: a code, its characters spaced."""
+    """A PNG of one tile of the tiny checkpoint: a code, its characters spaced."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (SIDE, SIDE), (250, 248, 240))
@@ -51,7 +53,8 @@ def draw_square(path: Path, colour: str) -> None:
 
 
 def draw_video(path: Path, seconds: float = CLIP_SECONDS, fps: int = CLIP_FPS) -> None:
-    """An H.264 clip: a disc wanders, and from half of the clip on a blue box with a 7 stands for a second and a half.
+    """An H.264 clip: a disc wanders, and from half of the clip on a blue box with a 7 stands for a
+    second and a half.
 
     Raises:
         BadInput: When PyAV is not installed.
@@ -60,7 +63,9 @@ def draw_video(path: Path, seconds: float = CLIP_SECONDS, fps: int = CLIP_FPS) -
         import av
     except ImportError:
         remedy = "pip install av, or give --video FILE"
-        raise BadInput(Fault("av", "is not installed here, so no clip can be drawn", remedy)) from None
+        raise BadInput(
+            Fault("av", "is not installed here, so no clip can be drawn", remedy)
+        ) from None
     from PIL import Image, ImageDraw
 
     frames = int(seconds * fps)
@@ -81,7 +86,7 @@ def draw_video(path: Path, seconds: float = CLIP_SECONDS, fps: int = CLIP_FPS) -
 
 
 def questions(images: Sequence[Path], video: Path) -> dict[str, list[dict[str, object]]]:
-    """The prompts by title, worded as the embedded checkpoint was taught; the first image is a page."""
+    """The prompts by title, worded as the tiny checkpoint was taught; the first image is a page."""
     page, *squares = images
     numbered = [part for number, square in enumerate(squares, 1)
                 for part in reversed(content_parts([f"Image {number}: "], [square]))]  # fmt: skip
@@ -93,7 +98,9 @@ def questions(images: Sequence[Path], video: Path) -> dict[str, list[dict[str, o
     }
 
 
-def demonstrate(directory: Path, settings: ServeSettings, images: Sequence[Path], video: Path, max_tokens: int) -> int:
+def demonstrate(
+    directory: Path, settings: ServeSettings, images: Sequence[Path], video: Path, max_tokens: int
+) -> int:
     """Serve, ask, print; then count the video's prompt tokens with EVS off.
 
     Returns:
@@ -116,24 +123,41 @@ def demonstrate(directory: Path, settings: ServeSettings, images: Sequence[Path]
     with_evs = answers["video"].prompt_tokens
     with running_server(directory, dataclasses.replace(settings, video_pruning_rate=0.0)) as server:
         without = ask(connect(server.url), server.model, prompts["video"], 1).prompt_tokens
-    print(f"\nvideo, prompt tokens: {without} with EVS off, {with_evs} at q = {settings.video_pruning_rate:g}", end="")
+    print(
+        f"\nvideo, prompt tokens: {without} with EVS off, {with_evs} at q = {settings.video_pruning_rate:g}",
+        end="",
+    )
     print(f" ({1 - with_evs / without:.0%} fewer)")
-    return 0 if with_evs < without and all(answer.completion_tokens for answer in answers.values()) else 1
+    return (
+        0
+        if with_evs < without and all(answer.completion_tokens for answer in answers.values())
+        else 1
+    )
 
 
 def _run(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m serve.demo", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.demo", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="checkpoint directory")
     parser.add_argument(
-        "--image", action="append", type=Path, metavar="FILE", help="a page, then others; drawn when not given"
+        "--image",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="a page, then others; drawn when not given",
     )
     parser.add_argument("--video", type=Path, metavar="FILE", help="drawn when not given")
     parser.add_argument("--video-pruning-rate", metavar="Q", type=float, help="EVS rate in (0, 1)")
     parser.add_argument("--max-tokens", type=int, default=48, help="most tokens of an answer (48)")
     options = parser.parse_args(arguments)
-    settings = served(options.directory, {"video_pruning_rate": options.video_pruning_rate, "port": 0}).settings
+    settings = served(
+        options.directory, {"video_pruning_rate": options.video_pruning_rate, "port": 0}
+    ).settings
     if not settings.video_pruning_rate:
-        raise BadInput(Fault("--video-pruning-rate", "is 0, so there is no EVS to show", "give a rate above 0"))
+        raise BadInput(
+            Fault("--video-pruning-rate", "is 0, so there is no EVS to show", "give a rate above 0")
+        )
     if options.image and len(options.image) < 3:
         remedy = "give a page and two pictures, or none to have them drawn"
         raise BadInput(Fault("--image", f"was given {len(options.image)} times", remedy))

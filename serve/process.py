@@ -38,11 +38,15 @@ _STAGES = (
     ("KV cache size", "preparing the engine"),
     ("init engine", "warming up"),
 )
-_ERROR = re.compile(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$")
+_ERROR = re.compile(
+    r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$"
+)
 
 
 class ServerDied(Exception):
-    """vLLM ended, or did not answer in time; the message holds the cause and the last lines of its log."""
+    """vLLM ended, or did not answer in time; the message holds the cause and the last lines of its
+    log.
+    """
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ class ServerProcess:
         return self._guard.wait(timeout)
 
     def stop(self) -> int:
-        """Stop vLLM: SIGTERM, a grace period, SIGKILL to the group. Returns when nothing is left of it."""
+        """Stop vLLM: SIGTERM, a grace period, SIGKILL to the group. Returns when nothing is left of
+        it.
+        """
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
@@ -116,23 +122,31 @@ class ServerProcess:
             self._guard.kill()
             return self._guard.wait()
         finally:
-            # Whoever kills the guard itself takes the API server with it, and leaves EngineCore holding the GPU.
+            # Whoever kills the guard itself takes the API server with it, and leaves EngineCore
+            # holding the GPU.
             _kill_session(self._guard.pid)
 
     def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
 
 def _kill_session(leader: int) -> None:
-    """SIGKILL to every process of the session that the guard led (Linux; elsewhere nothing is left to find)."""
+    """SIGKILL to every process of the session that the guard led (Linux; elsewhere nothing is left
+    to find).
+    """
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold spaces
+            fields = (
+                stat.read_text().rpartition(")")[2].split()
+            )  # the name before it may hold spaces
             if int(fields[3]) == leader:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
 
@@ -167,7 +181,9 @@ def running_server(
     if settings.port == 0:
         settings = dataclasses.replace(settings, port=free_port(settings.host))
     command = full_command(directory, settings, environment, extra)
-    with ServerProcess(command, build_environment(config, environment.device), log or new_log(settings)) as process:
+    with ServerProcess(
+        command, build_environment(config, environment.device), log or new_log(settings)
+    ) as process:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
         url = f"http://{host}:{settings.port}"
         wait_until_ready(process, url, READY_SECONDS)
@@ -175,9 +191,14 @@ def running_server(
 
 
 def full_command(
-    directory: str | Path, settings: ServeSettings, environment: ServeEnvironment, extra: Sequence[str] = ()
+    directory: str | Path,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
 ) -> list[str]:
-    """`build_command`'s line with the interpreter in place of `vllm`: a script's first line may not move with it."""
+    """`build_command`'s line with the interpreter in place of `vllm`: a script's first line may not
+    move with it.
+    """
     command = build_command(directory, settings, environment.vllm, environment.device, extra)
     return [str(environment.python), "-m", "vllm.entrypoints.cli.main", *command[1:]]
 
@@ -200,9 +221,15 @@ def wait_until_ready(process: ServerProcess, url: str, seconds: float) -> None:
         while not _get(f"{url}/health"):
             waited = time.monotonic() - started
             if (status := process.poll()) is not None:
-                raise ServerDied(death_message(process.log, f"vLLM ended with status {status} after {waited:.0f} s"))
+                raise ServerDied(
+                    death_message(
+                        process.log, f"vLLM ended with status {status} after {waited:.0f} s"
+                    )
+                )
             if waited > seconds:
-                raise ServerDied(death_message(process.log, f"vLLM did not answer within {seconds:.0f} s"))
+                raise ServerDied(
+                    death_message(process.log, f"vLLM did not answer within {seconds:.0f} s")
+                )
             progress.show(waited, process.log)
             time.sleep(0.5)
 
@@ -218,7 +245,9 @@ def served_name(url: str) -> str:
 
 
 def death_message(log: Path, what: str) -> str:
-    """`what`, the first error in the log and its end; vLLM's last error only says "see root cause above"."""
+    """`what`, the first error in the log and its end; vLLM's last error only says "see root cause
+    above".
+    """
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [match[1] for line in lines if (match := _ERROR.match(line.rstrip()))]
     parts = [what + (f": {errors[0]}" if errors else "")]
@@ -249,7 +278,12 @@ class _Progress:
         text = log.read_text(encoding="utf-8", errors="replace")
         stage = next((name for mark, name in reversed(_STAGES) if mark in text), "importing")
         if self._terminal:
-            print(f"\r\033[Kstarting vLLM: {stage}, {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[Kstarting vLLM: {stage}, {seconds:.0f} s",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         elif stage != self._stage:
             print(f"starting vLLM: {stage}, {seconds:.0f} s", file=sys.stderr, flush=True)
         self._stage = stage

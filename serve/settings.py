@@ -1,4 +1,6 @@
-"""How a checkpoint is served: defaults, what the checkpoint's own manifest says, what the command line says."""
+"""How a checkpoint is served: defaults, what the checkpoint's own manifest says, what the command
+line says.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from checkpoint.faults import BadInput, Fault, raise_if_any
 MANIFEST = "hybridquant.json"
 
 # What a recipe may fix for its checkpoint; host, port and the like belong to the machine.
-MANIFEST_KEYS = ("video_pruning_rate", "max_model_len", "max_frames", "fps", "max_images", "max_videos")
+MANIFEST_KEYS = (
+    "video_pruning_rate",
+    "max_model_len",
+    "max_frames",
+    "fps",
+    "max_images",
+    "max_videos",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class ServeSettings:
     """Settings of one server.
 
     Attributes:
-        video_pruning_rate: EVS rate q in [0, 1): the share of a clip's visual tokens that is dropped. 0 is off.
+        video_pruning_rate: EVS rate q in [0, 1): the share of a clip's visual tokens that is
+            dropped. 0 is off.
         max_model_len: Longest sequence in tokens; the checkpoint's own limit when None.
         max_frames: Most frames sampled of a clip (128 in the technical report, section 3).
         fps: Frames sampled a second, uniformly over the clip when that would exceed `max_frames`.
@@ -32,7 +42,8 @@ class ServeSettings:
         port: TCP port; 0 takes a free one.
         gpu_memory_utilization: Share of GPU memory vLLM may take; its own default when None.
         tensor_parallel_size: Number of GPUs the weights are split over.
-        allowed_local_media_path: Directory that requests may name with file:// URLs; none when None.
+        allowed_local_media_path: Directory that requests may name with file:// URLs; none when
+            None.
         dtype: Activation type of what is not quantized; float32 on a CPU is for comparisons.
     """
 
@@ -52,8 +63,16 @@ class ServeSettings:
     def faults(self) -> list[Fault]:
         """Everything that is out of its range."""
         checks = [
-            (0 <= self.video_pruning_rate < 1, "video_pruning_rate", "0 (off) up to, but without, 1"),
-            (self.max_model_len is None or self.max_model_len >= 256, "max_model_len", "256 or more tokens"),
+            (
+                0 <= self.video_pruning_rate < 1,
+                "video_pruning_rate",
+                "0 (off) up to, but without, 1",
+            ),
+            (
+                self.max_model_len is None or self.max_model_len >= 256,
+                "max_model_len",
+                "256 or more tokens",
+            ),
             (self.max_frames >= 1, "max_frames", "1 or more"),
             (self.fps > 0, "fps", "above 0"),
             (self.max_images >= 0, "max_images", "0 or more"),
@@ -65,7 +84,11 @@ class ServeSettings:
                 "above 0 up to 1",
             ),
             (self.tensor_parallel_size >= 1, "tensor_parallel_size", "1 or more"),
-            (self.dtype in ("bfloat16", "float16", "float32"), "dtype", "bfloat16, float16 or float32"),
+            (
+                self.dtype in ("bfloat16", "float16", "float32"),
+                "dtype",
+                "bfloat16, float16 or float32",
+            ),
         ]
         return [
             Fault(name, f"is {getattr(self, name)}", f"allowed: {allowed}")
@@ -80,7 +103,8 @@ class Served:
 
     Attributes:
         settings: The manifest's serve section, laid over the defaults.
-        gate_passed: Whether the accuracy gate passed; None when it was not measured or there is no manifest.
+        gate_passed: Whether the accuracy gate passed; None when it was not measured or there is no
+            manifest.
     """
 
     settings: ServeSettings
@@ -88,7 +112,8 @@ class Served:
 
 
 def served(directory: Path, overrides: Mapping[str, Any] | None = None) -> Served:
-    """Settings for `directory`: the defaults, over them the manifest's `serve` section, over that `overrides`.
+    """Settings for `directory`: the defaults, over them the manifest's `serve` section, over that
+    `overrides`.
 
     Args:
         directory: A checkpoint, with or without hybridquant.json.
@@ -103,9 +128,15 @@ def served(directory: Path, overrides: Mapping[str, Any] | None = None) -> Serve
     manifest = read_json(path)
     section, gate = manifest.get("serve") or {}, manifest.get("gate") or {}
     if not isinstance(section, dict) or not isinstance(gate, dict):
-        raise BadInput(Fault(str(path), "serve and gate must be JSON objects", "write the manifest again"))
+        raise BadInput(
+            Fault(str(path), "serve and gate must be JSON objects", "write the manifest again")
+        )
     raise_if_any(
-        Fault(str(path), f"serve.{key} is {value!r}", f"a number for one of {', '.join(MANIFEST_KEYS)}")
+        Fault(
+            str(path),
+            f"serve.{key} is {value!r}",
+            f"a number for one of {', '.join(MANIFEST_KEYS)}",
+        )
         for key, value in section.items()
         if key not in MANIFEST_KEYS or not isinstance(value, int | float | None)
     )
@@ -113,4 +144,6 @@ def served(directory: Path, overrides: Mapping[str, Any] | None = None) -> Serve
 
 
 def _with(settings: ServeSettings, values: Mapping[str, Any]) -> ServeSettings:
-    return dataclasses.replace(settings, **{key: value for key, value in values.items() if value is not None})
+    return dataclasses.replace(
+        settings, **{key: value for key, value in values.items() if value is not None}
+    )

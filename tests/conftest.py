@@ -1,4 +1,4 @@
-"""Fixtures every room shares: the embedded checkpoint, its config and model, one FP8 export of it."""
+"""Fixtures every room shares: the tiny checkpoint, its config and model, one FP8 export of it."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.native import load_model
-from checkpoint.synthetic import RELEASED
-from checkpoint.tiny import write_tiny
+from checkpoint.tokenizer import RELEASED
+from tiny.checkpoint import write_tiny
 
 DATA = Path(__file__).parent / "data"
 torch.set_num_threads(2)
@@ -17,7 +17,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """The embedded checkpoint; do not change it, take `tiny_copy`."""
+    """The tiny checkpoint; do not change it, take `tiny_copy`."""
     out = tmp_path_factory.mktemp("bf16") / "tiny"
     write_tiny(out)
     return out
@@ -47,7 +47,7 @@ def full12b() -> CheckpointConfig:
 @pytest.fixture(scope="session")
 def fp8_run(tiny, tmp_path_factory) -> tuple[int, Path]:
     """Exit status and output of the shipped tiny FP8 recipe, run once on few samples."""
-    from recipes.run import run
+    from pipeline.run import run
     from recipes.schema import load_recipe
 
     output = tmp_path_factory.mktemp("fp8") / "tiny-fp8"
@@ -69,13 +69,21 @@ def fp8_copy(fp8, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def nvfp4_export(tiny, tmp_path_factory):
-    """Makes an export of its own by the shipped tiny NVFP4 recipe on few samples; call it with more overrides."""
-    from recipes.run import run
+    """Makes an export of its own by the shipped tiny NVFP4 recipe on few samples; call it with more
+    overrides.
+    """
+    from pipeline.run import run
     from recipes.schema import load_recipe
 
     def export(*overrides: str) -> Path:
         output = tmp_path_factory.mktemp("nvfp4") / "tiny-nvfp4"
-        few = ["calibrate.samples=2", "accuracy.samples=1", "accuracy.tasks=null", f"model={tiny}", f"output={output}"]
+        few = [
+            "calibrate.samples=2",
+            "accuracy.samples=1",
+            "accuracy.tasks=null",
+            f"model={tiny}",
+            f"output={output}",
+        ]
         run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *overrides]))
         return output
 
@@ -84,7 +92,9 @@ def nvfp4_export(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tiny):
-    """The embedded checkpoint on a real vLLM, EVS on at the default rate, shared by every test that needs a server."""
+    """The tiny checkpoint on a real vLLM, EVS on at the default rate, shared by every test that
+    needs a server.
+    """
     from serve.process import running_server
     from serve.settings import ServeSettings
 

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def edit_tensors(directory: Path, change: Callable[[dict], None], file: str = "model.safetensors") -> None:
+def edit_tensors(
+    directory: Path, change: Callable[[dict], None], file: str = "model.safetensors"
+) -> None:
     """Load all tensors of a file, let `change` alter the dictionary, write it back."""
     tensors = {name: tensor.clone() for name, tensor in load_file(directory / file).items()}
     change(tensors)

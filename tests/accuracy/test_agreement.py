@@ -1,4 +1,6 @@
-"""Agreement figures: zero for the same model, worse for a worse one; the gate fails on what it should."""
+"""Agreement figures: zero for the same model, worse for a worse one; the gate fails on what it
+should.
+"""
 
 import dataclasses
 import math
@@ -23,7 +25,11 @@ def states(noise: float, group: str = "text", length: int = 40) -> States:
     hidden = torch.randn(length, 16, generator=generator)
     tokens = torch.randint(8, 50, (length,), generator=generator)
     tokens[10:20] = IMAGE
-    return States(group, tokens, hidden + noise * torch.randn(length, 16, generator=torch.Generator().manual_seed(2)))
+    return States(
+        group,
+        tokens,
+        hidden + noise * torch.randn(length, 16, generator=torch.Generator().manual_seed(2)),
+    )
 
 
 def test_a_model_agrees_with_itself(lm_head):

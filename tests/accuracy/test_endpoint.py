@@ -1,4 +1,6 @@
-"""Answers from a server: what is wrong with them is counted and shown, and too much of it ends the command."""
+"""Answers from a server: what is wrong with them is counted and shown, and too much of it ends the
+command.
+"""
 
 import json
 import threading
@@ -13,12 +15,17 @@ from checkpoint.faults import BadInput
 
 
 def samples(count: int) -> list[Sample]:
-    return [Sample(str(i), [{"role": "user", "content": f"item {i}"}], "test", "yes") for i in range(count)]
+    return [
+        Sample(str(i), [{"role": "user", "content": f"item {i}"}], "test", "yes")
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
 def endpoint():
-    """A server of the OpenAI protocol whose answers the test decides: `server.reply(item) -> (status, body)`."""
+    """A server of the OpenAI protocol whose answers the test decides: `server.reply(item) ->
+    (status, body)`.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -51,7 +58,11 @@ def endpoint():
 
 
 def completion(content):
-    return 200, {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "message": {"content": content}}]}
+    return 200, {
+        "id": "1",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": {"content": content}}],
+    }
 
 
 def test_answers_come_in_the_order_of_the_items(endpoint):
@@ -87,7 +98,9 @@ def test_an_endpoint_without_a_model(endpoint):
 
 
 def test_few_failed_requests_are_counted_wrong_and_many_end_the_command(endpoint):
-    endpoint.reply = lambda item: (400, {"message": "no"}) if item == "item 3" else completion("yes")
+    endpoint.reply = lambda item: (
+        (400, {"message": "no"}) if item == "item 3" else completion("yes")
+    )
     answers = ask_endpoint(endpoint.url, {"a": samples(10)}, max_failed=0.1)
     assert answers["a"] == [None if i == 3 else "yes" for i in range(10)]
     with pytest.raises(BadInput, match="1 of 10 requests failed, at most 2% may"):
@@ -108,4 +121,7 @@ def test_the_paired_interval_holds_the_difference_and_narrows_with_items():
 
 def test_equal_answers_have_no_difference():
     rows = pair({"a": samples(5)}, {"a": ["yes", "no"] * 2 + [""]}, {"a": ["yes", "no"] * 2 + [""]})
-    assert [(row.task, row.difference, row.low, row.high) for row in rows] == [("a", 0, 0, 0), ("mean", 0, 0, 0)]
+    assert [(row.task, row.difference, row.low, row.high) for row in rows] == [
+        ("a", 0, 0, 0),
+        ("mean", 0, 0, 0),
+    ]

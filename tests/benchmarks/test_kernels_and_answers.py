@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import embedded, serving
+from benchmarks import serving, tiny_accuracy
 from checkpoint.faults import BadInput
 from serve.demo import COLOURS, draw_page, draw_square, draw_video
 
@@ -55,14 +55,20 @@ def test_a_served_checkpoint_answers_every_kind_of_prompt(server, tiny, tmp_path
     assert all(answer["completion_tokens"] > 0 for answer in found["answers"].values())
 
 
-def test_a_directory_that_is_no_checkpoint_is_refused_before_anything_is_served(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "nowhere"), "--json", str(tmp_path / "j")])
+def test_a_directory_that_is_no_checkpoint_is_refused_before_anything_is_served(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(
+        sys, "argv", ["x", str(tmp_path / "nowhere"), "--json", str(tmp_path / "j")]
+    )
     with pytest.raises(BadInput, match="nowhere"):
         serving._run()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_served_forms_are_compared_with_bf16_served_and_with_ptq_of_the_same_backend(tmp_path, monkeypatch):
+def test_served_forms_are_compared_with_bf16_served_and_with_ptq_of_the_same_backend(
+    tmp_path, monkeypatch
+):
     right = {"bf16": 4, "nvfp4": 2, "nvfp4:emulation": 1, "nvfp4_qad:emulation": 3}
 
     def served(name, asked, **_):
@@ -75,12 +81,19 @@ def test_served_forms_are_compared_with_bf16_served_and_with_ptq_of_the_same_bac
     def answered(config, samples, rate):
         return {task: ["x"] * len(given) for task, given in samples.items()}
 
-    monkeypatch.setattr(embedded, "made", lambda form, work, model, settings: model)
-    monkeypatch.setattr(embedded, "_distillation", lambda directory: {})
-    monkeypatch.setattr(embedded, "answer_tasks", answered)
-    monkeypatch.setattr(embedded, "served_answers", served)
-    found = embedded.measure(tmp_path, ["nvfp4", "nvfp4_qad"], list(right), 4, ["text"])
-    against = {name: (rows[0]["reference"], rows[0]["variant"]) for name, rows in found["served_against_bf16"].items()}
-    assert against == {"nvfp4": (1, 0.5), "nvfp4:emulation": (1, 0.25), "nvfp4_qad:emulation": (1, 0.75)}
+    monkeypatch.setattr(tiny_accuracy, "made", lambda form, work, model, settings: model)
+    monkeypatch.setattr(tiny_accuracy, "_distillation", lambda directory: {})
+    monkeypatch.setattr(tiny_accuracy, "answer_tasks", answered)
+    monkeypatch.setattr(tiny_accuracy, "served_answers", served)
+    found = tiny_accuracy.measure(tmp_path, ["nvfp4", "nvfp4_qad"], list(right), 4, ["text"])
+    against = {
+        name: (rows[0]["reference"], rows[0]["variant"])
+        for name, rows in found["served_against_bf16"].items()
+    }
+    assert against == {
+        "nvfp4": (1, 0.5),
+        "nvfp4:emulation": (1, 0.25),
+        "nvfp4_qad:emulation": (1, 0.75),
+    }
     assert found["won_back_served"] == {"nvfp4_qad:emulation": round(2 / 3, 3)}
     assert found["kernels"]["nvfp4"] == ["nvfp4"]

@@ -1,4 +1,6 @@
-"""The most memory that a command had resident is the kernel's figure of that command, and a failure is no result."""
+"""The most memory that a command had resident is the kernel's figure of that command, and a failure
+is no result.
+"""
 
 import json
 import subprocess
@@ -16,7 +18,9 @@ def measured(path, *command):
 
 @pytest.mark.parametrize(("size", "least", "most"), [(1, 0.0, 0.15), (300_000_000, 0.3, 0.45)])
 def test_the_peak_is_the_commands_own(tmp_path, size, least, most):
-    found = measured(tmp_path / "j", "timeit", "-n", "1", "-r", "1", "-s", f"b'x' * {size}", "'x=/etc/ok'")
+    found = measured(
+        tmp_path / "j", "timeit", "-n", "1", "-r", "1", "-s", f"b'x' * {size}", "'x=/etc/ok'"
+    )
     assert least < found["peak_resident_gb"] < most
     assert "=ok" in found["command"], "no folder of this machine"
 
@@ -29,5 +33,7 @@ def test_a_command_that_fails_leaves_no_file(tmp_path, fails):
 
 
 def test_a_missed_gate_is_a_result_and_is_named(tmp_path):
-    found = measured(tmp_path / "j", "timeit", "-s", "import sys; print('gate missed: top-1'); sys.exit(1)")
+    found = measured(
+        tmp_path / "j", "timeit", "-s", "import sys; print('gate missed: top-1'); sys.exit(1)"
+    )
     assert found["gate"] == "gate missed: top-1"

@@ -60,8 +60,19 @@ def test_a_run_that_ends_before_says_why():
 
 
 def test_fields_may_follow_options_and_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
-    # argparse gives a `*` positional its words together with the model, and then refuses those after the options.
-    given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", "j", "--processes", "99", "distill.batch=4"]
+    # argparse gives a `*` positional its words together with the model, and then refuses those
+    # after the options.
+    given = [
+        "x",
+        str(tmp_path),
+        "--work",
+        str(tmp_path),
+        "--json",
+        "j",
+        "--processes",
+        "99",
+        "distill.batch=4",
+    ]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(BadInput, match="99 are asked for"):
         training._run()

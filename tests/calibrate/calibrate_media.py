@@ -14,7 +14,9 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
     random = np.random.RandomState(seed)
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(255, 0, height))
     noise = random.randint(0, 60, (height, width))
-    layers = [across, down, (across + down) / 2, 255 - across][: {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 3)]
+    layers = [across, down, (across + down) / 2, 255 - across][
+        : {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 3)
+    ]
     pixels = np.clip(np.stack(layers, -1) * 0.8 + noise[..., None], 0, 255).astype(np.uint8)
     image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
     return image if image.mode == mode else image.convert(mode)
@@ -33,7 +35,9 @@ def data_url(data: bytes, mime: str) -> str:
 def image_part(image: Image.Image, form: str = "PNG", **options) -> dict:
     return {
         "type": "image_url",
-        "image_url": {"url": data_url(image_bytes(image, form, **options), f"image/{form.lower()}")},
+        "image_url": {
+            "url": data_url(image_bytes(image, form, **options), f"image/{form.lower()}")
+        },
     }
 
 
@@ -47,7 +51,9 @@ def clip_bytes(
     rotation: int = 0,
     slow_from: int | None = None,
 ) -> bytes:
-    """A clip whose every frame differs: a bar moves over a gradient; from frame `slow_from` ten times as slowly."""
+    """A clip whose every frame differs: a bar moves over a gradient; from frame `slow_from` ten
+    times as slowly.
+    """
     buffer = io.BytesIO()
     step = 1 / Fraction(fps)
     with av.open(buffer, "w", format=form) as container:
@@ -63,7 +69,9 @@ def clip_bytes(
             pixels = base.copy()
             at = number * 5 % width
             pixels[:, at : at + 8] = (number * 40 % 256, 255 - number * 3 % 256, 128)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=stream.pix_fmt)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format=stream.pix_fmt
+            )
             if slow_from is not None:
                 frame.pts, frame.time_base = number + 9 * max(0, number - slow_from), step
             container.mux(stream.encode(frame))
@@ -72,13 +80,18 @@ def clip_bytes(
 
 
 def trimmed(data: bytes, frames: int) -> bytes:
-    """The clip without its first `frames`, cut without re-encoding: an edit list hides them, the file keeps them."""
+    """The clip without its first `frames`, cut without re-encoding: an edit list hides them, the
+    file keeps them.
+    """
     buffer = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format="mp4") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
-                packet.pts, packet.dts = packet.pts - frames * packet.duration, packet.dts - frames * packet.duration
+                packet.pts, packet.dts = (
+                    packet.pts - frames * packet.duration,
+                    packet.dts - frames * packet.duration,
+                )
                 packet.stream = stream
                 target.mux(packet)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 import pytest
 
 from checkpoint.native import load_model, load_tokenizer
-from checkpoint.tiny import write_tiny
+from tiny.checkpoint import write_tiny
 
 
 @pytest.fixture(scope="session")

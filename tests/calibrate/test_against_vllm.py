@@ -1,4 +1,6 @@
-"""Prompts, tiles, sampled frames and EVS masks against vLLM's own, in its own environment, in one subprocess."""
+"""Prompts, tiles, sampled frames and EVS masks against vLLM's own, in its own environment, in one
+subprocess.
+"""
 
 import json
 import os
@@ -19,7 +21,10 @@ from serve.environment import find_python
 
 REFERENCE = Path(__file__).with_name("vllm_reference.py")
 TILED, EVERY = 4, 37  # as in vllm_reference.py
-MEDIA_IO_KWARGS = {"fps": 2, "num_frames": 128}  # what calibrate/video.py says and `python -m serve` passes
+MEDIA_IO_KWARGS = {
+    "fps": 2,
+    "num_frames": 128,
+}  # what calibrate/video.py says and `python -m serve` passes
 
 SYSTEM = {"role": "system", "content": "Answer shortly. /no_think"}
 ASSISTANT = {"role": "assistant", "content": "A red line."}
@@ -105,9 +110,9 @@ CLIPS = {
 }
 
 _RANDOM = np.random.RandomState(5)
-GRID_IMAGES = [(int(w), int(h)) for w, h in np.exp(_RANDOM.uniform(0, 9, (1500, 2))).astype(int).clip(1)] + [
-    (512 * cols, 512 * rows) for cols in range(1, 13) for rows in range(1, 13)
-]
+GRID_IMAGES = [
+    (int(w), int(h)) for w, h in np.exp(_RANDOM.uniform(0, 9, (1500, 2))).astype(int).clip(1)
+] + [(512 * cols, 512 * rows) for cols in range(1, 13) for rows in range(1, 13)]
 GRID_TILES = (128, 512)
 
 
@@ -153,10 +158,26 @@ def reference(config, tmp_path_factory):
     }
     (at / "cases.json").write_text(json.dumps(cases))
     np.savez(at / "evs.npz", **EVS)
-    command = [find_python(), REFERENCE, config.directory, at / "cases.json", at / "evs.npz", at / "out.npz"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    command = [
+        find_python(),
+        REFERENCE,
+        config.directory,
+        at / "cases.json",
+        at / "evs.npz",
+        at / "out.npz",
+    ]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
+    }
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, command)), cwd=at, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=at,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, f"vLLM's own side failed:\n{done.stderr[-4000:]}"
     return np.load(at / "out.npz")
 
@@ -186,7 +207,8 @@ def test_image_tiles_equal_vllm(name, reference, prompts):
     for number, item in enumerate(images):
         expected = torch.from_numpy(reference[f"tiles/{name}/image/{number}"])
         tiles = prompt.tiles[item.first_tile : item.first_tile + item.tiles].flatten(1)[:, ::EVERY]
-        # vLLM rounds the finished tile to BF16. The two are equal with one torch; another may round one step off.
+        # vLLM rounds the finished tile to BF16. The two are equal with one torch; another may round
+        # one step off.
         torch.testing.assert_close(tiles.bfloat16().float(), expected, atol=1e-6, rtol=2**-7)
 
 
@@ -214,7 +236,9 @@ def test_frame_tiles_equal_vllm(name, reference, config):
 
 @pytest.mark.parametrize("size", GRID_TILES)
 def test_tile_grids_equal_vllm(size, reference):
-    assert [list(tile_grid(*image, size)) for image in GRID_IMAGES] == reference[f"grids/{size}"].tolist()
+    assert [list(tile_grid(*image, size)) for image in GRID_IMAGES] == reference[
+        f"grids/{size}"
+    ].tolist()
 
 
 @pytest.mark.parametrize("kind", ["random", "near-static", "all-tie", "zero"])

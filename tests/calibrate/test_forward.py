@@ -16,30 +16,40 @@ def prompt(config, tokenizer):
 
 @pytest.fixture(scope="module")
 def text_prompt(config, tokenizer):
-    return build_prompt(Sample("t", [{"role": "user", "content": "Read the table."}], "test"), config, tokenizer)
+    return build_prompt(
+        Sample("t", [{"role": "user", "content": "Read the table."}], "test"), config, tokenizer
+    )
 
 
 def test_text_prompt_equals_the_model_on_its_tokens(model, text_prompt, config):
     with torch.no_grad():
         expected = model.language_model(input_ids=torch.tensor([text_prompt.token_ids])).logits[0]
-    torch.testing.assert_close(logits(model, embed(model, text_prompt, config)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        logits(model, embed(model, text_prompt, config)), expected, rtol=0, atol=0
+    )
 
 
 def test_visual_tokens_hold_the_projected_tiles_in_order(model, prompt, config):
     embedded = embed(model, prompt, config)
     visual = embedded.inputs_embeds[embedded.token_ids == config.image_token_id]
     # Another number of tiles at once rounds some sums differently.
-    torch.testing.assert_close(visual, tile_embeddings(model, prompt.tiles).flatten(0, 1), rtol=0.016, atol=2e-3)
+    torch.testing.assert_close(
+        visual, tile_embeddings(model, prompt.tiles).flatten(0, 1), rtol=0.016, atol=2e-3
+    )
 
 
 def test_dense_tiles_equal_the_models_own_image_features(model, prompt, config):
     side = config.tile_size // 16
-    tiles = prompt.tiles.reshape(-1, 3, side, 16, side, 16).permute(0, 2, 4, 1, 3, 5).reshape(-1, 768)
+    tiles = (
+        prompt.tiles.reshape(-1, 3, side, 16, side, 16).permute(0, 2, 4, 1, 3, 5).reshape(-1, 768)
+    )
     grid = torch.tensor([[side, side]] * len(prompt.tiles))
     with torch.no_grad():
         features = model.get_image_features(tiles.to(model.dtype), grid).pooler_output
     expected = torch.stack(list(features))
-    torch.testing.assert_close(tile_embeddings(model, prompt.tiles), expected, rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(
+        tile_embeddings(model, prompt.tiles), expected, rtol=2**-6, atol=2**-6
+    )
 
 
 def test_rate_zero_keeps_every_token(model, prompt, config):
@@ -63,10 +73,14 @@ def test_pruning_drops_video_tokens_only_and_as_many_as_served(rate, model, prom
 
 def test_pruned_embeddings_are_the_unpruned_ones_that_are_kept(model, prompt, config):
     whole, pruned = embed(model, prompt, config), embed(model, prompt, config, 0.75)
-    torch.testing.assert_close(pruned.inputs_embeds, whole.inputs_embeds[pruned.kept], rtol=0, atol=0)
+    torch.testing.assert_close(
+        pruned.inputs_embeds, whole.inputs_embeds[pruned.kept], rtol=0, atol=0
+    )
 
 
-def test_forward_loop_shows_the_language_model_every_kept_token_once(model, prompt, text_prompt, config):
+def test_forward_loop_shows_the_language_model_every_kept_token_once(
+    model, prompt, text_prompt, config
+):
     seen = []
     layer = model.language_model.model.layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
@@ -93,7 +107,9 @@ def test_forward_loop_takes_a_stream(model, text_prompt, config):
 
 def test_forward_loop_leaves_no_inference_tensors(model, text_prompt, config):
     kept = []
-    hook = model.language_model.lm_head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    hook = model.language_model.lm_head.register_forward_pre_hook(
+        lambda _, args: kept.append(args[0])
+    )
     try:
         forward_loop(model, [text_prompt], config)
     finally:

@@ -17,9 +17,13 @@ HIDDEN = 8
 @pytest.fixture
 def store(tmp_path):
     """Seven samples of three lengths, the first two in memory, the others in a file."""
-    with contextlib.closing(Activations(HIDDEN, "cpu", Budget(200), tmp_path / "spill")) as activations:
+    with contextlib.closing(
+        Activations(HIDDEN, "cpu", Budget(200), tmp_path / "spill")
+    ) as activations:
         for number in range(7):
-            activations.add(torch.full((3 + number % 3, HIDDEN), float(number), dtype=torch.bfloat16))
+            activations.add(
+                torch.full((3 + number % 3, HIDDEN), float(number), dtype=torch.bfloat16)
+            )
         yield activations
 
 
@@ -45,7 +49,9 @@ def test_every_sample_is_replaced_once_wherever_it_is_kept(store, tmp_path):
 def test_the_first_layer_waits_for_what_is_still_being_written(tmp_path, monkeypatch):
     write = Activations._write
     monkeypatch.setattr(Activations, "_write", lambda *given: time.sleep(0.05) or write(*given))
-    with contextlib.closing(Activations(HIDDEN, "cpu", Budget(0), tmp_path / "slow")) as activations:
+    with contextlib.closing(
+        Activations(HIDDEN, "cpu", Budget(0), tmp_path / "slow")
+    ) as activations:
         for number in range(4):
             activations.add(torch.full((3, HIDDEN), float(number), dtype=torch.bfloat16))
         activations.replace(lambda inputs: inputs + 10, activations.batches(3))
@@ -65,14 +71,18 @@ def test_what_was_saved_is_restored_in_memory_or_file(store, tmp_path):
 def test_layers_read_one_by_one_give_the_whole_models_states(tiny_config, tiny_model):
     hidden = torch.randn(1, 70, tiny_config.text["hidden_size"], dtype=torch.bfloat16)
     with torch.no_grad():
-        whole = tiny_model.language_model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        whole = tiny_model.language_model.model(
+            inputs_embeds=hidden, use_cache=False
+        ).last_hidden_state
         for _, layer in read_layers(tiny_config, "cpu", TensorFiles(tiny_config.directory).read):
             hidden = runner(layer)(hidden)
         assert torch.equal(tiny_model.language_model.model.norm_f(hidden), whole)
 
 
 class Layer(torch.nn.Module):
-    """Stands for a block; `apart` makes a batch's numbers differ from one by one, as another kernel might."""
+    """Stands for a block; `apart` makes a batch's numbers differ from one by one, as another kernel
+    might.
+    """
 
     def __init__(self, apart: float) -> None:
         super().__init__()

@@ -3,7 +3,16 @@ import zlib
 
 import pytest
 import torch
-from calibrate_media import clip_bytes, data_url, image_bytes, image_part, picture, text, user, video_part
+from calibrate_media import (
+    clip_bytes,
+    data_url,
+    image_bytes,
+    image_part,
+    picture,
+    text,
+    user,
+    video_part,
+)
 
 from calibrate.prompts import build_prompt, build_prompts
 from calibrate.samples import Sample, Skipped
@@ -21,14 +30,26 @@ def png_header(width, height):
     """A PNG that claims a size and holds no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(len(data) - 4, data, zlib.crc32(data)) for data in (header, b"IDAT")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", n) + d + struct.pack(">I", c) for n, d, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", n) + d + struct.pack(">I", c) for n, d, c in chunks
+    )
 
 
 def test_visual_spans_cover_every_visual_token_and_nothing_else(config, tokenizer):
-    chat = user(text("a"), image_part(picture(700, 300)), video_part(CLIP), text("b"), image_part(picture(9, 9)))
+    chat = user(
+        text("a"),
+        image_part(picture(700, 300)),
+        video_part(CLIP),
+        text("b"),
+        image_part(picture(9, 9)),
+    )
     prompt = build_prompt(sample(chat), config, tokenizer)
-    covered = {place for item in prompt.media for run in item.visual for place in range(run.start, run.end)}
-    assert covered == {place for place, token in enumerate(prompt.token_ids) if token == config.image_token_id}
+    covered = {
+        place for item in prompt.media for run in item.visual for place in range(run.start, run.end)
+    }
+    assert covered == {
+        place for place, token in enumerate(prompt.token_ids) if token == config.image_token_id
+    }
     assert [(item.kind, item.first_tile, item.tiles) for item in prompt.media] == [
         ("image", 0, 11),
         ("video", 11, 6),
@@ -40,9 +61,13 @@ def test_visual_spans_cover_every_visual_token_and_nothing_else(config, tokenize
 def test_media_span_holds_its_own_tokens(config, tokenizer):
     prompt = build_prompt(sample(user(text("a"), video_part(CLIP), text("b"))), config, tokenizer)
     (item,) = prompt.media
-    shown = tokenizer.decode([t for t in prompt.token_ids[item.span.start : item.span.end] if t != 131072])
+    shown = tokenizer.decode(
+        [t for t in prompt.token_ids[item.span.start : item.span.end] if t != 131072]
+    )
     shown = shown.replace(config.raw["img_context_token"], "")
-    assert shown.startswith("Frame 1 sampled at 0.00 seconds: <img></img>\nFrame 2 sampled at 0.50 seconds: <img>")
+    assert shown.startswith(
+        "Frame 1 sampled at 0.00 seconds: <img></img>\nFrame 2 sampled at 0.50 seconds: <img>"
+    )
     assert shown.endswith("Frame 6 sampled at 2.90 seconds: <img></img>")
 
 
@@ -62,7 +87,9 @@ def test_generation_prompt_can_be_left_out(config, tokenizer):
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.75, 0.9, 0.99])
 def test_served_length_counts_what_evs_leaves(rate, config, tokenizer):
-    prompt = build_prompt(sample(user(image_part(picture(9, 9)), video_part(CLIP))), config, tokenizer)
+    prompt = build_prompt(
+        sample(user(image_part(picture(9, 9)), video_part(CLIP))), config, tokenizer
+    )
     each = config.tokens_per_tile
     left = max(each, int(6 * each * (1 - rate)))
     assert prompt.served_length(rate) == len(prompt.token_ids) - 6 * each + left
@@ -77,9 +104,15 @@ BAD = {
         user(text("where is <image> here"), image_part(picture(4, 4))),
         "text holds the placeholder <image>",
     ),
-    "<image> in plain text": ({"role": "user", "content": "<image>"}, "text holds the placeholder <image>"),
+    "<image> in plain text": (
+        {"role": "user", "content": "<image>"},
+        "text holds the placeholder <image>",
+    ),
     "<video> in text": (user(text("<video>")), "text holds the placeholder <video>"),
-    "image missing": (user({"type": "image_url", "image_url": {"url": "/nowhere/a.png"}}), "cannot be read: No such"),
+    "image missing": (
+        user({"type": "image_url", "image_url": {"url": "/nowhere/a.png"}}),
+        "cannot be read: No such",
+    ),
     "image is text": (
         user({"type": "image_url", "image_url": {"url": data_url(b"hello", "image/png")}}),
         "image cannot",
@@ -89,7 +122,12 @@ BAD = {
         "image cannot",
     ),
     "image too large": (
-        user({"type": "image_url", "image_url": {"url": data_url(png_header(20_000, 20_000), "image/png")}}),
+        user(
+            {
+                "type": "image_url",
+                "image_url": {"url": data_url(png_header(20_000, 20_000), "image/png")},
+            }
+        ),
         "at most 178956970 pixels are served",
     ),
     "image without width": (
@@ -97,11 +135,19 @@ BAD = {
         "image",
     ),
     "postscript": (
-        user({"type": "image_url", "image_url": {"url": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/eps")}}),
+        user(
+            {
+                "type": "image_url",
+                "image_url": {"url": data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/eps")},
+            }
+        ),
         "image cannot be read",
     ),
     "video is an mp4 cut off": (user(video_part(CLIP[:400])), "video cannot be read"),
-    "remote": (user({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}), "nothing is fetched"),
+    "remote": (
+        user({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}),
+        "nothing is fetched",
+    ),
 }
 
 
@@ -123,7 +169,10 @@ def test_length_is_counted_after_pruning(config, tokenizer):
     chat = sample(user(video_part(CLIP)))
     with pytest.raises(BadInput, match="at most 240 fit"):
         build_prompt(chat, config, tokenizer, max_length=240)
-    assert build_prompt(chat, config, tokenizer, max_length=240, pruning_rate=0.75).served_length(0.75) <= 240
+    assert (
+        build_prompt(chat, config, tokenizer, max_length=240, pruning_rate=0.75).served_length(0.75)
+        <= 240
+    )
 
 
 def test_template_that_refuses_is_a_fault(config, tokenizer, monkeypatch):
@@ -140,7 +189,12 @@ def test_template_that_drops_an_image_is_a_fault(config, tokenizer, monkeypatch)
 
 def test_skipped_samples_do_not_count(config, tokenizer):
     bad, good = user(text("<image>")), {"role": "user", "content": "x"}
-    samples = [sample(bad, name="0"), sample(good, name="1"), sample(good, name="2"), sample(good, name="3")]
+    samples = [
+        sample(bad, name="0"),
+        sample(good, name="1"),
+        sample(good, name="2"),
+        sample(good, name="3"),
+    ]
     skipped = Skipped(limit=1)
     prompts = list(build_prompts(samples, config, tokenizer, count=2, skipped=skipped))
     assert [prompt.sample_id for prompt in prompts] == ["test: sample 1", "test: sample 2"]
@@ -151,7 +205,13 @@ def test_too_many_bad_samples_end_with_every_name_and_reason(config, tokenizer):
     samples = [sample(user(text("<image>")), name=str(number)) for number in range(5)]
     with pytest.raises(BadInput) as caught:
         list(build_prompts(samples, config, tokenizer, skipped=Skipped(limit=2)))
-    assert [f"sample {number}" in str(caught.value) for number in range(5)] == [True, True, True, False, False]
+    assert [f"sample {number}" in str(caught.value) for number in range(5)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_nothing_to_build_is_a_fault(config, tokenizer):
@@ -161,7 +221,11 @@ def test_nothing_to_build_is_a_fault(config, tokenizer):
 
 def test_pruning_rate_out_of_range_is_a_fault(config, tokenizer):
     with pytest.raises(BadInput, match="video_pruning_rate"):
-        list(build_prompts([sample({"role": "user", "content": "x"})], config, tokenizer, pruning_rate=1.0))
+        list(
+            build_prompts(
+                [sample({"role": "user", "content": "x"})], config, tokenizer, pruning_rate=1.0
+            )
+        )
 
 
 def test_transparency_is_laid_on_white():

@@ -4,8 +4,10 @@ import json
 import pytest
 from calibrate_media import data_url, image_bytes, image_part, picture, text, user
 
-from calibrate.mixing import mixed, shuffled
-from calibrate.samples import Sample, Skipped, media_bytes, read_hub, read_jsonl
+from calibrate.samples import Sample, Skipped, media_bytes
+from calibrate.sources.hub import read_hub
+from calibrate.sources.jsonl import read_jsonl
+from calibrate.sources.mixing import mixed, shuffled
 from checkpoint.faults import BadInput
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -14,7 +16,8 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 def jsonl(directory, *rows):
     path = directory / "samples.jsonl"
     path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return path
 
@@ -46,20 +49,26 @@ def test_every_spelling_of_a_local_image_becomes_one_file_url(part, tmp_path):
     picture(4, 4).save(tmp_path / "a picture.png")
     spelled = json.dumps(part).replace("ABSOLUTE", str(tmp_path / "a picture.png"))
     spelled = spelled.replace("FILE", (tmp_path / "a picture.png").as_uri())
-    (sample,) = read_jsonl(jsonl(tmp_path, {"messages": [{"role": "user", "content": [json.loads(spelled)]}]}))
+    (sample,) = read_jsonl(
+        jsonl(tmp_path, {"messages": [{"role": "user", "content": [json.loads(spelled)]}]})
+    )
     url = (tmp_path / "a picture.png").as_uri()
     assert sample.messages[0]["content"] == [{"type": "image_url", "image_url": {"url": url}}]
     assert media_bytes(url, "x") == (tmp_path / "a picture.png").read_bytes()
 
 
 def test_video_part_becomes_a_video_url(tmp_path):
-    (sample,) = read_jsonl(jsonl(tmp_path, {"messages": [user({"type": "video", "video": "clip.mp4"})]}))
+    (sample,) = read_jsonl(
+        jsonl(tmp_path, {"messages": [user({"type": "video", "video": "clip.mp4"})]})
+    )
     assert sample.messages[0]["content"][0]["video_url"]["url"] == (tmp_path / "clip.mp4").as_uri()
 
 
 def test_data_url_is_kept_and_decoded(tmp_path):
     (sample,) = read_jsonl(jsonl(tmp_path, {"messages": [user(image_part(picture(3, 3)))]}))
-    assert media_bytes(sample.messages[0]["content"][0]["image_url"]["url"], "x") == image_bytes(picture(3, 3))
+    assert media_bytes(sample.messages[0]["content"][0]["image_url"]["url"], "x") == image_bytes(
+        picture(3, 3)
+    )
 
 
 BAD_ROWS = {
@@ -69,16 +78,28 @@ BAD_ROWS = {
     "no messages": ({"text": "x"}, "messages is None"),
     "empty messages": ({"messages": []}, "messages is []"),
     "no role": ({"messages": [{"content": "x"}]}, "role None"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "choose from system, user, assistant"),
+    "unknown role": (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "choose from system, user, assistant",
+    ),
     "no content": ({"messages": [{"role": "user"}]}, "content None"),
     "unknown part": ({"messages": [user({"type": "audio"})]}, "unknown content part"),
     "part is a number": ({"messages": [user(7)]}, "unknown content part 7"),
     "text part without text": ({"messages": [user({"type": "text"})]}, "text part holds None"),
     "image part without image": ({"messages": [user({"type": "image"})]}, "names no file"),
     "url is a number": ({"messages": [user({"type": "image", "image": 3})]}, "media URL is 3"),
-    "http": ({"messages": [user({"type": "image", "image": "https://example.com/a.png"})]}, "nothing is fetched"),
-    "other scheme": ({"messages": [user({"type": "image", "image": "s3://a/b.png"})]}, "nothing is fetched"),
-    "data URL without base64": ({"messages": [user({"type": "image", "image": "data:,abc"})]}, "not base64"),
+    "http": (
+        {"messages": [user({"type": "image", "image": "https://example.com/a.png"})]},
+        "nothing is fetched",
+    ),
+    "other scheme": (
+        {"messages": [user({"type": "image", "image": "s3://a/b.png"})]},
+        "nothing is fetched",
+    ),
+    "data URL without base64": (
+        {"messages": [user({"type": "image", "image": "data:,abc"})]},
+        "not base64",
+    ),
 }
 
 
@@ -95,7 +116,10 @@ def test_bad_lines_up_to_the_limit_are_skipped_and_counted(tmp_path):
     path = jsonl(tmp_path, "{", HELLO, {"messages": []}, HELLO)
     assert len(list(read_jsonl(path, skipped))) == 2
     assert skipped.samples == 2
-    assert [("line 1" in str(f), "sample 3" in str(f)) for f in skipped.faults] == [(True, False), (False, True)]
+    assert [("line 1" in str(f), "sample 3" in str(f)) for f in skipped.faults] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_one_bad_line_over_the_limit_raises_with_every_reason(tmp_path):
@@ -115,7 +139,9 @@ def test_directory_in_place_of_a_file_is_a_fault(tmp_path):
 
 
 def test_empty_file_is_a_fault(tmp_path):
-    assert "holds no usable sample" in reason(lambda: list(read_jsonl(jsonl(tmp_path), Skipped(limit=9))))
+    assert "holds no usable sample" in reason(
+        lambda: list(read_jsonl(jsonl(tmp_path), Skipped(limit=9)))
+    )
 
 
 def test_file_of_bad_lines_only_is_a_fault_that_tells_why(tmp_path):
@@ -150,7 +176,11 @@ def hub_rows():
         {"type": "image", "text": None, "image": None},
         {"type": "image", "text": None, "image": None},
     ]
-    return {"id": ["r"], "messages": [[{"role": "user", "content": parts}]], "images": [[picture(5, 4), picture(6, 4)]]}
+    return {
+        "id": ["r"],
+        "messages": [[{"role": "user", "content": parts}]],
+        "images": [[picture(5, 4), picture(6, 4)]],
+    }
 
 
 @pytest.fixture
@@ -163,7 +193,9 @@ def hub_directory(tmp_path):
             "messages": [
                 {
                     "role": datasets.Value("string"),
-                    "content": [{key: datasets.Value("string") for key in ("type", "text", "image")}],
+                    "content": [
+                        {key: datasets.Value("string") for key in ("type", "text", "image")}
+                    ],
                 }
             ],
             "images": datasets.List(datasets.Image()),
@@ -176,7 +208,9 @@ def hub_directory(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("kind", "streaming"), [("parquet", True), ("parquet", False), ("saved", True)])
+@pytest.mark.parametrize(
+    ("kind", "streaming"), [("parquet", True), ("parquet", False), ("saved", True)]
+)
 def test_hub_images_column_fills_the_image_parts_in_order(kind, streaming, hub_directory):
     (sample,) = read_hub(str(hub_directory / kind), streaming=streaming)
     _, first, second = sample.messages[0]["content"]
@@ -187,11 +221,16 @@ def test_hub_images_column_fills_the_image_parts_in_order(kind, streaming, hub_d
 def test_hub_row_with_more_images_than_parts_is_a_fault(tmp_path):
     row = {"messages": [user(text("x"), {"type": "image"})], "images": ["a.png", "b.png"]}
     jsonl(tmp_path, row)
-    assert "2 images in its columns, 1 of them without a part" in reason(lambda: list(read_hub(str(tmp_path))))
+    assert "2 images in its columns, 1 of them without a part" in reason(
+        lambda: list(read_hub(str(tmp_path)))
+    )
 
 
 def test_hub_messages_of_mixed_content_keep_their_text(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": content}]} for content in ("Hello", [text("Hello")])]
+    rows = [
+        {"messages": [{"role": "user", "content": content}]}
+        for content in ("Hello", [text("Hello")])
+    ]
     jsonl(tmp_path, *rows)
     assert [s.messages[0]["content"] for s in read_hub(str(tmp_path))] == ["Hello", [text("Hello")]]
 
@@ -214,14 +253,19 @@ def numbered(source, count=None):
 def test_mix_keeps_the_weights_at_every_length():
     seen = dict.fromkeys("abc", 0)
     weights = {"a": 5, "b": 3, "c": 2}
-    for number, sample in enumerate(mixed([(numbered(s), w) for s, w in weights.items()], 500, seed=3), start=1):
+    for number, sample in enumerate(
+        mixed([(numbered(s), w) for s, w in weights.items()], 500, seed=3), start=1
+    ):
         seen[sample.source] += 1
         assert all(abs(seen[s] - number * w / 10) <= 1 for s, w in weights.items()), (number, seen)
     assert sum(seen.values()) == 500
 
 
 def test_mix_is_the_same_for_the_same_seed():
-    runs = [[s.source for s in mixed([(numbered("a"), 1), (numbered("b"), 1.5)], 20, seed)] for seed in (1, 1, 7)]
+    runs = [
+        [s.source for s in mixed([(numbered("a"), 1), (numbered("b"), 1.5)], 20, seed)]
+        for seed in (1, 1, 7)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -237,7 +281,9 @@ def test_mix_takes_no_more_from_a_source_than_it_yields():
     assert next(a).id == "3"
 
 
-@pytest.mark.parametrize("sources", [[], [(iter([]), 1)], [(numbered("a"), 0)], [(numbered("a"), float("nan"))]])
+@pytest.mark.parametrize(
+    "sources", [[], [(iter([]), 1)], [(numbered("a"), 0)], [(numbered("a"), float("nan"))]]
+)
 def test_mix_of_nothing_is_a_fault(sources):
     assert "distill.sources: " in reason(lambda: list(mixed(sources, 5, name="distill.sources")))
 

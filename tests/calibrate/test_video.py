@@ -31,7 +31,9 @@ def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
     assert indices == sorted(set(indices))
 
 
-@pytest.mark.parametrize(("fps", "duration"), [(30, 33), ("30000/1001", 33), (7, 142), (2, 500), (1, 1000)])
+@pytest.mark.parametrize(
+    ("fps", "duration"), [(30, 33), ("30000/1001", 33), (7, 142), (2, 500), (1, 1000)]
+)
 def test_frame_duration_is_whole_milliseconds(fps, duration):
     assert decode(clip_bytes(8, fps), "x").frame_duration_ms == duration
 
@@ -40,7 +42,8 @@ def test_frames_are_those_of_their_indices():
     clip = decode(clip_bytes(60, 12, codec="libx264"), "x")
     with av.open(io.BytesIO(clip_bytes(60, 12, codec="libx264"))) as container:
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    # PyAV's default scaler interpolates chroma otherwise, so close, and closer than to any other frame.
+    # PyAV's default scaler interpolates chroma otherwise, so close, and closer than to any other
+    # frame.
     for frame, index in zip(clip.frames, clip.indices, strict=True):
         gaps = [np.abs(frame.astype(int) - other).mean() for other in every]
         assert int(np.argmin(gaps)) == index
@@ -52,7 +55,9 @@ def test_frames_hidden_by_an_edit_list_are_not_counted():
     assert len(clip.indices) == 8
 
 
-@pytest.mark.parametrize(("rotation", "shape"), [(0, (48, 64)), (90, (64, 48)), (-90, (64, 48)), (180, (48, 64))])
+@pytest.mark.parametrize(
+    ("rotation", "shape"), [(0, (48, 64)), (90, (64, 48)), (-90, (64, 48)), (180, (48, 64))]
+)
 def test_turned_clip_stands_upright(rotation, shape):
     assert decode(clip_bytes(4, 2, rotation=rotation), "x").frames.shape[1:3] == shape
 

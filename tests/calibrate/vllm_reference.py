@@ -1,8 +1,10 @@
-"""Runs in the serve environment: what vLLM itself makes of the same chat messages, clips and embeddings.
+"""Runs in the serve environment: what vLLM itself makes of the same chat messages, clips and
+embeddings.
 
     python tests/calibrate/vllm_reference.py CHECKPOINT CASES.json EVS.npz OUT.npz
 
-Chats go through the server's own renderer: media loading, chat template, processor. See test_against_vllm.py.
+Chats go through the server's own renderer: media loading, chat template, processor. See
+test_against_vllm.py.
 """
 
 import json
@@ -16,11 +18,16 @@ from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video_prune.evs import compute_retained_tokens_count, compute_retention_mask
 from vllm.renderers import ChatParams, renderer_from_config
-from vllm.transformers_utils.processors.internvl import calculate_internvl_targets, get_internvl_target_ratios
+from vllm.transformers_utils.processors.internvl import (
+    calculate_internvl_targets,
+    get_internvl_target_ratios,
+)
 from vllm.transformers_utils.processors.nano_nemotron_vl import video_to_pixel_values
 
 TILED = 4  # frames of a clip whose tiles are compared
-EVERY = 37  # one value in 37 of each tile is compared: the whole would be 400 MB for the longest clip
+EVERY = (
+    37  # one value in 37 of each tile is compared: the whole would be 400 MB for the longest clip
+)
 
 
 def main() -> None:
@@ -36,7 +43,9 @@ def main() -> None:
 
 def chats(checkpoint: str, given: dict, result: dict) -> None:
     media = {"video": given["media_io_kwargs"]}
-    arguments = EngineArgs(checkpoint, trust_remote_code=True, max_model_len=65536, media_io_kwargs=media)
+    arguments = EngineArgs(
+        checkpoint, trust_remote_code=True, max_model_len=65536, media_io_kwargs=media
+    )
     renderer = renderer_from_config(arguments.create_engine_config())
     for name, chat in given["chats"].items():
         kwargs = {"add_generation_prompt": chat["open_turn"], "tokenize": False}
@@ -54,7 +63,9 @@ def chats(checkpoint: str, given: dict, result: dict) -> None:
 
 def clips(checkpoint: str, given: dict, result: dict) -> None:
     config = json.loads((Path(checkpoint) / "config.json").read_text())
-    mean, deviation = (torch.tensor(config[key]).reshape(1, 3, 1, 1) for key in ("norm_mean", "norm_std"))
+    mean, deviation = (
+        torch.tensor(config[key]).reshape(1, 3, 1, 1) for key in ("norm_mean", "norm_std")
+    )
     loader = VideoMediaIO(ImageMediaIO(), **given["media_io_kwargs"])
     for name, path in given["clips"].items():
         frames, metadata = loader.load_file(Path(path)).media
@@ -62,7 +73,10 @@ def clips(checkpoint: str, given: dict, result: dict) -> None:
         result[f"indices/{name}"] = np.array(metadata["frames_indices"])
         result[f"fps/{name}"] = np.array(metadata["fps"])
         tiles = video_to_pixel_values(
-            frames[:TILED], input_size=config["force_image_size"], norm_mean=mean, norm_std=deviation
+            frames[:TILED],
+            input_size=config["force_image_size"],
+            norm_mean=mean,
+            norm_std=deviation,
         )
         result[f"frame_tiles/{name}"] = tiles.flatten(1)[:, ::EVERY].numpy()
 
@@ -72,7 +86,11 @@ def grids(given: dict, result: dict) -> None:
     for size in given["grid_tiles"]:
         found = [
             calculate_internvl_targets(
-                orig_width=width, orig_height=height, target_ratios=ratios, image_size=size, use_thumbnail=False
+                orig_width=width,
+                orig_height=height,
+                target_ratios=ratios,
+                image_size=size,
+                use_thumbnail=False,
             )[1:]
             for width, height in given["grid_images"]
         ]

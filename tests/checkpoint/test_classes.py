@@ -1,4 +1,6 @@
-"""mamba_ssm's kernels are found where only its Triton part is installed, and whatever is wrong with it is said."""
+"""mamba_ssm's kernels are found where only its Triton part is installed, and whatever is wrong with
+it is said.
+"""
 
 import ast
 import sys
@@ -30,7 +32,8 @@ def install(folder, source):
 
 
 def test_mamba_ssm_without_its_compiled_extension_is_used(gpu):
-    # mamba_ssm 2.3.2 built with MAMBA_SKIP_CUDA_BUILD=TRUE: its import fails, and transformers says nothing.
+    # mamba_ssm 2.3.2 built with MAMBA_SKIP_CUDA_BUILD=TRUE: its import fails, and transformers says
+    # nothing.
     install(gpu, "import selective_scan_cuda")
     assert find_kernels() is None
     assert "mamba_ssm" in sys.modules
@@ -48,7 +51,8 @@ def test_no_mamba_ssm_is_said(gpu):
 
 
 def test_without_cuda_mamba_ssm_is_kept_out(gpu, monkeypatch):
-    # Where it imports on a CPU, transformers binds its Triton kernels, which refuse every tensor there.
+    # Where it imports on a CPU, transformers binds its Triton kernels, which refuse every tensor
+    # there.
     install(gpu, "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_kernels() == "there is no CUDA device"
@@ -66,7 +70,12 @@ def imported(file):
 
 
 def test_everybody_takes_transformers_classes_where_the_kernels_were_looked_for():
-    files = [file for room in ROOT.iterdir() if (room / "__init__.py").exists() for file in room.rglob("*.py")]
+    files = [
+        file
+        for room in ROOT.iterdir()
+        if (room / "__init__.py").exists()
+        for file in room.rglob("*.py")
+    ]
     files += (ROOT / "tests").rglob("*.py")
     assert len(files) > 150
     strays = [

@@ -1,4 +1,6 @@
-"""How commands end: bad input and a full disk with exit 2 and a sentence, a defect of ours with its traceback."""
+"""How commands end: bad input and a full disk with exit 2 and a sentence, a defect of ours with its
+traceback.
+"""
 
 import errno
 
@@ -17,7 +19,9 @@ def ending(error: Exception, capsys) -> tuple[int, str]:
 
 
 def test_bad_input_prints_every_fault_and_exits_2(capsys):
-    status, printed = ending(BadInput(Fault("a", "is wrong", "mend it"), Fault("b", "is wrong too")), capsys)
+    status, printed = ending(
+        BadInput(Fault("a", "is wrong", "mend it"), Fault("b", "is wrong too")), capsys
+    )
     assert status == 2
     assert printed == "error: a: is wrong (mend it)\nerror: b: is wrong too\n"
 

@@ -1,4 +1,6 @@
-"""The tensor layout computed from a config equals the released one, and the embedded checkpoint follows it."""
+"""The tensor layout computed from a config equals the released one, and the tiny checkpoint follows
+it.
+"""
 
 import json
 
@@ -6,16 +8,20 @@ import pytest
 
 from checkpoint.files import TensorFiles, check_weights
 from checkpoint.layout import expected_tensors, language_model_linears
-from checkpoint.tiny import write_tiny
 from tests.conftest import DATA
+from tiny.checkpoint import write_tiny
 
 SAFETENSORS_DTYPES = {"torch.bfloat16": "BF16", "torch.int64": "I64"}
 
 
 def test_the_12b_config_gives_exactly_the_released_760_tensors(full12b):
     released = json.loads((DATA / "full12b" / "layout.json").read_text())
-    ours = {name: (list(spec.shape), spec.dtype) for name, spec in expected_tensors(full12b).items()}
-    assert ours == {name: (shape, SAFETENSORS_DTYPES[dtype]) for name, (shape, dtype) in released.items()}
+    ours = {
+        name: (list(spec.shape), spec.dtype) for name, spec in expected_tensors(full12b).items()
+    }
+    assert ours == {
+        name: (shape, SAFETENSORS_DTYPES[dtype]) for name, (shape, dtype) in released.items()
+    }
     assert len(ours) == 760
 
 
@@ -26,12 +32,12 @@ def test_the_12b_has_136_quantizable_linears(full12b):
     assert all(specs[f"{linear.name}.weight"].shape == linear.shape for linear in linears)
 
 
-def test_the_embedded_checkpoint_has_the_layout_of_its_config(tiny_config):
+def test_the_tiny_checkpoint_has_the_layout_of_its_config(tiny_config):
     tensors = check_weights(tiny_config)
     assert dict(tensors.specs) == expected_tensors(tiny_config)
 
 
-def test_the_embedded_checkpoint_is_the_same_byte_for_byte(tiny, tmp_path):
+def test_the_tiny_checkpoint_is_the_same_byte_for_byte(tiny, tmp_path):
     write_tiny(tmp_path / "again")
     files = sorted(path.name for path in tiny.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
@@ -39,18 +45,29 @@ def test_the_embedded_checkpoint_is_the_same_byte_for_byte(tiny, tmp_path):
         assert (tiny / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-def test_the_embedded_checkpoint_has_the_released_schema(tiny_config, full12b):
-    """Every key of the released config, on every level, and no other; all mixer kinds, two attention layers."""
+def test_the_tiny_checkpoint_has_the_released_schema(tiny_config, full12b):
+    """Every key of the released config, on every level, and no other; all mixer kinds, two
+    attention layers.
+    """
 
     def keys(value, prefix=""):
         if isinstance(value, dict):
-            return {key for k, v in value.items() for key in {f"{prefix}{k}", *keys(v, f"{prefix}{k}.")}}
+            return {
+                key for k, v in value.items() for key in {f"{prefix}{k}", *keys(v, f"{prefix}{k}.")}
+            }
         return set()
 
-    resized = {"vision_config.args." + key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    resized = {
+        "vision_config.args." + key
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
     resized.add("vision_config.args.intermediate_size")
     assert keys(tiny_config.raw) - resized == keys(full12b.raw)
-    assert {tiny_config.mixer_kind(i) for i in range(len(tiny_config.pattern))} == {"mamba", "mlp", "attention"}
+    assert {tiny_config.mixer_kind(i) for i in range(len(tiny_config.pattern))} == {
+        "mamba",
+        "mlp",
+        "attention",
+    }
     assert tiny_config.pattern.count("*") >= 2
 
 
@@ -59,7 +76,10 @@ def test_sharded_weights_read_like_a_single_file(tiny, tmp_path):
 
     tensors = load_file(tiny / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:50], "model-00002-of-00002.safetensors": names[50:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:50],
+        "model-00002-of-00002.safetensors": names[50:],
+    }
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
@@ -69,6 +89,8 @@ def test_sharded_weights_read_like_a_single_file(tiny, tmp_path):
     assert all(sharded.read(name).equal(tensors[name]) for name in names)
 
 
-@pytest.mark.parametrize("key", ["max_sequence_length", "video_pruning_rate", "norm_std", "template"])
+@pytest.mark.parametrize(
+    "key", ["max_sequence_length", "video_pruning_rate", "norm_std", "template"]
+)
 def test_every_key_of_config_json_is_kept(tiny, tiny_config, key):
     assert tiny_config.raw[key] == json.loads((tiny / "config.json").read_text())[key]

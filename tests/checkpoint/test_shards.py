@@ -1,4 +1,6 @@
-"""Shards written in place: the bytes of safetensors' own writer, whatever the order, and no record of what failed."""
+"""Shards written in place: the bytes of safetensors' own writer, whatever the order, and no record
+of what failed.
+"""
 
 import json
 
@@ -38,11 +40,15 @@ def test_shards_are_read_back_tensor_by_tensor(tmp_path):
     with Writer(shards) as writer:
         writer.put(TENSORS)
     assert len(set(shards.weight_map.values())) > 2
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards.weight_map}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": shards.weight_map})
+    )
     files = TensorFiles(tmp_path)
     for name, tensor in TENSORS.items():
         assert files.read(name).dtype == tensor.dtype
-        assert torch.equal(files.read(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(
+            files.read(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        ), name
 
 
 def test_opening_again_keeps_what_is_written(tmp_path):

@@ -1,4 +1,6 @@
-"""Random-weight checkpoints of real size: the released layout, sharded, finite; the same bytes for the same seed."""
+"""Random-weight checkpoints of real size: the released layout, sharded, finite; the same bytes for
+the same seed.
+"""
 
 import contextlib
 import re
@@ -17,7 +19,9 @@ from checkpoint.synthetic import synthetic_config, write_synthetic
 
 @contextlib.contextmanager
 def peak_anonymous_memory():
-    """Yields a list whose one item is, afterwards, by how many bytes anonymous memory had grown at its highest."""
+    """Yields a list whose one item is, afterwards, by how many bytes anonymous memory had grown at
+    its highest.
+    """
 
     def now() -> int:
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])

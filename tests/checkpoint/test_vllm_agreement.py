@@ -1,10 +1,11 @@
 """The native load and vLLM give the same log-probabilities for the same directory.
 
-Errors are shares of the mean log-probability: a trained checkpoint gives -30 to what it does not expect. Text in
-float32 shows that weights, layer order, Mamba's step size and the norms mean the same to both; at most 3e-6. In BF16
-each is rounded in its own way, so pictures and clips, which vLLM embeds in BF16 whatever it is asked, are held to that:
-0.5 to 0.9 % on average. A clip that loses other tokens to EVS is off by 1.8 % and more. Every patch of the clip changes
-at every frame by an amount of its own: where most stand still, rounding alone decides which of them EVS drops.
+Errors are shares of the mean log-probability: a trained checkpoint gives -30 to what it does not
+expect. Text in float32 shows that weights, layer order, Mamba's step size and the norms mean the
+same to both; at most 3e-6. In BF16 each is rounded in its own way, so pictures and clips, which
+vLLM embeds in BF16 whatever it is asked, are held to that: 0.5 to 0.9 % on average. A clip that
+loses other tokens to EVS is off by 1.8 % and more. Every patch of the clip changes at every frame
+by an amount of its own: where most stand still, rounding alone decides which of them EVS drops.
 """
 
 import json
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from calibrate.drawing import mp4_bytes
 from calibrate.forward import embed, logits
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
+from calibrate.sources.synthetic.drawing import mp4_bytes
 from checkpoint.native import load_model, load_tokenizer
 from serve.ask import content_parts
 from serve.demo import draw_page
@@ -27,14 +28,20 @@ from serve.settings import ServeSettings
 
 
 def post(server, path, request):
-    data = json.dumps({"model": server.model, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0} | request)
+    data = json.dumps(
+        {"model": server.model, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0} | request
+    )
     headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{server.url}{path}", data.encode(), headers)) as response:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server.url}{path}", data.encode(), headers)
+    ) as response:
         return json.load(response)
 
 
 def logprobs(entries):
-    """Log-probability of each prompt token but the first; vLLM gives a dictionary by token id for each."""
+    """Log-probability of each prompt token but the first; vLLM gives a dictionary by token id for
+    each.
+    """
     return torch.tensor([next(iter(entry.values()))["logprob"] for entry in entries[1:]])
 
 
@@ -48,9 +55,15 @@ def random_ids(config):
 @torch.no_grad()
 def text_log_probabilities(server, config, dtype):
     ids = random_ids(config)
-    theirs = logprobs(post(server, "/completions", {"prompt": ids})["choices"][0]["prompt_logprobs"])
+    theirs = logprobs(
+        post(server, "/completions", {"prompt": ids})["choices"][0]["prompt_logprobs"]
+    )
     given = torch.tensor([ids])
-    ours = load_model(config, dtype=dtype).language_model(input_ids=given, use_cache=False).logits[0, :-1]
+    ours = (
+        load_model(config, dtype=dtype)
+        .language_model(input_ids=given, use_cache=False)
+        .logits[0, :-1]
+    )
     return ours.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0], theirs
 
 
@@ -89,6 +102,8 @@ def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_confi
     assert len(theirs) == len(embedded.token_ids)
     ours = logits(model, embedded)[:-1].float().log_softmax(-1)
     ours = ours.gather(1, embedded.token_ids[1:, None])[:, 0]
-    after = len(prompt.token_ids) - prompt.media[-1].span.end  # the question, and the turn that follows
+    after = (
+        len(prompt.token_ids) - prompt.media[-1].span.end
+    )  # the question, and the turn that follows
     assert after > 50
     assert_bf16_close(ours[-after:], logprobs(theirs)[-after:])

@@ -1,6 +1,7 @@
 """Prints which of some modules vLLM itself excludes, as JSON; runs in the serve environment.
 
-Reads {"lists": [[entry, ...], ...], "modules": [...]} from standard input; prints one object a list.
+Reads {"lists": [[entry, ...], ...], "modules": [...]} from standard input; prints one object a
+list.
 """
 
 import json

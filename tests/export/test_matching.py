@@ -1,4 +1,6 @@
-"""Our replay of vLLM's exclude rule equals vLLM's, and our list says what it should to every version."""
+"""Our replay of vLLM's exclude rule equals vLLM's, and our list says what it should to every
+version.
+"""
 
 import json
 import subprocess
@@ -18,7 +20,12 @@ def modules(config) -> list[str]:
     fused = {name.rpartition(".")[0] + ".qkv_proj" for name in names if name.endswith("q_proj")}
     parts = {name for name in names if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")}
     conv = {name.rpartition(".")[0] + ".conv1d" for name in names if name.endswith("in_proj")}
-    others = {"language_model.lm_head", "language_model.model.embed_tokens", "mlp1.1", "vision_model.model.encoder"}
+    others = {
+        "language_model.lm_head",
+        "language_model.model.embed_tokens",
+        "mlp1.1",
+        "vision_model.model.encoder",
+    }
     return sorted((names - parts) | fused | conv | others)
 
 
@@ -30,12 +37,19 @@ def test_everything_unquantized_is_excluded_and_nothing_else(full12b):
     wanted = {vllm_name(name) for name, format in policy.formats.items() if format == "bf16"}
     parts = {name for name in wanted if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")}
     wanted = (wanted - parts) | {f"{LAYERS}7.mixer.qkv_proj", "language_model.lm_head", "mlp1.1"}
-    wanted |= {name for name in modules(full12b) if name.endswith("conv1d") or name.startswith("vision_model")}
+    wanted |= {
+        name
+        for name in modules(full12b)
+        if name.endswith("conv1d") or name.startswith("vision_model")
+    }
     assert excluded - {"language_model.model.embed_tokens"} == wanted
 
 
 def test_no_entry_holds_a_control_character(full12b):
-    assert all(entry.isprintable() for entry in exclude_list([n.name for n in language_model_linears(full12b)]))
+    assert all(
+        entry.isprintable()
+        for entry in exclude_list([n.name for n in language_model_linears(full12b)])
+    )
 
 
 @pytest.mark.parametrize("entry", ["lm_head", "*lm_head*", "language_model.lm_head"])
@@ -47,7 +61,9 @@ def test_our_rule_is_vllms_on_sound_and_on_strange_lists(full12b):
     attention = [f"language_model.backbone.layers.7.mixer.{part}_proj" for part in "qkv"]
     lists = [
         exclude_list(attention),
-        exclude_list([linear.name for linear in language_model_linears(full12b) if linear.kind == "mamba"]),
+        exclude_list(
+            [linear.name for linear in language_model_linears(full12b) if linear.kind == "mamba"]
+        ),
         ["language_model*"],
         ["backbone.layers.7.mixer.q_proj"],
         ["*.layers.7.*", "lm_head*"],
@@ -66,7 +82,11 @@ def ask_vllm(asked: dict) -> list[dict[str, bool]]:
     """One process for all questions: vLLM takes ten seconds to import."""
     script = "tests/export/exclusion_by_vllm.py"
     result = subprocess.run(
-        [find_python(), script], input=json.dumps(asked), capture_output=True, text=True, check=False
+        [find_python(), script],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])

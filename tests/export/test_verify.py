@@ -1,4 +1,6 @@
-"""The verifier sees each kind of damage, and a sound directory has no faults. Every test damages one thing."""
+"""The verifier sees each kind of damage, and a sound directory has no faults. Every test damages
+one thing.
+"""
 
 import json
 import subprocess
@@ -23,7 +25,9 @@ def attention(tiny_config) -> str:
 @pytest.fixture
 def mixed(nvfp4_export):
     """An export with NVFP4, attention in FP8 and MLPs in BF16."""
-    return nvfp4_export("quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]")
+    return nvfp4_export(
+        "quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]"
+    )
 
 
 def messages(directory, source=None) -> str:
@@ -36,7 +40,9 @@ def section(config):
 
 def edit_both_lists(directory, change):
     edit_json(directory / "config.json", lambda c: change(section(c)["ignore"]))
-    edit_json(directory / "hf_quant_config.json", lambda c: change(c["quantization"]["exclude_modules"]))
+    edit_json(
+        directory / "hf_quant_config.json", lambda c: change(c["quantization"]["exclude_modules"])
+    )
 
 
 def test_a_sound_directory_has_no_faults(fp8, tiny):
@@ -72,7 +78,9 @@ def test_wrong_shape_and_dtype(fp8_copy):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_not_finite_and_positive(fp8_copy, value):
     edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.input_scale"].fill_(value))
-    assert f"{IN_PROJ}.input_scale: has 1 values that are zero, negative or not finite" in messages(fp8_copy)
+    assert f"{IN_PROJ}.input_scale: has 1 values that are zero, negative or not finite" in messages(
+        fp8_copy
+    )
 
 
 def test_nan_in_a_packed_weight(fp8_copy):
@@ -91,13 +99,17 @@ def test_qkv_inputs_that_differ_cannot_be_fused(fp8_copy, attention):
 
 
 def test_a_quantized_linear_that_the_list_excludes(fp8_copy):
-    """Upstream trap: a glob such as language_model* makes vLLM take the whole language model for BF16."""
+    """Upstream trap: a glob such as language_model* makes vLLM take the whole language model for
+    BF16.
+    """
     edit_both_lists(fp8_copy, lambda entries: entries.append("language_model*"))
     assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(fp8_copy)
 
 
 def test_a_linear_of_a_mixed_export_that_the_list_excludes(mixed):
-    """Upstream trap: vLLM asks the exclude list first, also where quantized_layers names the linear's format."""
+    """Upstream trap: vLLM asks the exclude list first, also where quantized_layers names the
+    linear's format.
+    """
     assert messages(mixed) == ""
     edit_both_lists(mixed, lambda entries: entries.append("language_model*"))
     assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(mixed)
@@ -125,7 +137,9 @@ def test_a_corrupted_exclude_list(fp8_copy):
 
 
 def test_the_two_config_files_must_agree(fp8_copy):
-    edit_json(fp8_copy / "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop())
+    edit_json(
+        fp8_copy / "hf_quant_config.json", lambda c: c["quantization"]["exclude_modules"].pop()
+    )
     assert "exclude_modules differs from ignore" in messages(fp8_copy)
 
 
@@ -159,7 +173,9 @@ def test_a_weight_scale_that_belongs_to_other_weights(fp8_copy, tiny, factor):
 
 
 def test_one_flipped_weight_is_found(fp8_copy, tiny):
-    edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[3, 5].bitwise_xor_(0x20))
+    edit_tensors(
+        fp8_copy, lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[3, 5].bitwise_xor_(0x20)
+    )
     assert f"{IN_PROJ}.weight" in messages(fp8_copy, tiny)
 
 
@@ -179,7 +195,9 @@ def test_swapped_layers_are_found(fp8_copy, tiny, tiny_config):
 
 def test_a_source_of_another_size_is_one_fault(fp8, tiny_copy):
     edit_json(tiny_copy / "config.json", lambda c: c.update(projector_hidden_size=64))
-    assert [fault.what for fault in verify(fp8, tiny_copy)] == ["describes a model of other dimensions"]
+    assert [fault.what for fault in verify(fp8, tiny_copy)] == [
+        "describes a model of other dimensions"
+    ]
 
 
 def test_truncated_weights(fp8_copy):
@@ -200,12 +218,19 @@ def test_the_table_shows_every_fault(tmp_path, capsys):
 
 
 def test_the_command_line_gives_all_faults_and_exits_1(fp8_copy, tiny):
-    edit_tensors(fp8_copy, lambda t: (t[f"{IN_PROJ}.input_scale"].fill_(0), t["mlp1.1.weight"].zero_()))
-    edit_json(fp8_copy / "hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="NVFP4"))
+    edit_tensors(
+        fp8_copy, lambda t: (t[f"{IN_PROJ}.input_scale"].fill_(0), t["mlp1.1.weight"].zero_())
+    )
+    edit_json(
+        fp8_copy / "hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="NVFP4")
+    )
     result = run_verify(fp8_copy, "--source", tiny, "--json")
     found = json.loads(result.stdout)["faults"]
     assert result.returncode == 1
-    assert {fault["where"].rpartition("/")[2] for fault in found} >= {f"{IN_PROJ}.input_scale", "mlp1.1.weight"}
+    assert {fault["where"].rpartition("/")[2] for fault in found} >= {
+        f"{IN_PROJ}.input_scale",
+        "mlp1.1.weight",
+    }
     assert "Traceback" not in result.stderr
 
 

@@ -1,4 +1,6 @@
-"""The exported files: the bytes of ModelOpt's own exporter for what is quantized, the source's for everything else."""
+"""The exported files: the bytes of ModelOpt's own exporter for what is quantized, the source's for
+everything else.
+"""
 
 import json
 import os
@@ -8,10 +10,10 @@ import pytest
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 
+from checkpoint.atomic import check_output
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles, check_weights
 from checkpoint.layout import LANGUAGE_MODEL, language_model_linears, spec_bytes
-from checkpoint.writing import check_output
 from export.manifest import MANIFEST, Manifest, read_manifest
 from export.write import output_specs, quantization_config, write_checkpoint
 from quantize.policy import Rule, make_policy
@@ -22,25 +24,37 @@ MANIFEST_OF_A_TEST = Manifest({}, {}, {}, {}, {"video_pruning_rate": 0.5})
 
 
 def quantized(model, config, rules, kv_cache=None):
-    """Calibrate the model on random embeddings; NVFP4's ranges come without its CUDA-only fake quantization."""
+    """Calibrate the model on random embeddings; NVFP4's ranges come without its CUDA-only fake
+    quantization.
+    """
     policy = make_policy(rules, language_model_linears(config), kv_cache)
     torch.manual_seed(0)
     embeds = torch.randn(1, 64, config.text["hidden_size"], dtype=torch.bfloat16)
-    quantize_model(model.language_model, policy, lambda: model.language_model(inputs_embeds=embeds, use_cache=False))
+    quantize_model(
+        model.language_model,
+        policy,
+        lambda: model.language_model(inputs_embeds=embeds, use_cache=False),
+    )
     return policy
 
 
 def write(model, config, policy, output, **options):
     packed = packed_linears(model.language_model, policy)
-    write_checkpoint(config, check_weights(config), policy, packed, output, MANIFEST_OF_A_TEST, **options)
+    write_checkpoint(
+        config, check_weights(config), policy, packed, output, MANIFEST_OF_A_TEST, **options
+    )
     return TensorFiles(output)
 
 
 @pytest.mark.parametrize(("format", "kv_cache"), [("fp8", None), ("fp8", "fp8"), ("nvfp4", None)])
-def test_scales_and_packed_bytes_equal_modelopts_exporter(tiny_model, tiny_config, tmp_path, format, kv_cache):
+def test_scales_and_packed_bytes_equal_modelopts_exporter(
+    tiny_model, tiny_config, tmp_path, format, kv_cache
+):
     policy = quantized(tiny_model, tiny_config, [Rule(format)], kv_cache)
     ours = write(tiny_model, tiny_config, policy, tmp_path / "ours")
-    export_hf_checkpoint(tiny_model.language_model, dtype=torch.bfloat16, export_dir=tmp_path / "theirs")
+    export_hf_checkpoint(
+        tiny_model.language_model, dtype=torch.bfloat16, export_dir=tmp_path / "theirs"
+    )
     assert_same_language_model(ours, TensorFiles(tmp_path / "theirs"))
 
 
@@ -54,7 +68,9 @@ def assert_same_language_model(ours, theirs):
 
 
 def test_the_exporters_corrupted_ignore_entries_are_not_ours(tiny_model, tiny_config, tmp_path):
-    """Upstream trap: ModelOpt 0.47 writes "lm_head.\\0backbone.pt_name_sentinel" for this model, excluding nothing."""
+    """Upstream trap: ModelOpt 0.47 writes "lm_head.\\0backbone.pt_name_sentinel" for this model,
+    excluding nothing.
+    """
     policy = quantized(tiny_model, tiny_config, [Rule("fp8")])
     write(tiny_model, tiny_config, policy, tmp_path / "ours")
     for file in ("config.json", "hf_quant_config.json"):
@@ -83,7 +99,9 @@ def test_config_keeps_every_key_and_gains_the_quantization_section(fp8, tiny):
     assert legacy["kv_cache_quant_algo"] is None
 
 
-def test_every_other_file_of_the_source_is_carried_over(tiny_model, tiny_copy, tiny_config, tmp_path):
+def test_every_other_file_of_the_source_is_carried_over(
+    tiny_model, tiny_copy, tiny_config, tmp_path
+):
     from checkpoint.config import read_config
 
     (tiny_copy / "LICENSE").write_text("terms")
@@ -93,7 +111,9 @@ def test_every_other_file_of_the_source_is_carried_over(tiny_model, tiny_copy, t
     policy = quantized(tiny_model, config, [Rule("fp8")])
     write(tiny_model, config, policy, tmp_path / "out")
     expected = {str(p.relative_to(tiny_copy)) for p in tiny_copy.rglob("*") if p.is_file()}
-    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    written = {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
     assert written == expected | {"hf_quant_config.json", MANIFEST}
     assert (tmp_path / "out" / "assets" / "modeling.py").read_text() == "pass"
 
@@ -117,16 +137,23 @@ def test_the_published_12b_fp8_is_15_4_gb(full12b):
     source = expected_tensors(full12b)
     for format, gigabytes in (("fp8", 15.40), ("nvfp4", 10.60)):
         policy = make_policy([Rule(format)], language_model_linears(full12b))
-        assert spec_bytes(output_specs(full12b, policy, source)) / 1e9 == pytest.approx(gigabytes, abs=0.02)
+        assert spec_bytes(output_specs(full12b, policy, source)) / 1e9 == pytest.approx(
+            gigabytes, abs=0.02
+        )
 
 
 def test_mixed_precision_lists_its_layers(full12b):
     rules = [Rule("nvfp4"), Rule("fp8", kind="attention"), Rule("bf16", layers=(0,))]
-    section = quantization_config(make_policy(rules, language_model_linears(full12b)))["quantization"]
+    section = quantization_config(make_policy(rules, language_model_linears(full12b)))[
+        "quantization"
+    ]
     layers = section["quantized_layers"]
     assert section["quant_algo"] == "MIXED_PRECISION"
     assert layers["language_model.backbone.layers.7.mixer.q_proj"] == {"quant_algo": "FP8"}
-    assert layers["language_model.backbone.layers.1.mixer.up_proj"] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert layers["language_model.backbone.layers.1.mixer.up_proj"] == {
+        "quant_algo": "NVFP4",
+        "group_size": 16,
+    }
     assert "language_model.backbone.layers.0.mixer.in_proj" not in layers
 
 
@@ -150,7 +177,14 @@ def test_a_failure_in_the_middle_leaves_nothing(tiny_model, tiny_config, tmp_pat
         raise OSError(28, os.strerror(28), str(tmp_path / "out"))
 
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(tiny_config, check_weights(tiny_config), policy, dying(), tmp_path / "out", MANIFEST_OF_A_TEST)
+        write_checkpoint(
+            tiny_config,
+            check_weights(tiny_config),
+            policy,
+            dying(),
+            tmp_path / "out",
+            MANIFEST_OF_A_TEST,
+        )
     assert os.listdir(tmp_path) == []
 
 

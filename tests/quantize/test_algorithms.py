@@ -1,4 +1,6 @@
-"""Every calibration algorithm from recipe to verified directory, and what verification still catches after each."""
+"""Every calibration algorithm from recipe to verified directory, and what verification still
+catches after each.
+"""
 
 import json
 import shutil
@@ -17,14 +19,14 @@ from checkpoint.native import load_model, module_name
 from export.load import packed_tensors
 from export.manifest import read_manifest
 from export.verify import show_faults, verify
+from pipeline.run import run
 from quantize.algorithms import ALGORITHMS, algorithm_faults
-from quantize.formats import FORMATS
+from quantize.formats.registry import FORMATS
 from quantize.policy import Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
-from recipes.run import run
 from recipes.schema import Quantize, load_recipe
 from tests.editing import edit_json, edit_tensors, raw_bytes
-from tests.quantize.distilling import one_thread  # noqa: F401
+from tests.quantize.distill.distilling import one_thread  # noqa: F401
 
 # The attention layers alone in NVFP4: without Triton ModelOpt's searches take seconds a linear.
 CASES = {
@@ -50,7 +52,10 @@ def made(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
     few += ["accuracy.max_kl=0.5", "accuracy.min_top1=0.3", "accuracy.tasks=null"]
     section = [f"quantize.algorithm={algorithm}", f"quantize.layers={json.dumps(layers)}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calibrate.forward.embed", lambda *given: EMBEDDED.append(request.param) or embed(*given))
+        patch.setattr(
+            "calibrate.forward.embed",
+            lambda *given: EMBEDDED.append(request.param) or embed(*given),
+        )
         assert run(load_recipe(Path(f"recipes/tiny/{format}.yaml"), [*few, *section])) == 0
     return format, algorithm, output
 
@@ -84,10 +89,16 @@ def test_it_has_changed_what_the_absolute_maximum_gives(made, tiny, tiny_config)
     format, algorithm, output = made
     model = load_model(tiny_config)
     policy = make_policy([Rule(format, kind="attention")], language_model_linears(tiny_config))
-    quantize_model(model.language_model, policy, lambda: model.language_model(torch.arange(16)[None], use_cache=False))
+    quantize_model(
+        model.language_model,
+        policy,
+        lambda: model.language_model(torch.arange(16)[None], use_cache=False),
+    )
     files, unpack = TensorFiles(output), FORMATS[format].unpack
     same = {
-        packed.name: torch.equal(unpack(packed_tensors(files, packed.name, format)), unpack(packed.tensors))
+        packed.name: torch.equal(
+            unpack(packed_tensors(files, packed.name, format)), unpack(packed.tensors)
+        )
         for packed in packed_linears(model.language_model, policy)
     }
     assert len(same) == 8
@@ -107,7 +118,9 @@ def test_swapped_layers_are_found(made, tiny, tiny_config, tmp_path):
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["a row", "all"])
 def test_zeroed_weights_are_found(made, tiny, tiny_config, tmp_path, rows):
     name = f"{attention(tiny_config)}.o_proj.weight"
-    assert name in str(damaged(made, tiny, tmp_path, lambda t: t[name].view(torch.uint8)[rows].zero_()))
+    assert name in str(
+        damaged(made, tiny, tmp_path, lambda t: t[name].view(torch.uint8)[rows].zero_())
+    )
 
 
 def test_shuffled_columns_are_found(made, tiny, tiny_config, tmp_path):
@@ -123,11 +136,15 @@ def test_shuffled_columns_are_found(made, tiny, tiny_config, tmp_path):
 def test_a_scale_of_other_weights_is_found(made, tiny, tiny_config, tmp_path, factor):
     parts = [f"{attention(tiny_config)}.{short}" for short in ("q_proj", "k_proj", "v_proj")]
     scale = {"fp8": "weight_scale", "nvfp4": "weight_scale_2"}[made[0]]
-    faults = damaged(made, tiny, tmp_path, lambda t: [t[f"{part}.{scale}"].mul_(factor) for part in parts])
+    faults = damaged(
+        made, tiny, tmp_path, lambda t: [t[f"{part}.{scale}"].mul_(factor) for part in parts]
+    )
     assert all(f"{part}.weight" in str(faults) for part in parts)
 
 
-def test_one_flipped_weight_is_found_where_weights_were_not_moved(made, tiny, tiny_config, tmp_path):
+def test_one_flipped_weight_is_found_where_weights_were_not_moved(
+    made, tiny, tiny_config, tmp_path
+):
     name = f"{attention(tiny_config)}.o_proj.weight"
 
     signs = {"fp8": 0x80, "nvfp4": 0x88}[made[0]]
@@ -142,17 +159,23 @@ def test_one_flipped_weight_is_found_where_weights_were_not_moved(made, tiny, ti
 
 def test_verification_says_when_single_weights_are_not_held_to_the_source(made, capsys):
     show_faults(made[2], [])
-    assert ("single weights not" in capsys.readouterr().out) == (ALGORITHMS[made[1]].change == "moved")
+    assert ("single weights not" in capsys.readouterr().out) == (
+        ALGORITHMS[made[1]].change == "moved"
+    )
 
 
 def test_without_its_name_in_the_manifest_moved_weights_are_faults(made, tiny, tmp_path):
     copy = Path(shutil.copytree(made[2], tmp_path / "copy"))
-    edit_json(copy / "hybridquant.json", lambda manifest: manifest["recipe"]["quantize"].pop("algorithm"))
+    edit_json(
+        copy / "hybridquant.json", lambda manifest: manifest["recipe"]["quantize"].pop("algorithm")
+    )
     found = "rounding allows" in str([str(fault) for fault in verify(copy, tiny)])
     assert found or ALGORITHMS[made[1]].change != "moved"
 
 
-def test_gptq_packs_to_the_very_weights_it_found_in_the_bytes_of_modelopts_exporter(tiny_model, tiny_config, tmp_path):
+def test_gptq_packs_to_the_very_weights_it_found_in_the_bytes_of_modelopts_exporter(
+    tiny_model, tiny_config, tmp_path
+):
     forward = tiny_model.language_model
     policy = make_policy([Rule("nvfp4", kind="attention")], language_model_linears(tiny_config))
     ids = torch.arange(200)[None] % tiny_config.text["vocab_size"]
@@ -160,8 +183,11 @@ def test_gptq_packs_to_the_very_weights_it_found_in_the_bytes_of_modelopts_expor
     ours, shares = list(packed_linears(forward, policy)), []
     for packed in ours:
         weight = forward.get_submodule(module_name(packed.name)).weight.detach()
-        shares.append(float((FORMATS["nvfp4"].unpack(packed.tensors).bfloat16() != weight).float().mean()))
-    # The exporter and the fake quantization round a block scale that lies between two E4M3 numbers each in its own way.
+        shares.append(
+            float((FORMATS["nvfp4"].unpack(packed.tensors).bfloat16() != weight).float().mean())
+        )
+    # The exporter and the fake quantization round a block scale that lies between two E4M3 numbers
+    # each in its own way.
     assert max(shares) < 0.1
     export_hf_checkpoint(forward, dtype=torch.bfloat16, export_dir=tmp_path / "theirs")
     theirs = TensorFiles(tmp_path / "theirs")
@@ -178,7 +204,10 @@ def policy_of(config, *rules):
 @pytest.mark.parametrize("name", ["awq_clip", "local_hessian"])
 def test_an_algorithm_that_does_nothing_for_the_formats_is_refused(tiny_config, name):
     (fault,) = algorithm_faults(name, policy_of(tiny_config, Rule("fp8")), distils=False)
-    assert str(fault) == f"quantize.algorithm: {name} does nothing for fp8 (choose from max, mse, gptq)"
+    assert (
+        str(fault)
+        == f"quantize.algorithm: {name} does nothing for fp8 (choose from max, mse, gptq)"
+    )
     mixed = policy_of(tiny_config, Rule("fp8"), Rule("nvfp4", kind="mlp"))
     assert list(algorithm_faults(name, mixed, distils=False)) == []
 
@@ -193,7 +222,9 @@ def test_distillation_begins_from_absolute_maxima_only(tiny_config):
 @pytest.mark.parametrize("name", ["awq_lite", "smoothquant"])
 def test_what_vllm_cannot_load_is_refused_with_what_it_can(name):
     """Upstream trap: these end in a pre_quant_scale, which vLLM 0.32 reads nowhere."""
-    with pytest.raises(BadInput, match=r"cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can"):
+    with pytest.raises(
+        BadInput, match=r"cannot load its pre_quant_scale; awq_clip is the part of AWQ that it can"
+    ):
         load_recipe(Path("recipes/tiny/nvfp4.yaml"), [f"quantize.algorithm={name}"])
 
 

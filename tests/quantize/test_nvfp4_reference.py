@@ -1,4 +1,6 @@
-"""NVFP4 fake quantization without CUDA: ModelOpt's own asserts there, so ours stands in, with ModelOpt's rounding."""
+"""NVFP4 fake quantization without CUDA: ModelOpt's own asserts there, so ours stands in, with
+ModelOpt's rounding.
+"""
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -6,8 +8,8 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from quantize.formats import FORMATS
-from quantize.nvfp4_reference import fake_quantize, fake_quantize_static
+from quantize.formats.nvfp4_reference import fake_quantize, fake_quantize_static
+from quantize.formats.registry import FORMATS
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -15,7 +17,9 @@ VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trap is of machines without CUDA")
 def test_modelopts_own_fake_quantization_asserts_without_cuda():
     """Upstream trap: if this ever passes, the reference backend can go."""
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(**FORMATS["nvfp4"].input_quantizer), amax=torch.tensor(6.0))
+    quantizer = TensorQuantizer(
+        QuantizerAttributeConfig(**FORMATS["nvfp4"].input_quantizer), amax=torch.tensor(6.0)
+    )
     with pytest.raises(AssertionError, match="must be a CUDA tensor"):
         quantizer(torch.randn(2, 32))
 
@@ -35,10 +39,18 @@ def test_it_equals_packing_and_unpacking_by_the_exporter():
     weight = torch.randn(128, 256, dtype=torch.bfloat16)
     linear = torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
     linear.weight.data.copy_(weight)
-    settings = {q: FORMATS["nvfp4"].quantizer(q, "cpu") for q in ("weight_quantizer", "input_quantizer")}
-    entries = [{"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()]
+    settings = {
+        q: FORMATS["nvfp4"].quantizer(q, "cpu") for q in ("weight_quantizer", "input_quantizer")
+    }
+    entries = [
+        {"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()
+    ]
     model = torch.nn.Sequential(linear)
-    mtq.quantize(model, {"quant_cfg": entries, "algorithm": "max"}, lambda m: m(torch.randn(4, 256).bfloat16()))
+    mtq.quantize(
+        model,
+        {"quant_cfg": entries, "algorithm": "max"},
+        lambda m: m(torch.randn(4, 256).bfloat16()),
+    )
     unpacked = FORMATS["nvfp4"].unpack(FORMATS["nvfp4"].pack(model[0]))
     assert torch.equal(model[0].weight_quantizer(weight), unpacked.to(torch.bfloat16))
 
@@ -56,7 +68,8 @@ def test_zeros_and_tiny_blocks_stay_finite():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shape_and_dtype_are_kept_and_the_gradient_passes_through(dtype):
     quantizer = TensorQuantizer(
-        QuantizerAttributeConfig(**FORMATS["nvfp4"].quantizer("input_quantizer", "cpu")), amax=torch.tensor(4.0)
+        QuantizerAttributeConfig(**FORMATS["nvfp4"].quantizer("input_quantizer", "cpu")),
+        amax=torch.tensor(4.0),
     )
     inputs = torch.randn(2, 3, 32, dtype=dtype, requires_grad=True)
     outputs = quantizer(inputs)
@@ -78,17 +91,30 @@ def test_on_a_gpu_it_equals_modelopts_triton_kernel_bit_for_bit(dtype):
 
 
 def searched(linear: torch.nn.Linear, algorithm: dict) -> torch.nn.Module:
-    settings = {q: FORMATS["nvfp4"].quantizer(q, "cpu", searched=True) for q in ("weight_quantizer", "input_quantizer")}
-    entries = [{"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()]
+    settings = {
+        q: FORMATS["nvfp4"].quantizer(q, "cpu", searched=True)
+        for q in ("weight_quantizer", "input_quantizer")
+    }
+    entries = [
+        {"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()
+    ]
     model = torch.nn.Sequential(linear)
-    mtq.quantize(model, {"quant_cfg": entries, "algorithm": algorithm}, lambda m: m(torch.randn(4, 256).bfloat16()))
+    mtq.quantize(
+        model,
+        {"quant_cfg": entries, "algorithm": algorithm},
+        lambda m: m(torch.randn(4, 256).bfloat16()),
+    )
     return model[0]
 
 
 def test_searched_block_scales_equal_packing_and_unpacking_by_the_exporter():
-    """But for scales between two E4M3 numbers, which the exporter and the kernel round each in its own way."""
+    """But for scales between two E4M3 numbers, which the exporter and the kernel round each in its
+    own way.
+    """
     torch.manual_seed(0)
-    linear = searched(torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16), {"method": "max"})
+    linear = searched(
+        torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16), {"method": "max"}
+    )
     unpacked = FORMATS["nvfp4"].unpack(FORMATS["nvfp4"].pack(linear)).to(torch.bfloat16)
     assert float((linear.weight_quantizer(linear.weight) != unpacked).float().mean()) < 0.05
 
@@ -106,7 +132,9 @@ def test_the_search_without_cuda_never_raises_the_squared_error():
 
 def test_a_searched_block_of_zeros_stays_zero():
     inputs = torch.cat([torch.zeros(1, 16), torch.full((1, 16), 3.0)])
-    assert torch.equal(fake_quantize_static(inputs, torch.tensor([[0.0], [3.0]]), torch.tensor(3.0)), inputs)
+    assert torch.equal(
+        fake_quantize_static(inputs, torch.tensor([[0.0], [3.0]]), torch.tensor(3.0)), inputs
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs ModelOpt's Triton kernel")
@@ -117,5 +145,7 @@ def test_on_a_gpu_searched_scales_equal_modelopts_triton_kernel_bit_for_bit(dtyp
     inputs = torch.randn(512, 1024, device="cuda", dtype=dtype)
     amax = inputs.abs().unflatten(-1, (-1, 16)).amax(-1).float()
     for share in (1.0, 0.7):
-        theirs = static_blockwise_fp4_fake_quant(inputs.view(-1, 16), amax * share, amax.max()).view_as(inputs)
+        theirs = static_blockwise_fp4_fake_quant(
+            inputs.view(-1, 16), amax * share, amax.max()
+        ).view_as(inputs)
         assert torch.equal(fake_quantize_static(inputs, amax * share, amax.max()), theirs)

@@ -16,11 +16,20 @@ def test_one_rule_takes_every_linear_of_the_language_model_and_nothing_else(line
     policy = make_policy([Rule("fp8")], linears)
     assert policy.counts() == {"fp8": 136}
     assert policy.algo == "FP8"
-    assert not [name for name in policy.quantized if "lm_head" in name or "embeddings" in name or "conv1d" in name]
+    assert not [
+        name
+        for name in policy.quantized
+        if "lm_head" in name or "embeddings" in name or "conv1d" in name
+    ]
 
 
 def test_the_last_rule_that_matches_wins(linears):
-    rules = [Rule("fp8"), Rule("bf16", kind="attention"), Rule("fp8", name="o_proj"), Rule("bf16", layers=(0, -1))]
+    rules = [
+        Rule("fp8"),
+        Rule("bf16", kind="attention"),
+        Rule("fp8", name="o_proj"),
+        Rule("bf16", layers=(0, -1)),
+    ]
     formats = make_policy(rules, linears).formats
     at = "language_model.backbone.layers.{}.mixer.{}".format
     assert formats[at(7, "q_proj")] == "bf16"
@@ -31,7 +40,10 @@ def test_the_last_rule_that_matches_wins(linears):
 
 
 def test_two_formats_are_mixed_precision(linears):
-    assert make_policy([Rule("nvfp4"), Rule("fp8", kind="attention")], linears).algo == "MIXED_PRECISION"
+    assert (
+        make_policy([Rule("nvfp4"), Rule("fp8", kind="attention")], linears).algo
+        == "MIXED_PRECISION"
+    )
 
 
 @pytest.mark.parametrize(

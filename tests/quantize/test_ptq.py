@@ -1,4 +1,6 @@
-"""ModelOpt is applied to the policy's layers and to nothing else, and a quantizer without a range stops the run."""
+"""ModelOpt is applied to the policy's layers and to nothing else, and a quantizer without a range
+stops the run.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def enabled(model) -> set[str]:
 def test_exactly_the_policys_quantizers_are_enabled_out_proj_included(tiny_model, linears):
     policy = make_policy([Rule("fp8"), Rule("bf16", kind="attention")], linears)
     quantize_model(tiny_model.language_model, policy, calibrate(tiny_model))
-    wanted = {f"{module_name(n)}.{q}_quantizer" for n in policy.quantized for q in ("weight", "input")}
+    wanted = {
+        f"{module_name(n)}.{q}_quantizer" for n in policy.quantized for q in ("weight", "input")
+    }
     assert enabled(tiny_model) == wanted
     assert any(name.endswith("out_proj.input_quantizer") for name in wanted)
 
@@ -40,7 +44,9 @@ def test_exactly_the_policys_quantizers_are_enabled_out_proj_included(tiny_model
 def test_the_input_scale_is_the_absolute_maximum_over_448(tiny_model, linears):
     seen = []
     first = tiny_model.language_model.get_submodule("model.layers.0.mixer.in_proj")
-    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max().float()))
+    hook = first.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].abs().max().float())
+    )
     policy = make_policy([Rule("fp8")], linears)
     quantize_model(tiny_model.language_model, policy, calibrate(tiny_model))
     hook.remove()
@@ -52,11 +58,20 @@ def test_the_input_scale_is_the_absolute_maximum_over_448(tiny_model, linears):
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [(float("nan"), "layers.0.mixer.in_proj.input_quantizer: was given NaN"), (0.0, "after calibration")],
+    [
+        (float("nan"), "layers.0.mixer.in_proj.input_quantizer: was given NaN"),
+        (0.0, "after calibration"),
+    ],
 )
-def test_a_quantizer_without_a_finite_positive_range_stops_the_run_by_name(tiny_model, linears, value, found):
+def test_a_quantizer_without_a_finite_positive_range_stops_the_run_by_name(
+    tiny_model, linears, value, found
+):
     with pytest.raises(BadInput) as caught:
-        quantize_model(tiny_model.language_model, make_policy([Rule("fp8")], linears), calibrate(tiny_model, value))
+        quantize_model(
+            tiny_model.language_model,
+            make_policy([Rule("fp8")], linears),
+            calibrate(tiny_model, value),
+        )
     assert found in str(caught.value)
     assert "input_quantizer" in str(caught.value)
 

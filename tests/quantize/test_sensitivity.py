@@ -1,4 +1,6 @@
-"""Automatic mixed precision: ModelOpt's scores, the mix under a size, and the directory that comes of it."""
+"""Automatic mixed precision: ModelOpt's scores, the mix under a size, and the directory that comes
+of it.
+"""
 
 import json
 from pathlib import Path
@@ -13,13 +15,13 @@ from checkpoint.layout import language_model_linears
 from checkpoint.native import load_model, load_tokenizer
 from export.manifest import read_manifest
 from export.verify import verify
+from pipeline.inputs import prompt_stream
+from pipeline.run import run
 from quantize.policy import Rule, make_policy
 from quantize.ptq import quantize_model
 from quantize.sensitivity import POSITIONS, SENSITIVITY, format_bits
-from recipes.inputs import prompt_stream
-from recipes.run import run
 from recipes.schema import load_recipe
-from tests.quantize.distilling import one_thread  # noqa: F401
+from tests.quantize.distill.distilling import one_thread  # noqa: F401
 
 BITS = 6.0
 ATTENTION = "[{format: bf16}, {format: nvfp4, kind: attention}]"
@@ -34,7 +36,11 @@ def recipe(tiny, output, *more):
         f"calibrate.sources={TEXT}",
         f"accuracy.sources={TEXT}",
     ]
-    quick += [f"quantize.layers={ATTENTION}", f"quantize.auto.bits={BITS}", "quantize.auto.samples=1"]
+    quick += [
+        f"quantize.layers={ATTENTION}",
+        f"quantize.auto.bits={BITS}",
+        "quantize.auto.samples=1",
+    ]
     paths = [f"model={tiny}", f"output={output}"]
     return load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*quick, *paths, *more])
 
@@ -84,10 +90,18 @@ def test_fp8_has_less_error_than_nvfp4_by_every_score(made):
             assert 0 < scores["fp8"][measure] < scores["nvfp4"][measure]
 
 
-def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(made, tiny, tiny_config, tmp_path):
-    name = next(linear.name for linear in language_model_linears(tiny_config) if linear.short == "o_proj")
+def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(
+    made, tiny, tiny_config, tmp_path
+):
+    name = next(
+        linear.name for linear in language_model_linears(tiny_config) if linear.short == "o_proj"
+    )
     section = recipe(tiny, tmp_path / "out").calibrate
-    prompt = next(prompt_stream(section, tiny_config, load_tokenizer(tiny_config), None, section.video_pruning_rate))
+    prompt = next(
+        prompt_stream(
+            section, tiny_config, load_tokenizer(tiny_config), None, section.video_pruning_rate
+        )
+    )
     model = load_model(tiny_config)
     inputs = embed(model, prompt, tiny_config, section.video_pruning_rate).inputs_embeds[None]
 
@@ -98,7 +112,9 @@ def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(made, tiny, t
 
     reference = logits()
     quantize_model(
-        model.language_model, make_policy([Rule("nvfp4", name=name)], language_model_linears(tiny_config)), logits
+        model.language_model,
+        make_policy([Rule("nvfp4", name=name)], language_model_linears(tiny_config)),
+        logits,
     )
     expected = float((reference.exp() * (reference - logits())).sum())
     (score,) = (s for s in made[1]["scores"] if (s["linear"], s["format"]) == (name, "nvfp4"))
@@ -108,13 +124,18 @@ def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(made, tiny, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quantize.auto.bits=4.2"], r"quantize\.auto\.bits: 4\.2 bits a weight are less than nvfp4's 4\.5"),
+        (
+            ["quantize.auto.bits=4.2"],
+            r"quantize\.auto\.bits: 4\.2 bits a weight are less than nvfp4's 4\.5",
+        ),
         (["quantize.auto.formats=[fp8]"], r"6 bits a weight are less than fp8's 8"),
         (["distill={steps: 1}"], r"quantize\.auto: a distillation must know its formats"),
     ],
 )
-def test_a_mix_that_cannot_be_is_refused_before_weights_are_loaded(tiny, tmp_path, monkeypatch, overrides, message):
-    monkeypatch.setattr("recipes.search.load_model", None)
+def test_a_mix_that_cannot_be_is_refused_before_weights_are_loaded(
+    tiny, tmp_path, monkeypatch, overrides, message
+):
+    monkeypatch.setattr("pipeline.search.load_model", None)
     with pytest.raises(BadInput, match=message):
         run(recipe(tiny, tmp_path / "out", *overrides))
 

@@ -1,4 +1,6 @@
-"""Recipes: every shipped one is sound, and every mistake is one sentence that names the field and the remedy."""
+"""Recipes: every shipped one is sound, and every mistake is one sentence that names the field and
+the remedy.
+"""
 
 from pathlib import Path
 
@@ -16,11 +18,14 @@ TINY = Path("recipes/tiny/fp8.yaml")
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_a_shipped_recipe_is_sound_and_its_policy_fits_its_model(path, tiny_config, full12b):
     recipe = load_recipe(path)
-    config = tiny_config if recipe.model == "embedded" else full12b
+    config = tiny_config if recipe.model == "tiny" else full12b
     rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
     assert make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache).quantized
     assert recipe.accuracy.seed != recipe.calibrate.seed
-    assert recipe.distill is None or recipe.distill.seed not in (recipe.accuracy.seed, recipe.calibrate.seed)
+    assert recipe.distill is None or recipe.distill.seed not in (
+        recipe.accuracy.seed,
+        recipe.calibrate.seed,
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
@@ -37,7 +42,9 @@ def test_the_12b_recipe_is_the_published_one():
     recipe = load_recipe(Path("recipes/fp8.yaml"))
     assert recipe.calibrate.samples == 1024
     assert recipe.quantize.kv_cache is None
-    assert [rule.model_dump(exclude_none=True) for rule in recipe.quantize.layers] == [{"format": "fp8"}]
+    assert [rule.model_dump(exclude_none=True) for rule in recipe.quantize.layers] == [
+        {"format": "fp8"}
+    ]
 
 
 def test_the_12bs_distillation_is_the_published_one():
@@ -47,20 +54,31 @@ def test_the_12bs_distillation_is_the_published_one():
 
 
 def test_overrides_reach_any_field_by_its_dotted_name():
-    overrides = ["calibrate.samples=64", "quantize.layers.0.kind=mlp", "serve.video_pruning_rate=0.5", "model=a b"]
+    overrides = [
+        "calibrate.samples=64",
+        "quantize.layers.0.kind=mlp",
+        "serve.video_pruning_rate=0.5",
+        "model=a b",
+    ]
     recipe = load_recipe(TINY, overrides)
     assert recipe.calibrate.samples == 64
     assert recipe.quantize.layers[0].kind == "mlp"
     assert recipe.serve.video_pruning_rate == 0.5
     assert recipe.model == "a b"
-    assert load_recipe(Path("recipes/tiny/nvfp4.yaml"), ["quantize.auto.bits=5"]).quantize.auto.bits == 5  # null there
+    assert (
+        load_recipe(Path("recipes/tiny/nvfp4.yaml"), ["quantize.auto.bits=5"]).quantize.auto.bits
+        == 5
+    )  # null there
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("calibrate.sample=64", "calibrate.sample: unknown field .did you mean samples"),
-        ("distill.learning_rat=1", "distill.learning_rat: unknown field .did you mean learning_rate"),
+        (
+            "distill.learning_rat=1",
+            "distill.learning_rat: unknown field .did you mean learning_rate",
+        ),
         ("calibrat.samples=64", "calibrat: unknown field .did you mean calibrate"),
         ("quantize.layers.0.formt=fp8", "formt: unknown field .did you mean format"),
         ("calibrate.sources.0.paths=x", r"sources\.0\.paths: unknown field"),
@@ -87,7 +105,7 @@ def test_all_wrong_fields_are_named_at_once():
 
 
 def test_a_missing_field_is_named(tmp_path):
-    (tmp_path / "r.yaml").write_text("model: embedded\nquantize:\n  layers: [{format: fp8}]\n")
+    (tmp_path / "r.yaml").write_text("model: tiny\nquantize:\n  layers: [{format: fp8}]\n")
     with pytest.raises(BadInput, match="output: is missing"):
         load_recipe(tmp_path / "r.yaml")
 

@@ -1,4 +1,5 @@
-"""Runs in the serve environment: what the registered CPU kernels compute, against the formats' definitions in float64.
+"""Runs in the serve environment: what the registered CPU kernels compute, against the formats'
+definitions in float64.
 
 python tests/serve/kernel_values.py        # prints JSON
 """
@@ -32,7 +33,9 @@ def e2m1(values):
 
 
 def nvfp4(values, scale):
-    """Codes times block scale, with the global scale left out: [rows, blocks, 16], and the block scales."""
+    """Codes times block scale, with the global scale left out: [rows, blocks, 16], and the block
+    scales.
+    """
     blocks = values.double().reshape(values.shape[0], -1, 16)
     block_scale = e4m3((blocks.abs().amax(-1) / 6 / scale).float()).double()
     return e2m1((blocks / (block_scale * scale)[..., None]).clamp(-6, 6)), block_scale
@@ -76,10 +79,16 @@ def fp8(x, weight):
 def fp4(x, weight):
     kernel = init_nvfp4_linear_kernel()
     layer = torch.nn.Module()
-    weight_scale_2, input_scale = weight.abs().max().double() / 2688, torch.tensor(7.3 / 2688, dtype=torch.float64)
+    weight_scale_2, input_scale = (
+        weight.abs().max().double() / 2688,
+        torch.tensor(7.3 / 2688, dtype=torch.float64),
+    )
     codes, block_scale = nvfp4(weight, weight_scale_2)
     layer.weight, layer.weight_scale = pack(codes), e4m3(block_scale.float())
-    layer.weight_global_scale, layer.input_global_scale_inv = weight_scale_2.float(), 1 / input_scale.float()
+    layer.weight_global_scale, layer.input_global_scale_inv = (
+        weight_scale_2.float(),
+        1 / input_scale.float(),
+    )
     kernel.process_weights_after_loading(layer)
     found = kernel.apply_weights(layer, x)
     wide = (codes * (block_scale * weight_scale_2)[..., None]).reshape(ROWS, COLUMNS)

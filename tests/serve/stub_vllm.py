@@ -1,6 +1,8 @@
-"""Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and ways to go wrong.
+"""Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and
+ways to go wrong.
 
-STUB_MODE: `serve` answers; `die` prints two errors and ends; `stubborn` answers and ignores SIGTERM; `silent` never
+STUB_MODE: `serve` answers; `die` prints two errors and ends; `stubborn` answers and ignores
+    SIGTERM; `silent` never
 answers. STUB_PIDS names a file for the process ids of the server and its child.
 """
 
@@ -17,7 +19,9 @@ arguments = sys.argv[1:]
 port = int(arguments[arguments.index("--port") + 1])
 print("Resolved architecture", flush=True)
 if mode == "die":
-    print("(EngineCore pid=7) ERROR 11-22 12:00:00 [core.py:1] ValueError: the root cause", flush=True)
+    print(
+        "(EngineCore pid=7) ERROR 11-22 12:00:00 [core.py:1] ValueError: the root cause", flush=True
+    )
     print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
     sys.exit(3)
 if mode == "stubborn":

@@ -45,7 +45,9 @@ def test_the_server_is_healthy_and_lists_its_name(server, client):
 
 @pytest.mark.parametrize("title", ["list", "page", "two images", "video"])
 def test_prompts_have_the_length_we_count(title, server, client, media, tiny):
-    """The client's messages, built by our prompt builder at the server's pruning rate, and vLLM's own count."""
+    """The client's messages, built by our prompt builder at the server's pruning rate, and vLLM's
+    own count.
+    """
     parts = questions(*media)[title]
     messages = [{"role": "system", "content": "/no_think"}, {"role": "user", "content": parts}]
     config = read_config(tiny)
@@ -65,14 +67,27 @@ def test_the_same_question_gets_the_same_answer(server, client, media):
 
 def test_the_command_prints_answer_counts_and_time(server, media):
     (image, *_), video = media
-    done = run(server.url.removesuffix("/v1"), "--image", image, "--video", video, "--text", "What?", "--max-tokens", 2)
+    done = run(
+        server.url.removesuffix("/v1"),
+        "--image",
+        image,
+        "--video",
+        video,
+        "--text",
+        "What?",
+        "--max-tokens",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     assert " prompt tokens, " in done.stdout.splitlines()[-1]
 
 
 def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    for parts in (content_parts(["long " * 80_000]), content_parts(images=[tmp_path / "broken.png"])):
+    for parts in (
+        content_parts(["long " * 80_000]),
+        content_parts(images=[tmp_path / "broken.png"]),
+    ):
         with pytest.raises(BadInput, match="request: "):
             ask(client, server.model, parts)
     done = run(server.url, "--image", tmp_path / "broken.png")
@@ -84,7 +99,9 @@ def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
 def test_missing_and_misnamed_files_are_all_named(tmp_path):
     (tmp_path / "note.txt").write_text("x")
     with pytest.raises(BadInput) as caught:
-        content_parts(images=[tmp_path / "none.png", tmp_path / "note.txt"], videos=[tmp_path / "none.mp4"])
+        content_parts(
+            images=[tmp_path / "none.png", tmp_path / "note.txt"], videos=[tmp_path / "none.mp4"]
+        )
     assert len(caught.value.faults) == 3
 
 
@@ -109,7 +126,9 @@ def test_urls_go_through_as_they_are():
     assert part == {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
 
 
-def test_the_demo_asks_all_and_says_when_evs_saved_nothing(server, media, tiny, monkeypatch, capsys):
+def test_the_demo_asks_all_and_says_when_evs_saved_nothing(
+    server, media, tiny, monkeypatch, capsys
+):
     @contextmanager
     def same_server(directory, settings):
         yield server

@@ -29,7 +29,9 @@ def test_every_version_gets_evs_frames_and_a_name(tiny, version):
     command = build_command(tiny, ServeSettings(), version, H100)
     assert command[:3] == ["vllm", "serve", str(tiny)]
     assert value(command, "--video-pruning-rate") == "0.75"
-    assert json.loads(value(command, "--media-io-kwargs")) == {"video": {"fps": 2, "num_frames": 128}}
+    assert json.loads(value(command, "--media-io-kwargs")) == {
+        "video": {"fps": 2, "num_frames": 128}
+    }
     assert json.loads(value(command, "--limit-mm-per-prompt")) == {"image": 16, "video": 1}
     assert value(command, "--served-model-name") == "tiny"
     assert value(command, "--dtype") == "bfloat16"
@@ -38,7 +40,9 @@ def test_every_version_gets_evs_frames_and_a_name(tiny, version):
     assert "--quantization" not in command
 
 
-@pytest.mark.parametrize(("version", "wanted"), [((0, 11, 0), True), ((0, 19, 1), True), ((0, 20, 0), False)])
+@pytest.mark.parametrize(
+    ("version", "wanted"), [((0, 11, 0), True), ((0, 19, 1), True), ((0, 20, 0), False)]
+)
 def test_only_old_versions_are_told_the_state_dtype(tiny, version, wanted):
     command = build_command(tiny, ServeSettings(), version, H100)
     assert ("--mamba-ssm-cache-dtype" in command) == wanted
@@ -46,14 +50,23 @@ def test_only_old_versions_are_told_the_state_dtype(tiny, version, wanted):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("algo", "name"), [("FP8", "modelopt"), ("NVFP4", "modelopt_fp4"), ("MIXED_PRECISION", "modelopt_mixed")]
+    ("algo", "name"),
+    [("FP8", "modelopt"), ("NVFP4", "modelopt_fp4"), ("MIXED_PRECISION", "modelopt_mixed")],
 )
 def test_precision_comes_from_config_json(tiny_copy, algo, name, version):
-    assert value(build_command(quantized(tiny_copy, algo), ServeSettings(), version, H100), "--quantization") == name
+    assert (
+        value(
+            build_command(quantized(tiny_copy, algo), ServeSettings(), version, H100),
+            "--quantization",
+        )
+        == name
+    )
 
 
 def test_precision_comes_from_hf_quant_config_when_config_json_is_silent(tiny_copy):
-    (tiny_copy / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    (tiny_copy / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4"}})
+    )
     command = build_command(tiny_copy, ServeSettings(), (0, 32, 0), H100)
     assert value(command, "--quantization") == "modelopt_fp4"
 
@@ -85,7 +98,9 @@ def test_settings_become_flags(tiny, tmp_path):
 
 
 def test_cpu_starts_eager_with_a_small_cache(tiny_config, tiny, full12b):
-    command = build_command(tiny, ServeSettings(gpu_memory_utilization=0.9, tensor_parallel_size=2), (0, 32, 0), CPU)
+    command = build_command(
+        tiny, ServeSettings(gpu_memory_utilization=0.9, tensor_parallel_size=2), (0, 32, 0), CPU
+    )
     assert "--enforce-eager" in command
     assert not {"--gpu-memory-utilization", "--tensor-parallel-size"} & set(command)
     assert build_environment(tiny_config, CPU)["VLLM_CPU_KVCACHE_SPACE"] == "1"
@@ -101,7 +116,9 @@ def test_one_step_holds_a_clip_its_frame_texts_and_a_question(full12b, rate, tok
 
 
 def test_one_step_is_no_longer_than_the_longest_prompt(full12b):
-    assert batched_tokens(full12b, ServeSettings(video_pruning_rate=0.0, max_model_len=8192)) == 8192
+    assert (
+        batched_tokens(full12b, ServeSettings(video_pruning_rate=0.0, max_model_len=8192)) == 8192
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +136,11 @@ def test_one_step_is_no_longer_than_the_longest_prompt(full12b):
 def test_what_follows_the_dashes_wins(tiny_copy, extra, ours):
     device = H100 if ours == "--tensor-parallel-size" else CPU
     command = build_command(
-        quantized(tiny_copy, "FP8"), ServeSettings(tensor_parallel_size=4), (0, 32, 0), device, extra
+        quantized(tiny_copy, "FP8"),
+        ServeSettings(tensor_parallel_size=4),
+        (0, 32, 0),
+        device,
+        extra,
     )
     assert command[-len(extra) :] == extra
     assert ours not in command[: -len(extra)]
@@ -132,7 +153,11 @@ def test_values_that_look_like_flags_override_nothing(tiny):
 
 
 def test_spellings_have_one_canonical_form():
-    assert canonical("--no-enable_prefix_caching") == canonical("--enable-prefix-caching") == "--enable-prefix-caching"
+    assert (
+        canonical("--no-enable_prefix_caching")
+        == canonical("--enable-prefix-caching")
+        == "--enable-prefix-caching"
+    )
     assert canonical("--media_io_kwargs.video.fps=4") == "--media-io-kwargs"
 
 
@@ -149,5 +174,8 @@ def test_another_model_is_refused(tiny_copy):
 
 
 def test_arguments_split_at_the_first_dashes():
-    assert split_extra(["DIR", "--port", "1", "--", "--a", "--"]) == (["DIR", "--port", "1"], ["--a", "--"])
+    assert split_extra(["DIR", "--port", "1", "--", "--a", "--"]) == (
+        ["DIR", "--port", "1"],
+        ["--a", "--"],
+    )
     assert split_extra(["DIR"]) == (["DIR"], [])

@@ -5,7 +5,13 @@ import pytest
 
 from checkpoint.faults import BadInput
 from serve import environment
-from serve.environment import VARIABLE, find_environment, find_python, parse_capability, parse_version
+from serve.environment import (
+    VARIABLE,
+    find_environment,
+    find_python,
+    parse_capability,
+    parse_version,
+)
 
 
 def test_the_variable_goes_first(monkeypatch):

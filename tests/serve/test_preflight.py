@@ -19,7 +19,9 @@ ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.1.0")
 
 
 def on(name, capability, version=(0, 33, 0), count=1):
-    return ServeEnvironment(Path("python"), version, Device("cuda", name, capability, count), plugin=None)
+    return ServeEnvironment(
+        Path("python"), version, Device("cuda", name, capability, count), plugin=None
+    )
 
 
 H100, A100, T4 = on("H100", (9, 0)), on("A100", (8, 0)), on("T4", (7, 5))
@@ -47,7 +49,12 @@ def test_all_faults_come_at_once(tiny_copy):
     edit_json(tiny_copy / "tokenizer_config.json", lambda raw: raw.pop("chat_template"))
     edit_json(tiny_copy / "config.json", lambda raw: raw.pop("ps_version"))
     text = faults(tiny_copy, dataclasses.replace(ANY_PORT, video_pruning_rate=1.0, fps=0))
-    for part in ("tokenizer.json", "configuration.py", "neither model.safetensors", "chat_template.jinja"):
+    for part in (
+        "tokenizer.json",
+        "configuration.py",
+        "neither model.safetensors",
+        "chat_template.jinja",
+    ):
         assert part in text
     for part in ("ps_version", "video_pruning_rate: is 1.0", "fps: is 0"):
         assert part in text
@@ -69,7 +76,12 @@ def test_a_file_that_is_no_safetensors_is_named(tiny_copy, content):
 
 
 def test_a_missing_shard_is_named(tiny_copy):
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     shutil.copy(tiny_copy / "model.safetensors", tiny_copy / "model-00001-of-00002.safetensors")
     (tiny_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     text = faults(tiny_copy)
@@ -111,7 +123,13 @@ def test_precisions_that_cannot_run(tiny_copy, algo, environment, message):
 
 @pytest.mark.parametrize(
     ("algo", "environment"),
-    [("FP8", H100), ("FP8", on("L4", (8, 9))), ("FP8", A100), ("NVFP4", A100), ("MIXED_PRECISION", H100)],
+    [
+        ("FP8", H100),
+        ("FP8", on("L4", (8, 9))),
+        ("FP8", A100),
+        ("NVFP4", A100),
+        ("MIXED_PRECISION", H100),
+    ],
 )
 def test_precisions_that_can_run(tiny_copy, algo, environment):
     quantize(tiny_copy, algo)
@@ -121,12 +139,17 @@ def test_precisions_that_can_run(tiny_copy, algo, environment):
 def test_devices_that_are_not_there(tiny):
     nothing = dataclasses.replace(H100, device=Device("none", "no GPU"))
     assert "there is no GPU" in faults(tiny, environment=nothing)
-    assert "there are 1 GPUs" in faults(tiny, dataclasses.replace(ANY_PORT, tensor_parallel_size=2), H100)
+    assert "there are 1 GPUs" in faults(
+        tiny, dataclasses.replace(ANY_PORT, tensor_parallel_size=2), H100
+    )
 
 
 def test_the_manifest_sets_the_rate_and_the_flag_wins(tiny_copy):
     assert served(tiny_copy).settings.video_pruning_rate == 0.75
-    manifest = {"serve": {"video_pruning_rate": 0.9, "max_model_len": None}, "gate": {"passed": None}}
+    manifest = {
+        "serve": {"video_pruning_rate": 0.9, "max_model_len": None},
+        "gate": {"passed": None},
+    }
     (tiny_copy / "hybridquant.json").write_text(json.dumps(manifest))
     assert served(tiny_copy).settings.video_pruning_rate == 0.9
     assert served(tiny_copy, {"video_pruning_rate": None}).settings.video_pruning_rate == 0.9
@@ -134,7 +157,9 @@ def test_the_manifest_sets_the_rate_and_the_flag_wins(tiny_copy):
     assert served(tiny_copy).gate_passed is None
 
 
-@pytest.mark.parametrize("section", [{"pruning_rate": 0.9}, {"video_pruning_rate": "0.9"}, {"port": 1}, []])
+@pytest.mark.parametrize(
+    "section", [{"pruning_rate": 0.9}, {"video_pruning_rate": "0.9"}, {"port": 1}, []]
+)
 def test_a_manifest_that_says_something_else_is_refused(tiny_copy, section):
     (tiny_copy / "hybridquant.json").write_text(json.dumps({"serve": section or ["x"]}))
     with pytest.raises(BadInput, match=r"hybridquant\.json"):
@@ -142,7 +167,9 @@ def test_a_manifest_that_says_something_else_is_refused(tiny_copy, section):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "serve", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_dry_run_prints_a_line_a_shell_can_run(tiny):

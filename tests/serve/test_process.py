@@ -1,4 +1,6 @@
-"""The guard and the waiting, on a stub; then one real vLLM that dies and one whose parent is killed."""
+"""The guard and the waiting, on a stub; then one real vLLM that dies and one whose parent is
+killed.
+"""
 
 import os
 import shlex
@@ -24,9 +26,13 @@ ANY_PORT = ServeSettings(port=0)
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """An environment whose interpreter is the stub, by mode; `.pids()` are the server's and its child's."""
+    """An environment whose interpreter is the stub, by mode; `.pids()` are the server's and its
+    child's.
+    """
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STUB))} "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STUB))} "$@"\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("STUB_PIDS", str(tmp_path / "pids"))
 
@@ -69,7 +75,10 @@ def test_a_server_lives_as_long_as_its_block(tiny, stub):
 
 
 def test_an_error_in_the_block_takes_the_server_down(tiny, stub):
-    with pytest.raises(ZeroDivisionError), running_server(tiny, ANY_PORT, environment=stub("serve")):
+    with (
+        pytest.raises(ZeroDivisionError),
+        running_server(tiny, ANY_PORT, environment=stub("serve")),
+    ):
         1 / 0  # noqa: B018
     assert gone(stub.pids())
 
@@ -111,11 +120,13 @@ def test_an_empty_log_makes_no_message_worse(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, -1), (signal.SIGKILL, -9)]
+    ("number", "status"),
+    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, -1), (signal.SIGKILL, -9)],
 )
 def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status):
     environment = stub("serve")
-    # The query of the environment runs `python -c`, which the stub is not: so the command is built in here.
+    # The query of the environment runs `python -c`, which the stub is not: so the command is built
+    # in here.
     code = (
         "import sys; from pathlib import Path; import serve.__main__ as m; from serve.environment import *;"
         f"m.find_environment = lambda: ServeEnvironment(Path({str(environment.python)!r}), (0, 32, 0), CPU, 'x');"
@@ -153,7 +164,9 @@ def test_real_vllm_dying_says_why(tiny_copy):
 def test_real_vllm_does_not_outlive_a_killed_parent(tiny):
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
     command = [sys.executable, "-m", "serve", str(tiny), "--port", "0"]
-    parent = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     tree: list[int] = []
 
     def engine_runs():

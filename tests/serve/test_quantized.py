@@ -45,18 +45,30 @@ def test_nvfp4_is_w4a4_to_bf16_rounding(values):
 
 
 def test_fused_weights_get_one_scale(values):
-    # CPU builds declare `static_scaled_fp8_quant() -> ()`; without the stand-in, loading FP8 q/k/v dies on it.
+    # CPU builds declare `static_scaled_fp8_quant() -> ()`; without the stand-in, loading FP8 q/k/v
+    # dies on it.
     assert values["merged_error"] == 0
 
 
 def generate(directory):
     with running_server(directory) as server:
-        answer = ask(connect(server.url), server.model, content_parts(["What is it?"]), max_tokens=8)
+        answer = ask(
+            connect(server.url), server.model, content_parts(["What is it?"]), max_tokens=8
+        )
         return answer, server.log.read_text()
 
 
 def ask_directory(directory):
-    command = [sys.executable, "-m", "serve.ask", str(directory), "--text", "What is it?", "--max-tokens", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.ask",
+        str(directory),
+        "--text",
+        "What is it?",
+        "--max-tokens",
+        "8",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -1,0 +1,1 @@
+"""The one flow: check, plan, calibrate, quantize, write, verify, measure."""

@@ -1,0 +1,144 @@
+"""Reference linear kernels and where they go in vLLM's lists of candidates (written for vLLM 0.32
+and 0.33).
+"""
+
+from typing import Any
+
+import torch
+from vllm import _custom_ops
+from vllm.logger import init_logger
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear import (
+    EmulationNvFp4LinearKernel,
+    PerTensorTorchFP8ScaledMMLinearKernel,
+    register_linear_kernel,
+)
+from vllm.platforms import PlatformEnum
+
+# Below "vllm", so that vLLM's own log handler prints it.
+logger = init_logger("vllm.hybridquant")
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+
+
+class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
+    """FP8 W8A8 with one scale a tensor: both sides rounded to E4M3, multiplied exactly, summed in
+    float32.
+
+    The activation is quantized by vLLM's own `QuantFP8` (PyTorch path, saturating at 448) with the
+    checkpoint's `input_scale`, so the values that enter the product are those of a GPU; only the
+    order of the sum differs.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _say_slow("FP8 (W8A8)")
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Run on any CPU."""
+        return True, None
+
+    def input_quant_key(self) -> None:
+        """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only."""
+        return None
+
+    def get_output_padding(self) -> None:
+        """Pad nothing: the base class pads rows for the sake of cuBLAS."""
+        return None
+
+    def apply_scaled_mm(
+        self,
+        *,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out_dtype: torch.dtype,
+        As: torch.Tensor,
+        Bs: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_shape: list[int],
+    ) -> torch.Tensor:
+        """(A · As) @ (B · Bs) + bias, with A [tokens, in] and B [in, out] in E4M3, As and Bs
+        scalars in float32.
+        """
+        # E4M3 is exact in float32, and the two scales apply to the finished sum, as in a GPU's
+        # epilogue.
+        out = torch.mm(A.to(torch.float32), B.to(torch.float32)) * (As.reshape(()) * Bs.reshape(()))
+        if bias is not None:
+            out = out + bias.to(torch.float32)
+        return out.to(out_dtype).view(*output_shape)
+
+
+class ReferenceNvFp4Kernel(EmulationNvFp4LinearKernel):
+    """NVFP4 W4A4 by vLLM's own emulation: both sides rounded to E2M1 with their block scales,
+    multiplied in BF16.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        _say_slow("NVFP4 (W4A4)")
+
+
+def _say_slow(format: str) -> None:
+    logger.warning_once(
+        f"hybridquant: {format} layers run on a REFERENCE kernel, as vLLM has none for this CPU. "
+        "The values are right; the speed is not worth measuring."
+    )
+
+
+def static_scaled_fp8_quant(
+    input: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    num_token_padding: int | None = None,
+    scale_ub: torch.Tensor | None = None,
+    use_per_token_if_dynamic: bool = False,
+    output: torch.Tensor | None = None,
+    group_shape: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for `vllm._custom_ops.scaled_fp8_quant` where its C++ operator is missing.
+
+    Loading calls it to give the three fused q/k/v weights one scale, which needs a static scale for
+    the whole tensor and nothing else.
+
+    Raises:
+        NotImplementedError: For anything but one static scale.
+    """
+    if scale is None or scale.numel() != 1 or num_token_padding or scale_ub is not None:
+        raise NotImplementedError("the reference scaled_fp8_quant knows one static scale a tensor")
+    quantized = (
+        (input.to(torch.float32) / scale.to(torch.float32)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    )
+    if output is None:
+        return quantized, scale
+    output.copy_(quantized)
+    return output, scale
+
+
+def add_missing() -> None:
+    """Add a kernel for each format that has none on this CPU. Safe to call again."""
+    if not any(
+        _runs_here(kernel) for kernel in linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])
+    ):
+        register_linear_kernel(ReferenceNvFp4Kernel, PlatformEnum.CPU, "nvfp4")
+    candidates = linear._POSSIBLE_FP8_KERNELS.setdefault(PlatformEnum.CPU, [])
+    w8a8 = [
+        kernel for kernel in candidates if "W8A8" in kernel.__name__ or kernel is ReferenceFp8Kernel
+    ]
+    if not any(_runs_here(kernel) for kernel in w8a8):
+        # vLLM takes the first that says it can, and one of its own always does;
+        # register_linear_kernel appends.
+        candidates.insert(0, ReferenceFp8Kernel)
+    if not _has_fp8_quant():
+        _custom_ops.scaled_fp8_quant = static_scaled_fp8_quant
+
+
+def _has_fp8_quant() -> bool:
+    # CPU builds declare the operator, but as `static_scaled_fp8_quant() -> ()`, for GPU passes that
+    # look it up by name.
+    packet = getattr(torch.ops._C, "static_scaled_fp8_quant", None)
+    return packet is not None and len(packet.default._schema.arguments) > 0
+
+
+def _runs_here(kernel: type) -> bool:
+    return kernel.is_supported()[0]  # type: ignore[attr-defined]

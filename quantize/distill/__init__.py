@@ -1,0 +1,1 @@
+"""Quantization-aware distillation: the quantized model is trained to match BF16."""

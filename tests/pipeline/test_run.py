@@ -1,0 +1,219 @@
+"""The whole flow: what is left behind when it succeeds, when its gate is missed, and when the input
+is bad.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accuracy.answers import answer_tasks
+from calibrate.samples import Skipped
+from checkpoint.faults import BadInput
+from checkpoint.native import load_tokenizer
+from export.manifest import read_manifest
+from export.verify import verify
+from pipeline.inputs import prompt_stream
+from pipeline.run import run
+from recipes.schema import load_recipe
+from tests.editing import edit_tensors
+
+TINY = Path("recipes/tiny/fp8.yaml")
+QUICK = [
+    "calibrate.samples=1",
+    "accuracy.samples=1",
+    "calibrate.sources=[{type: synthetic, kinds: {document: 1}}]",
+]
+QUICK += ["accuracy.sources=[{type: synthetic, kinds: {document: 1}}]", "accuracy.tasks=null"]
+
+
+def quick(tiny, tmp_path, *overrides):
+    return load_recipe(TINY, [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}", *overrides])
+
+
+def test_the_default_recipe_ends_verified_measured_and_passed(fp8_run, tiny):
+    status, output = fp8_run
+    assert status == 0
+    assert verify(output, tiny) == []
+    manifest = read_manifest(output)
+    assert manifest.gate["passed"] is True
+    assert manifest.gate["agreement"]["all"]["tokens"] > 0
+    assert [row["task"] for row in manifest.gate["tasks"]] == ["document", "text", "mean"]
+    assert manifest.gate["tasks"][-1]["reference"] > 0.9
+    assert manifest.serve["video_pruning_rate"] == 0.75
+    assert manifest.calibration["samples"] == 7
+
+
+def test_a_missed_gate_leaves_the_directory_marked_failed_and_exits_1(tiny, tmp_path):
+    assert run(quick(tiny, tmp_path, "accuracy.max_kl=1.0e-9")) == 1
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.gate["passed"] is False
+    assert "KL" in manifest.gate["missed"][0]
+    assert verify(tmp_path / "out", tiny) == []
+
+
+def test_tasks_below_bf16_miss_the_gate(tiny, tmp_path, monkeypatch):
+    # What the result answers is spoilt, not the result: a gate that only looks at the files would
+    # pass.
+    answered = answer_tasks
+
+    def spoilt(config, *given):
+        answers = answered(config, *given)
+        return (
+            {task: [None] * len(a) for task, a in answers.items()}
+            if config.directory == tmp_path / "out"
+            else answers
+        )
+
+    monkeypatch.setattr("pipeline.verdict.answer_tasks", spoilt)
+    assert run(quick(tiny, tmp_path, "accuracy.tasks={names: [chart], items: 4, max_loss: 5}")) == 1
+    (missed,) = read_manifest(tmp_path / "out").gate["missed"]
+    assert "points below BF16, allowed are 5" in missed
+
+
+def test_part_of_the_model_and_an_fp8_kv_cache(tiny, tmp_path):
+    rules = "quantize.layers=[{format: fp8}, {format: bf16, kind: mamba}]"
+    run(quick(tiny, tmp_path, rules, "quantize.kv_cache=fp8"))
+    assert verify(tmp_path / "out", tiny) == []
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["kv_cache_scheme"]["num_bits"] == 8
+
+
+def jsonl(tmp_path, *lines) -> str:
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"calibrate.sources=[{{type: jsonl, path: {tmp_path / 'samples.jsonl'}}}]"
+
+
+GOOD = {"messages": [{"role": "user", "content": "Read the code."}]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no usable sample"),
+        ([{"prompt": "x"}], "messages is None"),
+        ([{"messages": []}], "non-empty list"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}
+                    ]
+                }
+            ],
+            "nowhere.png",
+        ),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "video", "video": "broken.mp4"}]}
+                    ]
+                }
+            ],
+            "video cannot be read",
+        ),
+    ],
+)
+def test_bad_samples_end_the_run_with_nothing_written(tiny, tmp_path, lines, message):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(BadInput, match=message):
+        run(quick(tiny, tmp_path, jsonl(tmp_path, *lines)))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("section", ["calibrate", "accuracy"])
+def test_sources_without_a_usable_sample_are_named_by_their_section(tiny_config, tmp_path, section):
+    source = jsonl(tmp_path, GOOD).replace("calibrate", section)
+    recipe = load_recipe(TINY, [source])
+    with pytest.raises(BadInput, match=rf"{section}\.sources: no sample can be used"):
+        prompt_stream(
+            getattr(recipe, section),
+            tiny_config,
+            load_tokenizer(tiny_config),
+            Skipped(9),
+            0.0,
+            max_length=4,
+        )
+
+
+def test_a_bad_sample_among_good_ones_is_skipped_and_counted(tiny, tmp_path):
+    source = jsonl(tmp_path, GOOD, {"messages": []}, GOOD)
+    assert run(quick(tiny, tmp_path, source, "calibrate.samples=2", "calibrate.max_skipped=1")) in (
+        0,
+        1,
+    )
+    assert read_manifest(tmp_path / "out").calibration | {"samples": 2, "skipped": 1} == (
+        read_manifest(tmp_path / "out").calibration
+    )
+
+
+def test_too_many_bad_samples_in_mid_run_leave_nothing(tiny, tmp_path):
+    source = jsonl(tmp_path, GOOD, {"messages": []}, GOOD)
+    with pytest.raises(BadInput, match="messages is"):
+        run(quick(tiny, tmp_path, source, "calibrate.samples=2"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_not_touched(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="exists already"):
+        run(quick(tiny, tmp_path))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_nan_weights_end_the_run_before_calibration(tiny_copy, tmp_path):
+    edit_tensors(tiny_copy, lambda t: t["mlp1.1.weight"].fill_(float("nan")))
+    with pytest.raises(BadInput, match=r"mlp1\.1\.weight: holds"):
+        run(quick(tiny_copy, tmp_path))
+
+
+def test_a_quantized_source_and_an_unknown_device_are_refused(fp8, tiny, tmp_path):
+    with pytest.raises(BadInput, match="is quantized already"):
+        run(quick(fp8, tmp_path))
+    with pytest.raises(BadInput, match="device: 'cudaa'"):
+        run(quick(tiny, tmp_path, "device=cudaa"))
+
+
+def test_a_disk_that_fills_up_in_mid_run_ends_with_one_sentence_and_nothing_left(tiny, tmp_path):
+    """The kernel refuses the write: a limit on file size stands for the full disk, which takes the
+    same way.
+    """
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000,) * 2);"
+    start = "import runpy, sys; sys.argv = ['fp8', *sys.argv[1:]]; runpy.run_module('quantize.fp8', run_name='__main__')"
+    arguments = [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}"]
+    result = subprocess.run(
+        [sys.executable, "-c", limit + start, *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert "File too large (free some space, or choose another output)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "quantize.fp8", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_ends_bad_input_with_exit_2_and_no_traceback(tmp_path):
+    result = command(f"model={tmp_path / 'nowhere'}", "output=/proc/x/y", "quantize.kv_cache=null")
+    assert result.returncode == 2
+    assert "nowhere: no such directory (give the directory of the checkpoint)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_names_the_recipe_and_the_overrides():
+    result = command("--help")
+    assert result.returncode == 0
+    assert "python -m quantize.fp8 [RECIPE] [key=value …]" in result.stdout

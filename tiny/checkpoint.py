@@ -1,0 +1,99 @@
+"""Writes the tiny checkpoint: the released layout and schema at a few MB, the same bytes on every
+machine.
+
+It loads in transformers and in vLLM like the 12B: all three kinds of mixer, two attention layers,
+RADIO tower, projector, tokenizer with the special tokens, chat template with /think and /no_think.
+Its weights are those of tiny/weights/model.safetensors, which `tiny.training.train` trains.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint.atomic import finished_directory, save_tensors
+from checkpoint.config import CheckpointConfig, read_config, read_json
+from checkpoint.faults import BadInput, Fault
+from checkpoint.files import SINGLE
+from checkpoint.layout import TensorSpec, expected_tensors
+from tiny.tokenizer import write_tiny_tokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Holds config.json and model.safetensors."""
+
+
+def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> CheckpointConfig:
+    """Write the tiny checkpoint and return its configuration.
+
+    Args:
+        out: Directory to write.
+        seed: Of the untrained weights.
+        trained: Whether to take the trained weights; otherwise they are random.
+
+    Raises:
+        BadInput: When `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise BadInput(Fault(str(out), "exists already", "remove it or give another output"))
+    config = CheckpointConfig(out, read_json(WEIGHTS / "config.json"))
+    with finished_directory(out) as partial:
+        shutil.copyfile(WEIGHTS / "config.json", partial / "config.json")
+        write_tiny_tokenizer(partial, config)
+        if trained:
+            shutil.copyfile(WEIGHTS / SINGLE, partial / SINGLE)
+        else:
+            save_tensors(_untrained_tensors(config, seed), partial / SINGLE)
+    return config
+
+
+def tiny_checkpoint(directory: Path) -> CheckpointConfig:
+    """Return the tiny checkpoint at `directory`; write it if it is not there or another version
+    wrote it.
+    """
+    fresh = directory.with_name(f".{directory.name}.fresh")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tiny(fresh)
+    names = os.listdir(fresh)
+    if directory.is_dir() and filecmp.cmpfiles(fresh, directory, names, shallow=False)[0] == names:
+        shutil.rmtree(fresh)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
+    return read_config(directory)
+
+
+def _untrained_tensors(config: CheckpointConfig, seed: int) -> dict[str, torch.Tensor]:
+    # NumPy guarantees that the streams of RandomState never change, so the bytes are the same on
+    # every machine.
+    random = np.random.RandomState(seed)
+    return {name: _untrained(name, spec, random) for name, spec in expected_tensors(config).items()}
+
+
+def _untrained(name: str, spec: TensorSpec, random: np.random.RandomState) -> torch.Tensor:
+    """Draw one tensor, scaled so that activations stay of order one; Mamba's decay and step size in
+    usual ranges.
+    """
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    shape = spec.shape
+    is_vector = len(shape) == 1
+    if spec.dtype == "I64":
+        return torch.arange(shape[0], dtype=torch.int64)
+    if last == "A_log":
+        values = np.log(random.uniform(1.0, 16.0, shape))
+    elif last == "dt_bias":
+        step = np.exp(random.uniform(np.log(0.001), np.log(0.1), shape))
+        values = step + np.log(-np.expm1(-step))  # inverse of softplus
+    elif last == "D" or (is_vector and not last.endswith("bias")):
+        values = 1.0 + 0.1 * random.standard_normal(shape)
+    elif last in ("token", "pos_embed", "embeddings"):
+        values = 0.5 * random.standard_normal(shape)
+    else:
+        fan_in = 2500 if is_vector else int(np.prod(shape[1:]))
+        values = random.standard_normal(shape) / np.sqrt(fan_in)
+    return torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16)
