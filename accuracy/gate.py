@@ -1,4 +1,5 @@
-"""The accuracy gate: measured figures against the thresholds a recipe demands, shown as one table."""
+"""The accuracy gate: measured figures against the thresholds a recipe demands, shown as one table.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ class Activations:
         self.lengths.append(length)
 
     def batches(self, tokens: int) -> list[Batch]:
-        """Samples of equal length together, up to `tokens` tokens or one sample; the longest first."""
+        """Samples of equal length together, up to `tokens` tokens or one sample; the longest first.
+        """
         by_length: dict[int, list[int]] = {}
         for index, length in enumerate(self.lengths):
             by_length.setdefault(length, []).append(index)

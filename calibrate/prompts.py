@@ -93,7 +93,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What stands in for one placeholder: its tokens, the runs of visual tokens in them, its tiles."""
+    """What stands in for one placeholder: its tokens, the runs of visual tokens in them, its tiles.
+    """
 
     token_ids: list[int]
     visual: tuple[Span, ...]

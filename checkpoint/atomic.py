@@ -1,68 +1,88 @@
-"""Writes a directory beside its target and renames it last, so that the target is whole or not
-there.
+"""Writes files and directories beside their target and renames them last: a target is whole or
+absent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.faults import BadInput, Fault
 
+if TYPE_CHECKING:
+    import torch
 
-def check_output(output: Path, needed: int) -> None:
-    """Refuse an output that exists, cannot be written, or whose disk is too small.
-
-    Args:
-        output: The directory to be written.
-        needed: Bytes of weights to come.
-
-    Raises:
-        BadInput: With what to do.
-    """
-    if output.exists():
-        raise BadInput(Fault(str(output), "exists already", "remove it, or give another output"))
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise BadInput(Fault(str(existing), "is a file, not a directory", "give another output"))
-    free = shutil.disk_usage(existing).free
-    if free < needed * 1.01 + 2**20:
-        what = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise BadInput(
-            Fault(str(output), what, "free some space, or give an output on another disk")
-        )
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: When the disk is full or the file cannot be written. safetensors reports both as a
-            `SafetensorError` whose text holds the system's error number.
-    """
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+_SPARE = 2**20
+"""Bytes left for directories and small files when space is checked."""
 
 
 @contextlib.contextmanager
-def finished_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty neighbour of `target` to write into; rename it to `target` at the end, remove
-    it on an error.
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary neighbour to write; at the end it is renamed to `path`.
 
-    A neighbour left by a killed run is removed first.
+    The neighbour is on the disk before it is renamed. It is removed when the body raises.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8."""
+    with replaced_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented by two spaces."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: By name, contiguous and on the CPU.
+        metadata: Text for the header; `{"format": "pt"}` when None, as transformers expects.
+
+    Raises:
+        OSError: The disk is full or the file cannot be written. safetensors reports both as a
+            `SafetensorError` whose text contains the system's error number.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replaced_file(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata or {"format": "pt"}))
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+
+
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty neighbour of `target` to write into; at the end it is renamed to `target`.
+
+    A neighbour that a killed run left is removed first. It is removed when the body raises.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -70,17 +90,81 @@ def finished_directory(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        publish(partial, target)
+        rename_directory(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def publish(partial: Path, target: Path) -> None:
-    """Bring all files of a finished directory onto the disk and rename it to `target`."""
-    for file in partial.rglob("*"):
+def rename_directory(finished: Path, target: Path) -> None:
+    """Flush all files of a finished directory to the disk and rename it to `target`."""
+    flush(finished)
+    os.rename(finished, target)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory so that a kill leaves it whole or gone."""
+    removed = directory.with_name(f"{directory.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if directory.exists():
+        directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or all files of a directory, to the disk."""
+    files = [path] if path.is_file() else path.rglob("*")
+    for file in files:
         if file.is_file():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-    os.rename(partial, target)
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files in a directory; 0 if there is none."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that `path` is on, or will be on."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def space_faults(path: Path, needed: int, purpose: str) -> Iterator[Fault]:
+    """Yield a fault when the disk of `path` has less than `needed` bytes free.
+
+    Args:
+        path: The file or directory that will be written; what it already holds counts as free.
+        needed: Bytes to be written.
+        purpose: What the bytes are for, for the message.
+    """
+    free = free_bytes(path) + directory_bytes(path)
+    if free < needed * 1.01 + _SPARE:
+        what = f"needs {needed / 1e9:.2f} GB{purpose}, {free / 1e9:.2f} GB are free"
+        yield Fault(str(path), what, "free some space, or give an output on another disk")
+
+
+def output_faults(output: Path) -> Iterator[Fault]:
+    """Yield a fault when an output directory exists or its parent is not a directory."""
+    if output.exists() or output.is_symlink():
+        yield Fault(str(output), "exists already", "remove it, or give another output")
+        return
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        yield Fault(str(existing), "is a file, not a directory", "give another output")
+
+
+def check_output(output: Path, needed: int) -> None:
+    """Refuse an output that exists, cannot be written, or whose disk is too small.
+
+    Args:
+        output: The directory to be written.
+        needed: Bytes to be written.
+
+    Raises:
+        BadInput: With what to do.
+    """
+    faults = list(output_faults(output)) or list(space_faults(output, needed, ""))
+    if faults:
+        raise BadInput(*faults)

@@ -1,25 +1,22 @@
-"""Reads config.json of a NemotronH_Nano_VL_V2 checkpoint: every key kept, the ones we rely on
-checked and named.
+"""Reads config.json of a checkpoint: every key is kept, and the keys that the project relies on are
+checked.
 
-Imports neither torch nor transformers, so the serve environment and every preflight can use it for
-nothing.
+Imports neither torch nor transformers, so the serve environment and every preflight can use it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.family import NEMOTRON_NANO_VL_V2, Family, find_family, known_architectures
 from checkpoint.faults import BadInput, Fault, raise_if_any
 
-ARCHITECTURE = "NemotronH_Nano_VL_V2"
-
-# Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. The same four
-# numbers stand in vLLM's RadioConfig (vllm/transformers_utils/configs/radio.py,
-# VIT_TIMM_DIM_BY_NAME).
+# Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. vLLM's
+# RadioConfig has the same numbers (vllm/transformers_utils/configs/radio.py, VIT_TIMM_DIM_BY_NAME).
 VIT_BY_NAME = {
     "vit_small_patch16_224": (384, 12, 6, 1536),
     "vit_base_patch16_224": (768, 12, 12, 3072),
@@ -27,22 +24,54 @@ VIT_BY_NAME = {
     "vit_huge_patch16_224": (1280, 32, 16, 5120),
 }
 
-MIXER_KINDS = {"M": "mamba", "-": "mlp", "*": "attention"}
-
 _TOP_KEYS = (
-    "downsample_ratio force_image_size img_context_token img_start_token img_end_token img_context_token_id "
-    "patch_size projector_hidden_size ps_version use_thumbnail vit_hidden_size norm_mean norm_std"
-).split()
+    "downsample_ratio",
+    "force_image_size",
+    "img_context_token",
+    "img_start_token",
+    "img_end_token",
+    "img_context_token_id",
+    "patch_size",
+    "projector_hidden_size",
+    "ps_version",
+    "use_thumbnail",
+    "vit_hidden_size",
+    "norm_mean",
+    "norm_std",
+)
 _TEXT_KEYS = (
-    "hidden_size hybrid_override_pattern num_attention_heads num_key_value_heads head_dim intermediate_size "
-    "mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel chunk_size vocab_size "
-    "max_position_embeddings"
-).split()
+    "hidden_size",
+    "hybrid_override_pattern",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "conv_kernel",
+    "chunk_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_COPY_CONFIG = "copy config.json from the released checkpoint"
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """The RADIO tower's dimensions, from `vision_config.args.model` and its overrides."""
+    """The RADIO tower's dimensions, from `vision_config.args.model` and its overrides.
+
+    Attributes:
+        hidden_size: Width.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        mlp_size: Width inside a block's MLP.
+        patch_size: Side of a patch in pixels.
+        prefix_tokens: Class and register tokens before the patches.
+        class_tokens: The class tokens among them.
+        position_side: Side of the square position table in patches: `cpe_max_size / patch_size`.
+    """
 
     hidden_size: int
     layers: int
@@ -50,20 +79,23 @@ class VisionTower:
     mlp_size: int
     patch_size: int
     prefix_tokens: int
-    """Class and register tokens before the patches, together a multiple of `register_multiple`."""
     class_tokens: int
     position_side: int
-    """Side of the square position table, in patches (`cpe_max_size / patch_size`)."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint's config.json. `raw` is the file as it stands; the properties are what the rooms
-    ask of it.
+    """A checkpoint's config.json.
+
+    Attributes:
+        directory: The checkpoint directory.
+        raw: The content of the file.
+        family: The names of the model family.
     """
 
     directory: Path
     raw: Mapping[str, Any]
+    family: Family = NEMOTRON_NANO_VL_V2
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -72,8 +104,18 @@ class CheckpointConfig:
 
     @property
     def pattern(self) -> str:
-        """One character a layer: `M` Mamba-2, `-` MLP, `*` attention."""
+        """One character per layer: `M` Mamba-2, `-` MLP, `*` attention."""
         return self.text["hybrid_override_pattern"]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of the language model."""
+        return len(self.pattern)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model's residual stream."""
+        return self.text["hidden_size"]
 
     @property
     def tile_size(self) -> int:
@@ -100,37 +142,42 @@ class CheckpointConfig:
     def vision(self) -> VisionTower:
         """The vision tower's dimensions."""
         args = self.raw["vision_config"]["args"]
-        named = VIT_BY_NAME[args["model"]]
-        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        width, depth, heads, mlp = (
-            args.get(key, value) for key, value in zip(keys, named, strict=True)
-        )
-        patch = self.raw["patch_size"]
-        teachers = {teacher["name"] for teacher in args.get("teachers", [])}
-        class_tokens = len(teachers) if args.get("cls_token_per_teacher") else 1
-        multiple = args.get("register_multiple") or 0
-        registers = args.get("cpe_num_registers") or (
-            multiple - class_tokens % multiple if multiple else 0
-        )
+        width, depth, heads, mlp_size = VIT_BY_NAME[args["model"]]
+        patch_size = self.raw["patch_size"]
+        class_tokens = 1
+        if args.get("cls_token_per_teacher"):
+            class_tokens = len({teacher["name"] for teacher in args.get("teachers", [])})
         return VisionTower(
-            width,
-            depth,
-            heads,
-            mlp,
-            patch,
-            class_tokens + registers,
-            class_tokens,
-            args["cpe_max_size"] // patch,
+            hidden_size=args.get("hidden_size", width),
+            layers=args.get("num_hidden_layers", depth),
+            heads=args.get("num_attention_heads", heads),
+            mlp_size=args.get("intermediate_size", mlp_size),
+            patch_size=patch_size,
+            prefix_tokens=class_tokens + _registers(args, class_tokens),
+            class_tokens=class_tokens,
+            position_side=args["cpe_max_size"] // patch_size,
         )
 
     def mixer_kind(self, layer: int) -> str:
         """`mamba`, `mlp` or `attention`."""
-        return MIXER_KINDS[self.pattern[layer]]
+        return self.family.mixers[self.pattern[layer]]
+
+
+def _registers(args: Mapping[str, Any], class_tokens: int) -> int:
+    """Number of register tokens: a given number, or what fills up to `register_multiple`."""
+    if args.get("cpe_num_registers"):
+        return args["cpe_num_registers"]
+    multiple = args.get("register_multiple") or 0
+    if not multiple:
+        return 0
+    return multiple - class_tokens % multiple
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`; raises `BadInput` naming the file when it is missing or is
-    not one.
+    """Read a JSON object from `path`.
+
+    Raises:
+        BadInput: The file is missing, cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -139,17 +186,11 @@ def read_json(path: Path) -> dict[str, Any]:
             Fault(str(path), "no such file", "is this a checkpoint directory?")
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(
-            Fault(str(path), f"cannot be read as JSON: {error}", "copy the file again")
-        ) from None
+        what = f"cannot be read as JSON: {error}"
+        raise BadInput(Fault(str(path), what, "copy the file again")) from None
     if not isinstance(value, dict):
-        raise BadInput(
-            Fault(
-                str(path),
-                f"holds a {type(value).__name__}, not a JSON object",
-                "copy the file again",
-            )
-        )
+        what = f"is a JSON {type(value).__name__}, not a JSON object"
+        raise BadInput(Fault(str(path), what, "copy the file again"))
     return value
 
 
@@ -157,72 +198,59 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     """Read and check `directory/config.json`.
 
     Raises:
-        BadInput: With every fault: no such directory, another architecture, a missing key, an
+        BadInput: With every fault: no such directory, an unknown architecture, a missing key, an
             unknown mixer kind or vision tower.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise BadInput(
-            Fault(str(directory), "no such directory", "give the directory of the checkpoint")
-        )
-    raw = read_json(directory / "config.json")
-    where = str(directory / "config.json")
-    found = raw.get("architectures")
-    if found != [ARCHITECTURE]:
-        raise BadInput(
-            Fault(
-                where,
-                f"architectures is {found}, expected ['{ARCHITECTURE}']",
-                "only this model works",
-            )
-        )
-    raise_if_any(_faults(raw, where))
-    return CheckpointConfig(directory, raw)
+        remedy = "give the directory of a checkpoint"
+        raise BadInput(Fault(str(directory), "no such directory", remedy))
+    path = directory / "config.json"
+    raw = read_json(path)
+    family = find_family(raw.get("architectures"))
+    if family is None:
+        known = ", ".join(known_architectures())
+        what = f"architectures is {str(raw.get('architectures'))[:200]}, expected one of: {known}"
+        raise BadInput(Fault(str(path), what, "only these models are supported"))
+    raise_if_any(_config_faults(raw, family, str(path)))
+    return CheckpointConfig(directory, raw, family)
 
 
-def _faults(raw: Mapping[str, Any], where: str) -> list[Fault]:
-    remedy = "copy config.json from the released checkpoint"
-    faults = [Fault(where, f"key {key} is missing", remedy) for key in _TOP_KEYS if key not in raw]
-    text, vision = raw.get("llm_config"), raw.get("vision_config")
-    if not isinstance(text, dict):
-        faults.append(Fault(where, "llm_config is missing", remedy))
+def _config_faults(raw: Mapping[str, Any], family: Family, where: str) -> Iterator[Fault]:
+    for key in _TOP_KEYS:
+        if key not in raw:
+            yield Fault(where, f"key {key} is missing", _COPY_CONFIG)
+    text = raw.get("llm_config")
+    if isinstance(text, dict):
+        yield from _text_faults(text, family, where)
     else:
-        faults += [
-            Fault(where, f"key llm_config.{key} is missing", remedy)
-            for key in _TEXT_KEYS
-            if key not in text
-        ]
-        pattern = str(text.get("hybrid_override_pattern", ""))
-        if strange := sorted(set(pattern) - set(MIXER_KINDS)):
-            faults.append(
-                Fault(
-                    where,
-                    f"llm_config.hybrid_override_pattern has {strange}, allowed are M - *",
-                    "no MoE here",
-                )
-            )
-        if text.get("num_hidden_layers", len(pattern)) != len(pattern):
-            faults.append(
-                Fault(
-                    where,
-                    f"num_hidden_layers {text['num_hidden_layers']} but {len(pattern)} in pattern",
-                )
-            )
-        # vLLM reads the dtype of the embeddings it is to build from here and asserts that it is
-        # one.
-        if (text.get("torch_dtype") or text.get("dtype")) != "bfloat16":
-            faults.append(
-                Fault(where, "llm_config.torch_dtype is not bfloat16", "vLLM needs it: add it")
-            )
+        yield Fault(where, "llm_config is missing", _COPY_CONFIG)
+    yield from _vision_faults(raw.get("vision_config"), where)
+
+
+def _text_faults(text: Mapping[str, Any], family: Family, where: str) -> Iterator[Fault]:
+    for key in _TEXT_KEYS:
+        if key not in text:
+            yield Fault(where, f"key llm_config.{key} is missing", _COPY_CONFIG)
+    pattern = str(text.get("hybrid_override_pattern", ""))
+    unknown = sorted(set(pattern) - set(family.mixers))
+    if unknown:
+        allowed = " ".join(family.mixers)
+        what = f"llm_config.hybrid_override_pattern contains {unknown}, allowed are {allowed}"
+        yield Fault(where, what, "mixture-of-experts layers are not supported")
+    layers = text.get("num_hidden_layers", len(pattern))
+    if layers != len(pattern):
+        what = f"num_hidden_layers is {layers}, the pattern has {len(pattern)} layers"
+        yield Fault(where, what, _COPY_CONFIG)
+    # vLLM reads the dtype of the embeddings from this key and asserts that it is one.
+    if (text.get("torch_dtype") or text.get("dtype")) != "bfloat16":
+        yield Fault(where, "llm_config.torch_dtype is not bfloat16", "add it: vLLM requires it")
+
+
+def _vision_faults(vision: object, where: str) -> Iterator[Fault]:
     args = vision.get("args") if isinstance(vision, dict) else None
     if not isinstance(args, dict) or "cpe_max_size" not in args:
-        faults.append(Fault(where, "vision_config.args.cpe_max_size is missing", remedy))
+        yield Fault(where, "vision_config.args.cpe_max_size is missing", _COPY_CONFIG)
     elif args.get("model") not in VIT_BY_NAME:
-        faults.append(
-            Fault(
-                where,
-                f"vision_config.args.model is {args.get('model')!r}",
-                f"known: {', '.join(VIT_BY_NAME)}",
-            )
-        )
-    return faults
+        what = f"vision_config.args.model is {args.get('model')!r}"
+        yield Fault(where, what, f"known: {', '.join(VIT_BY_NAME)}")

@@ -1,23 +1,19 @@
-"""How bad input is reported: one fault names the thing and the remedy, all faults are raised at
-once.
-"""
+"""How bad input is reported: a fault names the thing, what is wrong and the remedy; all faults are raised at once."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# What the system refuses for reasons that only the user can mend: disk full, quota, size limit,
-# read-only, no right.
-_USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_SHOWN = 50
+"""Faults that a command prints before it counts the rest."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with the input.
+    """One thing that is wrong with the input.
 
     Attributes:
         where: The file, tensor, field or sample that is wrong.
@@ -30,13 +26,12 @@ class Fault:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f" ({self.remedy})" if self.remedy else "")
+        text = f"{self.where}: {self.what}"
+        return f"{text} ({self.remedy})" if self.remedy else text
 
 
 class BadInput(Exception):
-    """Raised for everything that ends a command with exit status 2; carries every fault found, not
-    the first.
-    """
+    """Raised for everything that ends a command with exit status 2; carries every fault found."""
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
@@ -51,38 +46,47 @@ def raise_if_any(faults: Iterable[Fault]) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a remedy that names the valid choice nearest to `name`, or all of them when none is
-    near.
-    """
+    """Return a remedy that names the valid choice nearest to `name`, or all of them if none is near."""
     import difflib
 
     choices = sorted(valid)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"choose from {', '.join(choices)}"
 
 
 def main(run: Callable[[], int]) -> None:
-    """Run a command and leave the process with its exit status: bad input is printed to stderr and
-    exits 2.
+    """Run a command and leave the process with its exit status.
 
-    A full disk is the user's to mend, so it is bad input too. Any other exception is a defect of
-    ours and keeps its traceback.
+    Bad input is printed to stderr and ends with 2, and so does an error of the operating system,
+    such as a full disk, which only the user can fix. Any other exception is a defect of ours and
+    keeps its traceback.
     """
     try:
-        sys.exit(run())
+        status = run()
     except BadInput as bad:
-        shown = bad.faults[:50]
-        for fault in shown:
-            print(f"error: {fault}", file=sys.stderr)
-        if len(bad.faults) > len(shown):
-            print(f"error: … and {len(bad.faults) - len(shown)} more", file=sys.stderr)
-        sys.exit(2)
+        _print_faults(bad.faults)
+        status = 2
     except OSError as error:
-        if error.errno not in _USERS_ERRORS:
-            raise
-        print(f"error: {error.filename or 'output'}: {os.strerror(error.errno)}"
-              " (free some space, or choose another output)", file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        _print_system_error(error)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    sys.exit(status)
+
+
+def _print_faults(faults: tuple[Fault, ...]) -> None:
+    for fault in faults[:_SHOWN]:
+        print(f"error: {fault}", file=sys.stderr)
+    more = len(faults) - _SHOWN
+    if more > 0:
+        print(f"error: … and {more} more", file=sys.stderr)
+
+
+def _print_system_error(error: OSError) -> None:
+    where = error.filename or "output"
+    what = os.strerror(error.errno) if error.errno else str(error)[:200]
+    remedy = "free some space, or choose another output"
+    print(f"error: {where}: {what} ({remedy})", file=sys.stderr)

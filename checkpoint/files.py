@@ -1,5 +1,5 @@
-"""Safetensors files of a checkpoint directory, single or sharded: what is in them, and one tensor
-at a time.
+"""Safetensors files of a checkpoint directory, single or sharded: their headers, and one tensor at
+a time.
 """
 
 from __future__ import annotations
@@ -15,25 +15,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.config import read_json
+from checkpoint.dtypes import TORCH_NAMES
 from checkpoint.faults import BadInput, Fault, raise_if_any
-from checkpoint.layout import OPTIONAL, TensorSpec, expected_tensors
+from checkpoint.layout import Specs, TensorSpec
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
+"""torch's dtypes by the names that safetensors gives them."""
+
 Result = TypeVar("Result")
+Reader = Callable[[str], torch.Tensor]
+"""Returns the tensor of a name."""
+
 THREADS = 8
-"""Threads that read and compare tensors; each holds one tensor of the source and a few copies of a
+"""Threads that read and compare tensors. Each holds one tensor of the source and a few copies of a
 part of it.
 """
 INDEX = "model.safetensors.index.json"
@@ -51,7 +46,7 @@ class TensorFiles:
 
     Raises:
         BadInput: On opening, with every fault: no weights, an index that names files or tensors
-            that are not there, a truncated or corrupt file.
+            that do not exist, a truncated or corrupt file.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -59,59 +54,56 @@ class TensorFiles:
         self.specs: dict[str, TensorSpec] = {}
         self.location: dict[str, str] = {}
         self._start: dict[str, int] = {}
-        indexed: dict[str, str] = {}
-        if (self.directory / INDEX).exists():
-            weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise BadInput(
-                    Fault(str(self.directory / INDEX), "holds no weight_map", "copy the file again")
-                )
-            indexed = weight_map
-            self.files = sorted(set(indexed.values()))
-        elif (self.directory / SINGLE).exists():
-            self.files = [SINGLE]
-        else:
-            raise BadInput(
-                Fault(
-                    str(self.directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights"
-                )
-            )
+        index = self._read_index()
+        self.files = sorted(set(index.values())) if index else [SINGLE]
         faults = [fault for file in self.files for fault in self._read_header(file)]
-        faults += [
-            Fault(
-                str(self.directory / INDEX),
-                f"says {name} is in {file}, where it is not",
-                "copy the shard again",
-            )
-            for name, file in indexed.items()
-            if not faults and self.location.get(name) != file
-        ]
+        if not faults:
+            faults = list(self._index_faults(index))
         raise_if_any(faults)
+
+    def _read_index(self) -> dict[str, str]:
+        """File name of each tensor by the index; empty for a single file."""
+        path = self.directory / INDEX
+        if path.exists():
+            weight_map = read_json(path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise BadInput(Fault(str(path), "has no weight_map", "copy the file again"))
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                what = "its weight_map has values that are not file names"
+                raise BadInput(Fault(str(path), what, "copy the file again"))
+            return weight_map
+        if not (self.directory / SINGLE).exists():
+            what = f"contains neither {INDEX} nor {SINGLE}"
+            raise BadInput(Fault(str(self.directory), what, "copy the weights"))
+        return {}
+
+    def _index_faults(self, index: Mapping[str, str]) -> Iterator[Fault]:
+        for name, file in index.items():
+            if self.location.get(name) != file:
+                what = f"says that {name} is in {file}, where it is not"
+                yield Fault(str(self.directory / INDEX), what, "copy the shard again")
 
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
         try:
-            # For its checks of the header; "pt" would map the whole file as private memory, against
-            # any limit on it.
+            # safe_open checks the header. Framework "pt" would map the whole file as private
+            # memory, which counts against a limit on the process.
             with safe_open(path, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 (a safe_open is no dict)
+                for name in opened.keys():  # noqa: SIM118 (a safe_open is not a dict)
                     part = opened.get_slice(name)
                     self.specs[name] = TensorSpec(tuple(part.get_shape()), part.get_dtype())
                     self.location[name] = file
             with path.open("rb") as raw:
                 size = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(size))
-            self._start |= {
-                n: 8 + size + part["data_offsets"][0]
-                for n, part in header.items()
-                if n in self.specs
-            }
+            for name, entry in header.items():
+                if name in self.specs:
+                    self._start[name] = 8 + size + entry["data_offsets"][0]
         except FileNotFoundError:
             yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         except (SafetensorError, OSError, ValueError) as error:
-            yield Fault(str(path), f"is truncated or corrupt: {error}", "copy the file again")
+            what = f"is truncated or not a safetensors file: {str(error)[:200]}"
+            yield Fault(str(path), what, "copy the file again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -120,17 +112,17 @@ class TensorFiles:
         return name in self.specs
 
     def read(self, name: str, pin: bool = False) -> torch.Tensor:
-        """The tensor `name` in memory of its own; several threads may read at once.
+        """Read one tensor into memory of its own. Several threads may read at once.
 
-        Not mapped: pages of a mapped file stay in the process until the whole file is closed, and
-        count against the memory limit of a run that is meant to hold one layer at a time.
+        The file is not mapped: pages of a mapped file stay in the process until the whole file is
+        closed, and count against the memory limit of a run that must hold one layer at a time.
 
         Args:
             name: As in the files.
-            pin: Into page-locked memory, from which a GPU can copy while it computes.
+            pin: Whether to read into page-locked memory, from which a GPU can copy asynchronously.
 
         Raises:
-            OSError: When the file is gone or has become shorter.
+            OSError: The file is gone or has become shorter.
         """
         spec = self.specs[name]
         tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], pin_memory=pin)
@@ -155,95 +147,79 @@ def read_into(descriptor: int, tensor: torch.Tensor, start: int, path: Path) -> 
     """Fill a contiguous tensor on the CPU with a file's bytes from `start`.
 
     Raises:
-        OSError: When the file ends before.
+        OSError: The file ends before.
     """
     left = bytes_of(tensor)
     while left:
         count = os.preadv(descriptor, [left], start)  # Linux reads at most 2 GiB at once
         if not count:
             raise OSError(f"{path}: ends before byte {start + len(left)}")
-        left, start = left[count:], start + count
+        left = left[count:]
+        start += count
 
 
 def layout_faults(
-    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str
+    found: Specs, expected: Specs, where: str, optional: Iterable[str] = ()
 ) -> list[Fault]:
-    """Every tensor that is missing, extra, mis-shaped or of another dtype: vLLM loads them all
-    silently.
+    """Compare the tensors of a directory with those that its config requires.
+
+    vLLM loads a checkpoint with missing, extra or mis-shaped tensors without an error.
+
+    Args:
+        found: The tensors there are.
+        expected: The tensors there should be.
+        where: The directory, for the message.
+        optional: Names that may be missing or present.
     """
-    other = "is this the checkpoint that config.json describes?"
-    faults = [
-        Fault(where, f"tensor {name} is missing", other)
-        for name in expected
-        if name not in found and name not in OPTIONAL
-    ]
+    remedy = "is this the checkpoint that config.json describes?"
+    allowed = set(optional)
+    faults = []
+    for name in expected:
+        if name not in found and name not in allowed:
+            faults.append(Fault(where, f"tensor {name} is missing", remedy))
     for name, spec in found.items():
         if name not in expected:
-            if name not in OPTIONAL:
-                faults.append(
-                    Fault(where, f"tensor {name} is not part of this architecture", other)
-                )
+            if name not in allowed:
+                what = f"tensor {name} is not part of this architecture"
+                faults.append(Fault(where, what, remedy))
         elif spec != expected[name]:
             want = expected[name]
-            faults.append(
-                Fault(
-                    where,
-                    f"tensor {name} is {spec.dtype} {list(spec.shape)}, not {want.dtype} {list(want.shape)}",
-                    other,
-                )
-            )
+            is_now = f"{spec.dtype} {list(spec.shape)}"
+            should_be = f"{want.dtype} {list(want.shape)}"
+            faults.append(Fault(where, f"tensor {name} is {is_now}, not {should_be}", remedy))
     return faults
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity.
+    """Whether a floating-point tensor contains neither NaN nor infinity.
 
-    By its extremes, which carry a NaN along: on BF16 and a CPU 14 times as fast as
-    `torch.isfinite`.
+    Its extremes are tested, which propagate NaN: for BF16 on a CPU this is 14 times as fast as
+    `torch.isfinite` on every element.
     """
-    return tensor.numel() == 0 or all(
-        bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)
-    )
+    if tensor.numel() == 0:
+        return True
+    smallest, largest = torch.aminmax(tensor)
+    return bool(torch.isfinite(smallest)) and bool(torch.isfinite(largest))
 
 
 def in_threads(
     work: Callable[[str], Result], names: Iterable[str], most: int = THREADS
 ) -> Iterator[Result]:
-    """Results of `work` in the order of `names`; torch and the file system leave the interpreter
-    free meanwhile.
-    """
+    """Yield the results of `work` in the order of `names`, computed in several threads."""
     with ThreadPoolExecutor(min(most, os.cpu_count() or 1)) as threads:
         yield from threads.map(work, names)
 
 
 def nonfinite_faults(tensors: TensorFiles) -> list[Fault]:
-    """Every tensor that holds NaN or infinity. Reads all weights once, a few tensors at a time."""
+    """Return a fault for every tensor that contains NaN or infinity. Reads all weights once."""
 
-    def check(name: str) -> list[Fault]:
+    def check(name: str) -> Fault | None:
         tensor = tensors.read(name)
         if not tensor.is_floating_point() or all_finite(tensor):
-            return []
-        bad = int((~torch.isfinite(tensor)).sum())
-        remedy = "the checkpoint is broken: train or copy again"
-        return [Fault(name, f"holds {bad} NaN or infinite values", remedy)]
+            return None
+        count = int((~torch.isfinite(tensor)).sum())
+        what = f"contains {count} NaN or infinite values"
+        return Fault(name, what, "the checkpoint is broken: train or copy it again")
 
     names = tqdm(tensors, desc="reading weights", unit="tensor", leave=False, disable=None)
-    return [fault for faults in in_threads(check, names) for fault in faults]
-
-
-def check_weights(config: CheckpointConfig, finite: bool = True) -> TensorFiles:
-    """Open the weights of a BF16 checkpoint and hold them against its config.
-
-    Args:
-        config: The checkpoint's configuration.
-        finite: Also read every weight and refuse NaN and infinity.
-
-    Raises:
-        BadInput: With every fault found.
-    """
-    tensors = TensorFiles(config.directory)
-    faults = layout_faults(tensors.specs, expected_tensors(config), str(config.directory))
-    if finite and not faults:
-        faults = nonfinite_faults(tensors)
-    raise_if_any(faults)
-    return tensors
+    return [fault for fault in in_threads(check, names) if fault is not None]

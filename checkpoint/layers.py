@@ -1,117 +1,113 @@
-"""The language model one layer at a time: each read while the one before it computes, and dropped
-after it.
+"""The language model one layer at a time: a layer is read while the one before it computes.
 
-What comes is transformers' own `NemotronHForCausalLM` that holds a single block under its usual
-name, so that masks, names and ModelOpt's treatment of it are those of the whole model.
+Each comes as transformers' own `NemotronHForCausalLM` with a single block under its usual name, so
+that masks, names and ModelOpt's treatment are those of the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHForCausalLM
 
-from checkpoint.classes import NemotronHBlock, NemotronHForCausalLM
-from checkpoint.config import CheckpointConfig
-from checkpoint.layout import LAYERS, TensorSpec, expected_tensors, spec_bytes
+from checkpoint.files import Reader
+from checkpoint.layout import TensorSpec, select_prefix, spec_bytes
 from checkpoint.native import native_config
-
-Reader = Callable[[str], torch.Tensor]
-
-
-def layer_specs(config: CheckpointConfig, layer: int) -> dict[str, TensorSpec]:
-    """The tensors of one layer by checkpoint name."""
-    prefix = f"{LAYERS}{layer}."
-    return {
-        name: spec for name, spec in expected_tensors(config).items() if name.startswith(prefix)
-    }
+from checkpoint.opened import Checkpoint
 
 
-def largest_layer(config: CheckpointConfig) -> int:
-    """Bytes of the largest layer's weights."""
-    sizes = [0] * len(config.pattern)
-    for name, spec in expected_tensors(config).items():
-        if name.startswith(LAYERS):
-            sizes[int(name.removeprefix(LAYERS).partition(".")[0])] += spec_bytes({name: spec})
-    return max(sizes)
+def layer_specs(checkpoint: Checkpoint, layer: int) -> dict[str, TensorSpec]:
+    """The BF16 tensors of one layer by checkpoint name."""
+    return select_prefix(checkpoint.layout, checkpoint.config.family.layer_prefix(layer))
 
 
-def layer_configs(config: CheckpointConfig) -> tuple[Any, Any]:
-    """transformers' configuration of the language model, and of one without layers; made once, for
-    it is slow.
-    """
-    native, empty = native_config(config).text_config, native_config(config).text_config
-    empty.layers_block_type = []  # type: ignore[union-attr]
-    return native, empty
+def largest_layer(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest layer's BF16 weights."""
+    depth = checkpoint.config.depth
+    return max(spec_bytes(layer_specs(checkpoint, layer)) for layer in range(depth))
 
 
-def single_layer(
-    configs: tuple[Any, Any], layer: int, tensors: dict[str, torch.Tensor]
-) -> NemotronHForCausalLM:
-    """The language model with one layer and nothing else, in `eval()` mode.
+def outside_layers(checkpoint: Checkpoint) -> int:
+    """Bytes of everything but the layers: embeddings, head, projector, vision tower."""
+    layer_of = checkpoint.config.family.layer_of
+    specs = checkpoint.tensors.specs
+    return spec_bytes({name: spec for name, spec in specs.items() if layer_of(name) is None})
 
-    Args:
-        configs: From `layer_configs`.
-        layer: Its index; the block is found as `model.layers.<layer>`.
-        tensors: Its weights by checkpoint name, on the device it is to run on.
 
-    Returns:
-        A model of which `.model(inputs_embeds=…)` gives the residual stream behind the layer, not
-        normalised.
-    """
-    native, empty = configs
-    with torch.device("meta"):
-        model: Any = NemotronHForCausalLM(empty)
-        native._attn_implementation = model.config._attn_implementation
-        block = NemotronHBlock(native, layer)
-    prefix = f"{LAYERS}{layer}."
-    block.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in tensors.items()}, assign=True
-    )
-    model.model.layers.add_module(str(layer), block)
-    model.config = model.model.config = native
-    native.architectures = ["NemotronHForCausalLM"]
-    model.model.embeddings = model.lm_head = None
-    model.model.norm_f = nn.Identity()
-    alone: NemotronHForCausalLM = model.requires_grad_(False).eval()
-    return alone
+class LayerBuilder:
+    """Builds single layers of one checkpoint. transformers' configs are made once, which is slow."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._family = checkpoint.config.family
+        self._native: Any = native_config(checkpoint.config).text_config
+        self._native.architectures = ["NemotronHForCausalLM"]
+        self._empty: Any = native_config(checkpoint.config).text_config
+        self._empty.layers_block_type = []
+
+    def build(self, layer: int, tensors: dict[str, torch.Tensor]) -> NemotronHForCausalLM:
+        """Build the language model with one layer and nothing else, in `eval()` mode.
+
+        Args:
+            layer: Its index; the block is found as `model.layers.<layer>`.
+            tensors: Its weights by checkpoint name, on the device that it runs on.
+
+        Returns:
+            A model whose `.model(inputs_embeds=…)` returns the residual stream behind the layer,
+            not normalized.
+        """
+        with torch.device("meta"):
+            model: Any = NemotronHForCausalLM(self._empty)
+            self._native._attn_implementation = model.config._attn_implementation
+            block = NemotronHBlock(self._native, layer)
+        prefix = self._family.layer_prefix(layer)
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        block.load_state_dict(state, assign=True)
+        model.model.layers.add_module(str(layer), block)
+        model.config = self._native
+        model.model.config = self._native
+        model.model.embeddings = None
+        model.lm_head = None
+        model.model.norm_f = nn.Identity()
+        single: NemotronHForCausalLM = model.requires_grad_(False).eval()
+        return single
 
 
 def read_layers(
-    config: CheckpointConfig, device: str, read: Reader, first: int = 0
+    checkpoint: Checkpoint, device: str, read: Reader, first: int = 0
 ) -> Iterator[tuple[int, NemotronHForCausalLM]]:
-    """Yield the layers from `first` on with their index; drop each before asking for the next.
+    """Yield the layers from `first` on with their index. Drop each before the next is requested.
 
     Args:
-        config: The checkpoint's.
-        device: Where they are to run.
-        read: Gives the BF16 tensor of a checkpoint name; called in a thread of its own, one layer
-            ahead.
-        first: Index of the first layer wanted.
+        checkpoint: Gives the layers' names.
+        device: Where they run.
+        read: Returns the BF16 tensor of a checkpoint name; called in a thread, one layer ahead.
+        first: Index of the first layer.
 
     Raises:
-        OSError: When a file cannot be read.
+        OSError: A file cannot be read.
     """
-    depth, configs = len(config.pattern), layer_configs(config)
-    names = [list(layer_specs(config, layer)) for layer in range(depth)]
+    depth = checkpoint.config.depth
+    builder = LayerBuilder(checkpoint)
+
+    def read_layer(layer: int) -> dict[str, torch.Tensor]:
+        return {name: read(name) for name in layer_specs(checkpoint, layer)}
+
+    if first >= depth:
+        return
     with ThreadPoolExecutor(1, "read-layer") as thread:
-
-        def ahead(layer: int) -> dict[str, torch.Tensor]:
-            return {name: read(name) for name in names[layer]}
-
-        coming = thread.submit(ahead, first) if first < depth else None
+        coming = thread.submit(read_layer, first)
         for layer in range(first, depth):
-            assert coming is not None
-            # non_blocking: from page-locked memory the copy queues behind what the GPU is doing.
-            tensors = {
-                name: tensor.to(device, non_blocking=True)
-                for name, tensor in coming.result().items()
-            }
-            coming = thread.submit(ahead, layer + 1) if layer + 1 < depth else None
-            model = single_layer(configs, layer, tensors)
+            tensors = {}
+            for name, tensor in coming.result().items():
+                # From page-locked memory, the copy is queued behind what the GPU computes.
+                tensors[name] = tensor.to(device, non_blocking=True)
+            if layer + 1 < depth:
+                coming = thread.submit(read_layer, layer + 1)
+            model = builder.build(layer, tensors)
             del tensors
             yield layer, model
             del model

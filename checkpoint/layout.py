@@ -1,5 +1,5 @@
-"""The tensors a NemotronH_Nano_VL_V2 checkpoint must hold, computed from its config: names, shapes,
-dtypes, linears.
+"""The tensors that a checkpoint must hold, computed from its config: names, shapes, dtypes,
+linears.
 """
 
 from __future__ import annotations
@@ -9,16 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from checkpoint.config import CheckpointConfig
-
-LANGUAGE_MODEL = "language_model."
-LAYERS = LANGUAGE_MODEL + "backbone.layers."
-
-# vLLM's loader passes over the input conditioner, and nobody here has seen whether the release
-# holds it.
-OPTIONAL = (
-    "vision_model.radio_model.input_conditioner.norm_mean",
-    "vision_model.radio_model.input_conditioner.norm_std",
-)
+from checkpoint.dtypes import BYTES
 
 
 @dataclass(frozen=True)
@@ -27,6 +18,15 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: str = "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return BYTES[self.dtype] * math.prod(self.shape)
+
+
+Specs = Mapping[str, TensorSpec]
+"""Tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +50,67 @@ class Linear:
         """The last part of the name: `in_proj`, `q_proj`, `up_proj`, …"""
         return self.name.rsplit(".", 1)[1]
 
+    @property
+    def mixer(self) -> str:
+        """The name of the mixer that it belongs to."""
+        return self.name.rsplit(".", 1)[0]
 
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
 
-
-def spec_bytes(specs: Mapping[str, TensorSpec]) -> int:
+def spec_bytes(specs: Specs) -> int:
     """Bytes of the tensors that `specs` describe."""
-    return sum(_BYTES[spec.dtype] * math.prod(spec.shape) for spec in specs.values())
+    return sum(spec.nbytes for spec in specs.values())
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
-    """Tensor names by shard, in order, none over `shard_bytes` unless one tensor is."""
-    shards: list[list[str]] = [[]]
+def select_prefix(specs: Specs, prefix: str) -> dict[str, TensorSpec]:
+    """The tensors whose name begins with `prefix`."""
+    return {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+
+
+def split_by_size(specs: Specs, shard_bytes: int) -> list[list[str]]:
+    """Divide tensors into shards, in order.
+
+    Returns:
+        Tensor names by shard. No shard is larger than `shard_bytes` unless a single tensor is.
+    """
+    shards: list[list[str]] = []
     size = 0
     for name, spec in specs.items():
-        own = spec_bytes({name: spec})
-        if shards[-1] and size + own > shard_bytes:
+        if not shards or size + spec.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += own
+        size += spec.nbytes
     return shards
 
 
 def language_model_linears(config: CheckpointConfig) -> list[Linear]:
-    """Every linear layer of the language model's blocks, in order; not the embeddings, `lm_head` or
-    `conv1d`.
+    """Every linear layer of the language model's blocks, in order.
+
+    The embeddings, `lm_head` and `conv1d` are not among them.
     """
+    shapes = _linear_shapes(config)
+    linears = []
+    for layer in range(config.depth):
+        kind = config.mixer_kind(layer)
+        prefix = config.family.layer_prefix(layer)
+        for short, shape in shapes[kind].items():
+            linears.append(Linear(f"{prefix}mixer.{short}", kind, layer, shape))
+    return linears
+
+
+def _linear_shapes(config: CheckpointConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """(out_features, in_features) of each linear by kind of mixer."""
     text = config.text
-    hidden, inner = text["hidden_size"], text["mamba_num_heads"] * text["mamba_head_dim"]
+    hidden = text["hidden_size"]
+    heads = text["mamba_num_heads"]
+    inner = heads * text["mamba_head_dim"]
     groups = text["n_groups"] * text["ssm_state_size"]
-    queries, keys = (
-        text[key] * text["head_dim"] for key in ("num_attention_heads", "num_key_value_heads")
-    )
-    by_kind = {
-        # Rows of in_proj: gate z, x, B, C and one step size dt a head.
+    queries = text["num_attention_heads"] * text["head_dim"]
+    keys = text["num_key_value_heads"] * text["head_dim"]
+    return {
+        # Rows of in_proj: gate z, x, B, C and one step size dt per head.
         "mamba": {
-            "in_proj": (2 * inner + 2 * groups + text["mamba_num_heads"], hidden),
+            "in_proj": (2 * inner + 2 * groups + heads, hidden),
             "out_proj": (hidden, inner),
         },
         "mlp": {
@@ -100,62 +124,65 @@ def language_model_linears(config: CheckpointConfig) -> list[Linear]:
             "o_proj": (hidden, queries),
         },
     }
-    return [
-        Linear(
-            f"language_model.backbone.layers.{layer}.mixer.{name}",
-            config.mixer_kind(layer),
-            layer,
-            shape,
-        )
-        for layer in range(len(config.pattern))
-        for name, shape in by_kind[config.mixer_kind(layer)].items()
-    ]
 
 
 def expected_tensors(config: CheckpointConfig) -> dict[str, TensorSpec]:
     """Every tensor of the checkpoint by name, in the order of the model."""
-    return dict(_language_model(config)) | dict(_projector(config)) | dict(_vision(config))
+    specs = dict(_language_model(config))
+    specs.update(_projector(config))
+    specs.update(_vision(config))
+    return specs
 
 
 def _language_model(config: CheckpointConfig) -> Iterator[tuple[str, TensorSpec]]:
-    text = config.text
-    hidden, heads = text["hidden_size"], text["mamba_num_heads"]
-    inner = heads * text["mamba_head_dim"]
-    convolved = inner + 2 * text["n_groups"] * text["ssm_state_size"]
-    yield "language_model.backbone.embeddings.weight", TensorSpec((text["vocab_size"], hidden))
+    family = config.family
+    vocabulary = TensorSpec((config.text["vocab_size"], config.hidden_size))
+    yield f"{family.embeddings}.weight", vocabulary
     linears = language_model_linears(config)
-    for layer in range(len(config.pattern)):
-        prefix = f"language_model.backbone.layers.{layer}."
-        yield prefix + "norm.weight", TensorSpec((hidden,))
+    for layer in range(config.depth):
+        prefix = family.layer_prefix(layer)
+        yield f"{prefix}norm.weight", TensorSpec((config.hidden_size,))
         if config.mixer_kind(layer) == "mamba":
-            for vector in ("A_log", "D", "dt_bias"):
-                yield f"{prefix}mixer.{vector}", TensorSpec((heads,))
-            yield prefix + "mixer.conv1d.weight", TensorSpec((convolved, 1, text["conv_kernel"]))
-            if text.get("use_conv_bias", True):
-                yield prefix + "mixer.conv1d.bias", TensorSpec((convolved,))
-            yield prefix + "mixer.norm.weight", TensorSpec((inner,))
+            yield from _mamba(config, f"{prefix}mixer.")
         for linear in linears:
             if linear.layer == layer:
-                yield linear.name + ".weight", TensorSpec(linear.shape)
-    yield "language_model.backbone.norm_f.weight", TensorSpec((hidden,))
-    yield "language_model.lm_head.weight", TensorSpec((text["vocab_size"], hidden))
+                yield f"{linear.name}.weight", TensorSpec(linear.shape)
+    yield f"{family.final_norm}.weight", TensorSpec((config.hidden_size,))
+    yield f"{family.lm_head}.weight", vocabulary
+
+
+def _mamba(config: CheckpointConfig, mixer: str) -> Iterator[tuple[str, TensorSpec]]:
+    """The tensors of a Mamba-2 mixer besides its linears."""
+    text = config.text
+    heads = text["mamba_num_heads"]
+    inner = heads * text["mamba_head_dim"]
+    convolved = inner + 2 * text["n_groups"] * text["ssm_state_size"]
+    for vector in ("A_log", "D", "dt_bias"):
+        yield f"{mixer}{vector}", TensorSpec((heads,))
+    yield f"{mixer}conv1d.weight", TensorSpec((convolved, 1, text["conv_kernel"]))
+    if text.get("use_conv_bias", True):
+        yield f"{mixer}conv1d.bias", TensorSpec((convolved,))
+    yield f"{mixer}norm.weight", TensorSpec((inner,))
 
 
 def _projector(config: CheckpointConfig) -> Iterator[tuple[str, TensorSpec]]:
-    shuffled = config.raw["vit_hidden_size"] * round(1 / config.raw["downsample_ratio"]) ** 2
+    prefix = config.family.projector
+    shuffle = round(1 / config.raw["downsample_ratio"]) ** 2
+    shuffled = config.raw["vit_hidden_size"] * shuffle
     wide = config.raw["projector_hidden_size"]
-    yield "mlp1.0.weight", TensorSpec((shuffled,))
-    yield "mlp1.1.weight", TensorSpec((wide, shuffled))
-    yield "mlp1.3.weight", TensorSpec((config.text["hidden_size"], wide))
+    yield f"{prefix}0.weight", TensorSpec((shuffled,))
+    yield f"{prefix}1.weight", TensorSpec((wide, shuffled))
+    yield f"{prefix}3.weight", TensorSpec((config.hidden_size, wide))
 
 
 def _vision(config: CheckpointConfig) -> Iterator[tuple[str, TensorSpec]]:
     tower = config.vision
-    width, mlp = tower.hidden_size, tower.mlp_size
-    model = "vision_model.radio_model.model."
-    yield model + "patch_generator.cls_token.token", TensorSpec((tower.prefix_tokens, width))
-    yield model + "patch_generator.embedder.weight", TensorSpec((width, 3 * tower.patch_size**2))
-    yield model + "patch_generator.pos_embed", TensorSpec((1, tower.position_side**2, width))
+    width = tower.hidden_size
+    mlp = tower.mlp_size
+    model = f"{config.family.vision}model."
+    yield f"{model}patch_generator.cls_token.token", TensorSpec((tower.prefix_tokens, width))
+    yield f"{model}patch_generator.embedder.weight", TensorSpec((width, 3 * tower.patch_size**2))
+    yield f"{model}patch_generator.pos_embed", TensorSpec((1, tower.position_side**2, width))
     block = {
         "norm1.weight": (width,),
         "norm1.bias": (width,),
@@ -173,9 +200,6 @@ def _vision(config: CheckpointConfig) -> Iterator[tuple[str, TensorSpec]]:
     for layer in range(tower.layers):
         for name, shape in block.items():
             yield f"{model}blocks.{layer}.{name}", TensorSpec(shape)
-    summaries = [
-        t
-        for t in config.raw["vision_config"]["args"].get("teachers", [])
-        if t.get("use_summary", True)
-    ]
-    yield "vision_model.radio_model.summary_idxs", TensorSpec((max(1, len(summaries)),), "I64")
+    teachers = config.raw["vision_config"]["args"].get("teachers", [])
+    summaries = [teacher for teacher in teachers if teacher.get("use_summary", True)]
+    yield f"{config.family.vision}summary_idxs", TensorSpec((max(1, len(summaries)),), "I64")

@@ -1,4 +1,4 @@
-"""Logging of every command: messages go to stderr by rich, results go to stdout."""
+"""Logging of every command: messages go to stderr, results go to stdout."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def get_logger(name: str) -> logging.Logger:
 def add_verbosity_options(parser: argparse.ArgumentParser) -> None:
     """Add `-v` and `-q` to a command's parser."""
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more details")
-    parser.add_argument("-q", "--quiet", action="count", default=0, help="log warnings and errors only")
+    parser.add_argument(
+        "-q", "--quiet", action="count", default=0, help="log warnings and errors only"
+    )
 
 
 def set_up_logging(verbose: int = 0, quiet: int = 0) -> None:
     """Send the project's messages to stderr.
 
-    Call it once, from a command. Without it, messages reach whatever logging the application has set up.
+    Call it once, from a command. Without it, messages reach the logging of the application.
 
     Args:
         verbose: Number of `-v` options; from 1 on, debug messages are shown.
@@ -36,19 +38,26 @@ def set_up_logging(verbose: int = 0, quiet: int = 0) -> None:
     logger.propagate = False
 
 
+class _Formatter(logging.Formatter):
+    """The message alone; from warnings on, after the name of its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if record.levelno < logging.WARNING:
+            return message
+        return f"{record.levelname.lower()}: {message}"
+
+
 def _handler() -> logging.Handler:
     try:
         from rich.console import Console
         from rich.logging import RichHandler
     except ImportError:  # the serve environment may lack rich
         handler: logging.Handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        return handler
-    return RichHandler(
-        console=Console(stderr=True, soft_wrap=True),
-        show_time=False,
-        show_path=False,
-        show_level=False,
-        markup=False,
-        highlighter=None,
-    )
+    else:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        handler = RichHandler(
+            console=console, show_time=False, show_path=False, show_level=False, markup=False
+        )
+    handler.setFormatter(_Formatter())
+    return handler

@@ -1,4 +1,4 @@
-"""How much memory there is to use: on the host with the limits that a container sets, and on a GPU."""
+"""How much memory is available: on the host with the limits that a container sets, and on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from checkpoint.faults import BadInput, Fault
 
-# The last is Python's, when there is no room for a thread's stack.
+# The last is Python's message when there is no memory for a thread's stack.
 _EXHAUSTED = re.compile(
     "can't allocate memory|out of memory|Cannot allocate memory|can't start new thread"
 )
@@ -19,14 +19,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_available() -> int:
-    """Bytes of host memory that can still be used, by the system's own estimate and the cgroup's
-    limit.
-    """
+    """Bytes of host memory that can still be used, by the system's estimate and the cgroup's limit."""
     available = _meminfo("MemAvailable")
-    # Only the group's own limit: a limit further up shows inside a container as the root group's.
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    # Only the group's own limit: inside a container, a limit further up shows as the root group's.
+    limit = _read_number(_CGROUP / "memory.max")
+    used = _read_number(_CGROUP / "memory.current")
     if limit is not None and used is not None:
-        available = min(available, limit - used + _stat("inactive_file"))
+        available = min(available, limit - used + _memory_stat("inactive_file"))
     return max(available, 0)
 
 
@@ -39,26 +38,24 @@ def device_available(device: str) -> int:
 
 @contextlib.contextmanager
 def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
-    """Turn memory that does not suffice into a fault.
+    """Turn an out-of-memory error into a fault.
 
     Args:
-        where: Says what ran out of memory, and how far it had come.
+        where: Describes what ran out of memory, and how far it had come.
         remedy: What to do about it.
 
     Raises:
-        BadInput: When the body runs out of memory, on the host or on a GPU.
+        BadInput: The body ran out of memory, on the host or on a GPU.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
         text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _EXHAUSTED.search(
-            text
-        ):
-            raise
-        raise BadInput(
-            Fault("memory", f"{where()}: {text[:200] or 'no details'}", remedy)
-        ) from None
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if not _EXHAUSTED.search(text):
+                raise
+        details = text[:200] or "no details"
+        raise BadInput(Fault("memory", f"{where()}: {details}", remedy)) from None
 
 
 def _meminfo(field: str) -> int:
@@ -69,16 +66,17 @@ def _meminfo(field: str) -> int:
     raise RuntimeError(f"/proc/meminfo has no {field}")
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):  # no such group, or "max"
         return None
 
 
-def _stat(field: str) -> int:
+def _memory_stat(field: str) -> int:
     try:
-        pairs = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        values = dict(line.split() for line in lines)
     except (OSError, ValueError):
         return 0
-    return int(pairs.get(field, 0))
+    return int(values.get(field, 0))

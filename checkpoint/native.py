@@ -1,45 +1,36 @@
-"""Loads the checkpoint into transformers' own classes, without remote code, weights streamed from
-the files.
-"""
+"""Loads the checkpoint into transformers' own classes, without remote code, tensor by tensor."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, logging
+from torch import nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
+from transformers.models.nemotron_h_omni import (
+    NemotronH_Omni_Reasoning_V3,
+    NemotronH_Omni_Reasoning_V3_Config,
+)
 
-from checkpoint.classes import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
-from checkpoint.files import TensorFiles
-from checkpoint.layout import LANGUAGE_MODEL, LAYERS, expected_tensors
+from checkpoint.files import Reader, TensorFiles
+from checkpoint.opened import Checkpoint
 
-# transformers builds a video patch projection for the successor's temporal patches. V2 has none and
-# never calls it.
 _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
-# transformers would report that projection, and tensor parallelism we do not use, at every load;
-# what is really missing is raised below.
-logging.set_verbosity_error()
-if not sys.stderr.isatty():
-    logging.disable_progress_bar()
+"""A projection of the successor's class. Every frame is embedded as an image, so it is never used.
+"""
+
+_NOT_NATIVE = ("architectures", "model_type", "num_hidden_layers", "torch_dtype", "auto_map")
+"""Keys of `llm_config` that the successor's config class does not take."""
 
 
 def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Config:
-    """Map a V2 config to `NemotronH_Omni_Reasoning_V3_Config`, the successor's class, which loads
-    V2's tensor names.
-    """
+    """Map a V2 config to that of the successor's class, which loads V2's tensor names."""
     tower = config.vision
-    text = {
-        key: value
-        for key, value in config.text.items()
-        if key
-        not in ("architectures", "model_type", "num_hidden_layers", "torch_dtype", "auto_map")
-    }
-    # time_step_min clamps dt in transformers; the release and vLLM do not clamp. The symptom is
-    # log-probabilities off by up to 0.01 with no error anywhere.
+    text = {key: value for key, value in config.text.items() if key not in _NOT_NATIVE}
+    # transformers clamps dt to time_step_min; the release and vLLM do not. The symptom is
+    # log-probabilities that differ by up to 0.01, without an error.
     text["time_step_min"] = 0.0
     vision: dict[str, Any] = {
         "hidden_size": tower.hidden_size,
@@ -67,101 +58,90 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
 
 
 class _Deferred:
-    """A tensor read when transformers' loader asks for it, in the shape of a safetensors slice."""
+    """A tensor that is read when transformers' loader asks for it, shaped like a safetensors slice."""
 
-    def __init__(
-        self, tensors: TensorFiles, name: str, read: Callable[[str], torch.Tensor]
-    ) -> None:
-        self._dtype, self._name, self._read = tensors.specs[name].dtype, name, read
+    def __init__(self, tensors: TensorFiles, name: str, read: Reader) -> None:
+        self._dtype = tensors.specs[name].dtype
+        self._name = name
+        self._read = read
 
     def get_dtype(self) -> str:
-        return "BF16" if self._dtype.startswith(("F8", "U8")) else self._dtype
+        is_quantized = self._dtype.startswith(("F8", "U8"))
+        return "BF16" if is_quantized else self._dtype
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self._read(self._name)
 
 
 def load_model(
-    config: CheckpointConfig,
+    checkpoint: Checkpoint,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    read: Callable[[str], torch.Tensor] | None = None,
+    read: Reader | None = None,
     layers: bool = True,
 ) -> NemotronH_Omni_Reasoning_V3:
-    """Load the checkpoint in `eval()` mode.
+    """Load a checkpoint in `eval()` mode.
 
-    Tensors are read from the mapped files one at a time and placed on `device`, so host memory
-    never holds a second copy. Embed tiles and frames with `calibrate.forward`, not with
+    Tensors are read from the files one at a time and placed on `device`, so host memory never
+    holds a second copy. Embed tiles and frames with `calibrate.forward`, not with
     `forward(pixel_values_videos=…)`, which is broken in transformers 5.19.
 
     Args:
-        config: The checkpoint.
+        checkpoint: BF16, or quantized with a `read` that dequantizes.
         device: A torch device.
-        dtype: Parameters' dtype; float32 for comparisons.
-        read: Gives the tensor of a checkpoint name where the files hold it in another form
-            (quantized); the files' own tensor by default.
-        layers: Without them, the language model is embeddings, final norm and head only:
-            `checkpoint.layers` reads its layers one by one.
+        dtype: Of the parameters; float32 for comparisons.
+        read: Returns the BF16 tensor of a checkpoint name; reads it from the files if None.
+        layers: Whether to load the language model's layers. Without them it consists of
+            embeddings, final norm and head: `checkpoint.layers` reads the layers one by one.
 
     Raises:
-        BadInput: When tensors that the model needs are missing, or some are left over.
+        BadInput: Tensors that the model needs are missing, or some are left over.
     """
-    tensors = TensorFiles(config.directory)
+    config = checkpoint.config
+    family = config.family
+    read = read or checkpoint.tensors.read
     native: Any = native_config(config)
-    names = expected_tensors(config)
+    names = list(checkpoint.layout)
     if not layers:
         native.text_config.layers_block_type = []
-        names = {name: spec for name, spec in names.items() if not name.startswith(LAYERS)}
+        names = [name for name in names if family.layer_of(name) is None]
+    state = {
+        family.released_name(name): _Deferred(checkpoint.tensors, name, read) for name in names
+    }
     loaded: Any = NemotronH_Omni_Reasoning_V3.from_pretrained(
         None,
         config=native,
-        state_dict={name: _Deferred(tensors, name, read or tensors.read) for name in names},
+        state_dict=state,
         dtype=dtype,
         device_map={"": device},
         output_loading_info=True,
     )
     model, report = loaded
-    # transformers initialises what is missing at random and goes on.
-    missing = sorted(
-        name for name in report["missing_keys"] if name != _UNUSED and "layer_scale" not in name
-    )
-    left_over = sorted(report["unexpected_keys"])
-    if missing or left_over or report["mismatched_keys"]:
-        what = f"tensors missing {missing}, left over {left_over}"
-        raise BadInput(Fault(str(config.directory), what, "check it with export.verify"))
+    _check_report(report, checkpoint)
     model.vision_model.embeddings.video_patch_projection = None
-    # from_config leaves this empty for a language model inside another, and ModelOpt's exporter
+    # from_config leaves this empty for a language model inside another one, and ModelOpt's exporter
     # iterates over it.
     model.language_model.config.architectures = ["NemotronHForCausalLM"]
     return model.eval()
 
 
-def module_name(tensor_or_linear: str) -> str:
-    """The language model's module for a checkpoint name: `language_model.backbone.layers.0…` →
-    `model.layers.0…`.
-    """
-    return tensor_or_linear.removeprefix(LANGUAGE_MODEL).replace("backbone.", "model.", 1)
+def _check_report(report: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse what transformers only reports: it initializes missing tensors at random."""
+    missing = []
+    for name in sorted(report["missing_keys"]):
+        if name != _UNUSED and "layer_scale" not in name:
+            missing.append(name)
+    left_over = sorted(report["unexpected_keys"])
+    if missing or left_over or report["mismatched_keys"]:
+        what = f"tensors missing: {missing[:5]}, left over: {left_over[:5]}"
+        remedy = "check it with python -m export.verify"
+        raise BadInput(Fault(str(checkpoint.directory), what, remedy))
 
 
-def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
-    """Load tokenizer.json and the chat template of the directory.
-
-    Raises:
-        BadInput: When there is no tokenizer, or it lacks the special tokens that the prompts are
-            made of.
-    """
-    if not (config.directory / "tokenizer.json").exists():
-        raise BadInput(
-            Fault(
-                str(config.directory / "tokenizer.json"), "no such file", "copy the tokenizer files"
-            )
-        )
-    # AutoTokenizer would read the config class from the directory's Python files.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.directory, local_files_only=True)
-    token, expected = config.raw["img_context_token"], config.image_token_id
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found != expected:
-        what = f"{token} has id {found}, config.json says {expected}"
-        remedy = "copy tokenizer and config.json from one release"
-        raise BadInput(Fault(str(config.directory / "tokenizer.json"), what, remedy))
-    return tokenizer
+def load_final_norm(checkpoint: Checkpoint, device: str) -> nn.Module:
+    """Load the norm behind the language model's last layer."""
+    text = checkpoint.config.text
+    norm = NemotronHRMSNorm(text["hidden_size"], eps=text["layer_norm_epsilon"])
+    weight = checkpoint.tensors.read(f"{checkpoint.config.family.final_norm}.weight")
+    norm.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    return norm

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 from checkpoint.files import DTYPES, SINGLE, bytes_of
-from checkpoint.layout import TensorSpec, plan_shards, spec_bytes
+from checkpoint.layout import TensorSpec, split_by_size, spec_bytes
 
 # safetensors 0.8 lays tensors out by dtype in this order, then by name, so that each is aligned.
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8", "U8", "BOOL")
@@ -46,7 +46,7 @@ class Shards:
         self._start: dict[str, int] = {}
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
-        planned = plan_shards(specs, shard_bytes)
+        planned = split_by_size(specs, shard_bytes)
         for number, names in enumerate(planned, start=1):
             file = (
                 SINGLE

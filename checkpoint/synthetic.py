@@ -12,9 +12,7 @@ gives the same bytes on the same device.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint.atomic import check_output, finished_directory, save_tensors
+from checkpoint.atomic import check_output, replaced_directory, write_json, write_tensors
+from checkpoint.command import command_parser, parse_command
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.faults import main
 from checkpoint.files import INDEX
-from checkpoint.layout import TensorSpec, expected_tensors, plan_shards, spec_bytes
+from checkpoint.layout import TensorSpec, expected_tensors, spec_bytes, split_by_size
 from checkpoint.tokenizer import RELEASED, write_tokenizer
 
 SIZES = ("full", "medium")
@@ -50,7 +49,7 @@ def synthetic_config(size: str) -> dict[str, Any]:
     if size == "medium":
         config["llm_config"].update(_MEDIUM_TEXT)
         config["projector_hidden_size"] = 6144
-        config["vision_config"]["args"] |= {"num_hidden_layers": 4}
+        config["vision_config"]["args"]["num_hidden_layers"] = 4
     return config
 
 
@@ -63,71 +62,72 @@ def write_synthetic(
         out: Directory to write; appears whole at the end.
         size: `full` or `medium`.
         seed: Of the weights.
-        device: Where they are drawn; the GPU if there is one by default.
+        device: Where they are drawn; by default the GPU if there is one.
 
     Raises:
-        BadInput: When `out` exists or the disk is too small.
+        BadInput: `out` exists or the disk is too small.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     config = CheckpointConfig(out, synthetic_config(size))
     specs = expected_tensors(config)
-    shards, total = plan_shards(specs, SHARD_BYTES), spec_bytes(specs)
+    shards = split_by_size(specs, SHARD_BYTES)
+    total = spec_bytes(specs)
     check_output(out, total)
-    with finished_directory(out) as partial:
-        (partial / "config.json").write_text(
-            json.dumps(config.raw, indent=2) + "\n", encoding="utf-8"
-        )
+    weight_map: dict[str, str] = {}
+    with (
+        replaced_directory(out) as partial,
+        tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        write_json(partial / "config.json", config.raw)
         write_tokenizer(partial, config)
-        weight_map: dict[str, str] = {}
-        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
-            for number, names in enumerate(shards, start=1):
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                tensors = {name: _drawn(name, specs[name], seed, device) for name in names}
-                save_tensors(tensors, partial / file)
-                weight_map.update(dict.fromkeys(names, file))
-                progress.update(spec_bytes({name: specs[name] for name in names}))
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: _draw(name, specs[name], seed, device) for name in names}
+            write_tensors(partial / file, tensors)
+            for name in names:
+                weight_map[name] = file
+                progress.update(specs[name].nbytes)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / INDEX, index)
     return config
 
 
-def _drawn(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
-    """One tensor; its stream depends on the name, so the order of writing does not matter."""
+def _draw(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
+    """Draw one tensor. Its generator depends on the name, so the order of writing does not matter."""
     if spec.dtype == "I64":
         return torch.arange(spec.shape[0])
     generator = torch.Generator(device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    is_vector = len(spec.shape) == 1
     if last == "A_log":
-        values = torch.empty(spec.shape, device=device).uniform_(1, 16, generator=generator).log()
-    elif last == "dt_bias":
-        step = (
-            torch.empty(spec.shape, device=device).uniform_(-6.9, -2.3, generator=generator).exp()
-        )
-        values = step + torch.log(-torch.expm1(-step))  # inverse of softplus
+        uniform = torch.empty(spec.shape, device=device).uniform_(1, 16, generator=generator)
+        return uniform.log().to(torch.bfloat16).cpu()
+    if last == "dt_bias":
+        uniform = torch.empty(spec.shape, device=device).uniform_(-6.9, -2.3, generator=generator)
+        step = uniform.exp()
+        inverse_softplus = step + torch.log(-torch.expm1(-step))
+        return inverse_softplus.to(torch.bfloat16).cpu()
+    values = torch.randn(spec.shape, device=device, generator=generator, dtype=torch.bfloat16)
+    if last == "D" or (is_vector and not last.endswith("bias")):
+        values = 1 + 0.1 * values
+    elif last in ("token", "pos_embed", "embeddings"):
+        values = 0.5 * values
     else:
-        values = torch.randn(spec.shape, device=device, generator=generator, dtype=torch.bfloat16)
-        if last == "D" or (len(spec.shape) == 1 and not last.endswith("bias")):
-            values = 1 + 0.1 * values
-        elif last in ("token", "pos_embed", "embeddings"):
-            values = 0.5 * values
-        else:
-            fan_in = torch.Size(spec.shape[1:]).numel() if len(spec.shape) > 1 else 2500
-            values = values / fan_in**0.5
+        fan_in = 2500 if is_vector else torch.Size(spec.shape[1:]).numel()
+        values = values / fan_in**0.5
     return values.to(torch.bfloat16).cpu()
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoint.synthetic", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = command_parser("checkpoint.synthetic", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse_command(parser)
     config = write_synthetic(arguments.out, arguments.size, arguments.seed)
-    print(
-        f"{config.directory}: {len(config.pattern)} layers, {len(expected_tensors(config))} tensors"
-    )
+    count = len(expected_tensors(config))
+    print(f"{config.directory}: {config.depth} layers, {count} tensors")
     return 0
 
 

@@ -1,18 +1,18 @@
-"""Builds a tokenizer for checkpoints that are made here: byte-level BPE, a few whole words, the
-released special tokens.
+"""Builds a tokenizer for checkpoints that are made here.
 
+Byte-level BPE with a few whole words and the released special tokens.
 The released tokenizer cannot be shipped. This one has the same special tokens at the same places,
 so prompts are built from it in the same way.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from checkpoint.atomic import write_json
 from checkpoint.config import CheckpointConfig
 
 RELEASED = Path(__file__).parent / "released"
@@ -109,12 +109,8 @@ def write_tokenizer(
         "chat_template": template,
         "model_max_length": config.max_length,
     }
-    _write_json(directory / "tokenizer_config.json", settings)
-    _write_json(directory / "generation_config.json", _GENERATION_CONFIG)
+    write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "generation_config.json", _GENERATION_CONFIG)
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     configuration = (RELEASED / "configuration.py").read_text(encoding="utf-8")
     (directory / "configuration.py").write_text(configuration, encoding="utf-8")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

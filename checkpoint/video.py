@@ -20,7 +20,8 @@ class Video(Section):
     """
 
     pruning_rate: PruningRate = 0.75
-    """EVS rate q in [0, 1): the share of a clip's visual tokens that is dropped. 0 turns EVS off."""
+    """EVS rate q in [0, 1): the share of a clip's visual tokens that is dropped. 0 turns EVS off.
+    """
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     """Frames sampled per second of a clip, as in the technical report (arXiv 2511.03929)."""
     max_frames: Annotated[int, Field(ge=1)] = 128

@@ -41,7 +41,8 @@ _PACKAGES = ("nvidia-modelopt", "torch", "transformers", "safetensors", "dataset
 
 
 def open_checkpoint(recipe: Recipe) -> CheckpointConfig:
-    """The recipe's BF16 checkpoint; `tiny` is written beside the output when it is not there yet."""
+    """The recipe's BF16 checkpoint; `tiny` is written beside the output when it is not there yet.
+    """
     if recipe.model == TINY:
         return tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
     config = read_config(recipe.model)

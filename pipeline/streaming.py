@@ -301,7 +301,8 @@ def _manifest(job: Job, state: StreamState) -> Manifest:
 
 
 def reference_states(state: StreamState) -> list[States]:
-    """BF16's final states of the held-out prompts, of all processes, in the order of the prompts."""
+    """BF16's final states of the held-out prompts, of all processes, in the order of the prompts.
+    """
     by_rank = []
     for rank in range(RANKS):
         found = state.samples(rank)

@@ -86,7 +86,8 @@ class StreamState:
         return self.directory / f"{name}.spill{self.rank}"
 
     def faults(self) -> list[Fault]:
-        """Every difference from the run that has left a state here; none where there is no state."""
+        """Every difference from the run that has left a state here; none where there is no state.
+        """
         return list(state_faults(self.directory, self.identity))
 
     def begin(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint.atomic import finished_directory, save_tensors
+from checkpoint.atomic import replaced_directory, write_tensors
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import SINGLE
@@ -42,13 +42,13 @@ def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> Checkpoi
     if out.exists():
         raise BadInput(Fault(str(out), "exists already", "remove it or give another output"))
     config = CheckpointConfig(out, read_json(WEIGHTS / "config.json"))
-    with finished_directory(out) as partial:
+    with replaced_directory(out) as partial:
         shutil.copyfile(WEIGHTS / "config.json", partial / "config.json")
         write_tiny_tokenizer(partial, config)
         if trained:
             shutil.copyfile(WEIGHTS / SINGLE, partial / SINGLE)
         else:
-            save_tensors(_untrained_tensors(config, seed), partial / SINGLE)
+            write_tensors(partial / SINGLE, _untrained_tensors(config, seed))
     return config
 
 

@@ -1,4 +1,5 @@
-"""A distillation killed at any moment goes on with the same command and ends with the same bytes."""
+"""A distillation killed at any moment goes on with the same command and ends with the same bytes.
+"""
 
 import dataclasses
 import json

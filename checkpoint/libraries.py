@@ -1,0 +1,68 @@
+"""Prepares the libraries that a command uses; nothing of it happens at import.
+
+Call `prepare_libraries` before anything imports transformers' model classes or ModelOpt:
+transformers binds the Mamba-2 scan when its module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from types import ModuleType
+
+from checkpoint.log import get_logger
+
+logger = get_logger(__name__)
+
+_NEMOTRON = "transformers.models.nemotron_h.modeling_nemotron_h"
+
+
+def prepare_libraries() -> None:
+    """Make mamba_ssm's kernels importable and silence what says nothing to a user.
+
+    - transformers logs missing tensors that this model never uses; what is really missing is
+      raised by `checkpoint.native`.
+    - ModelOpt 0.47 warns at import that it is not tested with transformers 5.15 and newer. Older
+      ones cannot run this architecture with a cache, and our tests run the pinned pair.
+    """
+    if _NEMOTRON in sys.modules and "mamba_ssm" not in sys.modules:
+        logger.warning("transformers' Mamba-2 was imported before its kernels were prepared")
+    find_mamba_kernels()
+    warnings.filterwarnings(
+        "ignore", message="transformers .* is not tested with current version of modelopt"
+    )
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def find_mamba_kernels() -> str | None:
+    """Prepare the import of mamba_ssm.
+
+    Upstream traps of mamba_ssm 2.3.2: its import needs a compiled extension that only Mamba-1
+    calls and that an installation without a CUDA compiler lacks; an empty module in its place is
+    enough for Mamba-2. And on a machine without CUDA it may import, and then fails on every tensor.
+
+    Returns:
+        None if its kernels will be used, otherwise why they will not be.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        if "mamba_ssm" not in sys.modules:
+            sys.modules["mamba_ssm"] = None  # type: ignore[assignment]
+        return "there is no CUDA device"
+    if "mamba_ssm" not in sys.modules and importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba_ssm is not installed"
+    extension = "selective_scan_cuda"
+    if extension not in sys.modules and importlib.util.find_spec(extension) is None:
+        sys.modules[extension] = ModuleType(extension)
+    try:
+        importlib.import_module("mamba_ssm")
+    except Exception as error:  # whatever a missing or unsuitable dependency raises
+        return f"mamba_ssm does not import: {type(error).__name__}: {error}"
+    return None

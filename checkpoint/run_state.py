@@ -1,0 +1,138 @@
+"""What a run leaves on disk while it goes on, so that the same command resumes it after a kill.
+
+.NAME.run/run.json       what must be the same for the run to be resumed
+.NAME.run/progress.json  what has been finished
+.NAME.run/checkpoint/    the output while it is written; renamed to NAME at the end
+.NAME.run/…              files of the way that the run takes (see the modules that write them)
+
+Every piece is written beside its name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.atomic import remove_directory, rename_directory, write_json
+from checkpoint.config import read_json
+from checkpoint.faults import Fault
+
+_RUN = "run.json"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of one run.
+
+    Attributes:
+        output: Where the checkpoint goes.
+        identity: What must be the same for the run to be resumed, by dotted name.
+    """
+
+    output: Path
+    identity: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """`.NAME.run` beside the output."""
+        output = self.output.absolute()
+        return output.with_name(f".{output.name}.run")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The output while it is written."""
+        return self.directory / "checkpoint"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run left something to resume from."""
+        return (self.directory / _RUN).exists() and bool(self.progress())
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the output is whole and in its place, so that only verifying and measuring
+        remain.
+        """
+        written = self.progress().get("written") is True
+        return written and self.output.exists() and not self.checkpoint.exists()
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield every difference from the run that left a state here; none if nothing is begun."""
+        if not self.is_begun:
+            return
+        before = read_json(self.directory / _RUN)
+        remedy = f"restore it to resume the run, or remove {self.directory} to start again"
+        for name in sorted({*before, *self.identity}):
+            old = before.get(name)
+            new = self.identity.get(name)
+            if old != new:
+                what = f"was {_short(old)} when {self.directory} was begun, is {_short(new)}"
+                yield Fault(name, what, remedy)
+
+    def begin(self) -> None:
+        """Create the directory and write down what it belongs to; keep what there is to resume."""
+        if not self.is_begun:
+            remove_directory(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / _RUN, self.identity)
+
+    def progress(self) -> dict[str, Any]:
+        """What has been recorded; empty when nothing has."""
+        path = self.directory / _PROGRESS
+        return read_json(path) if path.exists() else {}
+
+    def record(self, **finished: Any) -> None:
+        """Add to what is finished."""
+        write_json(self.directory / _PROGRESS, self.progress() | finished)
+
+    def publish(self) -> None:
+        """Rename the finished checkpoint to the output."""
+        self.record(written=True)
+        rename_directory(self.checkpoint, self.output)
+
+    def remove(self) -> None:
+        """Remove the state. Call it when the result is on disk and measured."""
+        remove_directory(self.directory)
+
+    def remove_if_useless(self) -> None:
+        """Remove a state that a later run could not resume from."""
+        if not self.is_begun:
+            self.remove()
+
+
+def identity_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested mappings to dotted names with JSON values, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in parts.items():
+        if isinstance(value, Mapping):
+            for name, leaf in identity_of(value).items():
+                flat[f"{key}.{name}"] = leaf
+        else:
+            flat[str(key)] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Size in bytes and modification time in ns of a file; empty if there is none."""
+    if not path.exists():
+        return []
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content; empty if there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:197]}…"
