@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.atomic import replaced_file
 from checkpoint.files import bytes_of, read_into
 
 # Page-locked memory comes in powers of two: one block holds many samples, so that nothing is lost
@@ -99,8 +100,7 @@ class Activations:
         self.lengths.append(length)
 
     def batches(self, tokens: int) -> list[Batch]:
-        """Samples of equal length together, up to `tokens` tokens or one sample; the longest first.
-        """
+        """Samples of equal length together, up to `tokens` tokens or one sample; the longest first."""
         by_length: dict[int, list[int]] = {}
         for index, length in enumerate(self.lengths):
             by_length.setdefault(length, []).append(index)
@@ -229,22 +229,16 @@ class Activations:
             self._streams[0].wait_stream(self._streams[1])
 
     def save(self, path: Path) -> None:
-        """Write all samples, one behind the other, to a file that is whole or not there."""
+        """Write all samples, one behind the other, to a file that is whole or absent."""
         self._settle()
         if self._cuda:
             self._streams[1].synchronize()
-        partial = path.with_name(path.name + ".partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         start = 0
-        try:
+        with replaced_file(path) as partial, partial.open("wb", buffering=0) as file:
             for index in range(len(self.lengths)):
                 data = bytes_of(self._read(index))
-                _write_all(descriptor, data, start, path)
+                _write_all(file.fileno(), data, start, path)
                 start += len(data)
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
 
     def restore(self, path: Path, lengths: Sequence[int]) -> None:
         """Fill an empty store with samples of these lengths that `save` wrote.

@@ -1,9 +1,7 @@
-"""Builds a sample's prompt token for token as vLLM does: chat template, then every placeholder to
-its visual tokens.
+"""Builds a sample's prompt token for token as vLLM does: the chat template, then the visual tokens.
 
 Facts from vLLM 0.32: vllm/transformers_utils/processors/nano_nemotron_vl.py (get_image_repl,
-get_video_repl) and vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py compares with vLLM
-itself.
+get_video_repl) and vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py compares with vLLM.
 """
 
 from __future__ import annotations
@@ -16,15 +14,17 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from calibrate.evs import check_rate, retained_tokens
+from calibrate.evs import retained_tokens
 from calibrate.samples import Sample, Skipped, media_bytes
 from calibrate.tiles import frame_tiles, image_tiles, load_image
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
+from checkpoint.video import Video
 
 VIDEO_TOKEN = "<video>"
-_PLACEHOLDERS = ("image", "video")
+Medium = Literal["image", "video"]
+_MEDIA: tuple[Medium, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Span:
         """Index behind the last token."""
         return self.start + self.length
 
+    def shifted(self, by: int) -> Span:
+        """The same run, `by` tokens later."""
+        return Span(self.start + by, self.length)
+
 
 @dataclass(frozen=True)
 class Media:
@@ -46,13 +50,13 @@ class Media:
 
     Attributes:
         kind: `image` or `video`.
-        first_tile: Its first tile in `Prompt.tiles`.
-        tiles: How many tiles it has; for a video, frames.
+        first_tile: Index of its first tile in `Prompt.tiles`.
+        tiles: Number of its tiles; for a video, of its frames.
         span: All its tokens, `<img>`, `</img>` and frame texts included.
-        visual: The runs of visual tokens in it: one for an image, one a frame for a video.
+        visual: The runs of visual tokens in it: one for an image, one per frame for a video.
     """
 
-    kind: Literal["image", "video"]
+    kind: Medium
     first_tile: int
     tiles: int
     span: Span
@@ -61,40 +65,44 @@ class Media:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the model sees it, before EVS drops any token.
+    """A sample as the model receives it, before EVS drops any token.
 
     Attributes:
-        sample_id: `Sample.where`, source and id.
+        sample_id: `Sample.where`: source and id.
         token_ids: What vLLM builds with video pruning off.
-        tiles: Float32 [tiles, 3, size, size]: image tiles and video frames in the order of the
+        tiles: float32 [tiles, 3, size, size]: image tiles and video frames in the order of the
             prompt.
         media: The images and videos in the order of the prompt.
+        video: How its clips were sampled, and the rate at which they are to be pruned.
     """
 
     sample_id: str
     token_ids: list[int]
     tiles: torch.Tensor
     media: tuple[Media, ...]
+    video: Video
 
     @property
     def group(self) -> str:
         """The source of the sample, by which figures are grouped."""
         return self.sample_id.partition(": sample ")[0]
 
-    def served_length(self, pruning_rate: float) -> int:
-        """Tokens that are left of the prompt at this video pruning rate."""
+    @property
+    def length(self) -> int:
+        """Tokens that EVS leaves of the prompt."""
+        rate = self.video.pruning_rate
         dropped = 0
         for item in self.media:
-            if item.kind == "video" and pruning_rate > 0:
-                each = item.visual[0].length
-                dropped += each * item.tiles - retained_tokens(item.tiles, each, pruning_rate)
+            if item.kind == "video" and rate > 0:
+                per_frame = item.visual[0].length
+                kept = retained_tokens(item.tiles, per_frame, rate)
+                dropped += per_frame * item.tiles - kept
         return len(self.token_ids) - dropped
 
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What stands in for one placeholder: its tokens, the runs of visual tokens in them, its tiles.
-    """
+    """What replaces one placeholder: its tokens, the runs of visual tokens in them, its tiles."""
 
     token_ids: list[int]
     visual: tuple[Span, ...]
@@ -105,10 +113,10 @@ def build_prompt(
     sample: Sample,
     config: CheckpointConfig,
     tokenizer: PreTrainedTokenizerFast,
+    video: Video,
     *,
     add_generation_prompt: bool = True,
     max_length: int | None = None,
-    pruning_rate: float = 0.0,
 ) -> Prompt:
     """Build the prompt of one sample.
 
@@ -116,171 +124,173 @@ def build_prompt(
         sample: Its media are read and decoded here.
         config: The checkpoint's.
         tokenizer: The checkpoint's, with its chat template.
-        add_generation_prompt: Open the assistant's turn; has no effect on a sample that ends with
-            one.
-        max_length: Most tokens, by default the model's context.
-        pruning_rate: The video pruning rate at which the length is counted. The prompt itself stays
-            whole.
+        video: How clips are sampled, and the EVS rate at which the length is counted.
+        add_generation_prompt: Whether to open the assistant's turn; has no effect on a sample that
+            ends with one.
+        max_length: Most tokens after EVS; by default the model's context.
 
     Raises:
-        BadInput: A medium cannot be read, the text holds a placeholder of its own, the template
+        BadInput: A medium cannot be read, the text contains a placeholder of its own, the template
             cannot render the messages, or the prompt is too long.
     """
     where = sample.where
     conversation, urls = _conversation(sample, config)
     text = _render(conversation, sample, tokenizer, add_generation_prompt)
-    targets = {
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    placeholders: dict[Medium, list[int]] = {
         "image": [config.image_token_id],
         "video": tokenizer.encode(VIDEO_TOKEN, add_special_tokens=False),
     }
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    places = _places(token_ids, targets)
-    if [kind for kind, _ in places] != [kind for kind, _ in urls]:
-        found, expected = ([kind for kind, _ in items] for items in (places, urls))
-        raise BadInput(
-            Fault(
-                where,
-                f"chat template renders media {found}, expected {expected}",
-                "check the template",
-            )
-        )
+    places = _find_placeholders(token_ids, placeholders)
+    _check_order([kind for kind, _ in places], [kind for kind, _ in urls], where)
     built: list[int] = []
     media: list[Media] = []
     tiles: list[torch.Tensor] = []
+    tile_count = 0
     done = 0
     for (kind, start), (_, url) in zip(places, urls, strict=True):
         built += token_ids[done:start]
         data = media_bytes(url, where)
-        replacement = (_image if kind == "image" else _video)(data, where, config, tokenizer)
+        if kind == "image":
+            replacement = _image(data, where, config, tokenizer)
+        else:
+            replacement = _video(data, where, config, tokenizer, video)
         base = len(built)
-        visual = tuple(Span(base + run.start, run.length) for run in replacement.visual)
+        visual = tuple(run.shifted(base) for run in replacement.visual)
         span = Span(base, len(replacement.token_ids))
-        first = sum(len(part) for part in tiles)
-        media.append(Media(kind, first, len(replacement.tiles), span, visual))
+        media.append(Media(kind, tile_count, len(replacement.tiles), span, visual))
         tiles.append(replacement.tiles)
+        tile_count += len(replacement.tiles)
         built += replacement.token_ids
-        done = start + len(targets[kind])
+        done = start + len(placeholders[kind])
     built += token_ids[done:]
-    size = config.tile_size
-    prompt = Prompt(
-        where, built, torch.cat(tiles) if tiles else torch.empty(0, 3, size, size), tuple(media)
-    )
+    no_tiles = torch.empty(0, 3, config.tile_size, config.tile_size)
+    all_tiles = torch.cat(tiles) if tiles else no_tiles
+    prompt = Prompt(where, built, all_tiles, tuple(media), video)
     limit = max_length or config.max_length
-    if (length := prompt.served_length(pruning_rate)) > limit:
-        raise BadInput(
-            Fault(
-                where,
-                f"prompt has {length} tokens, at most {limit} fit",
-                "shorten it or raise the limit",
-            )
-        )
+    if prompt.length > limit:
+        what = f"prompt has {prompt.length} tokens, at most {limit} fit"
+        raise BadInput(Fault(where, what, "shorten it or raise the limit"))
     return prompt
+
+
+def _check_order(found: list[Medium], expected: list[Medium], where: str) -> None:
+    if found != expected:
+        what = f"chat template renders media {found}, expected {expected}"
+        raise BadInput(Fault(where, what, "check the template"))
 
 
 def answer_length(
     sample: Sample, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
 ) -> int:
-    """Tokens of the answer that a sample ends with: those behind the opened assistant's turn; 0
-    where it has none.
+    """Number of tokens of the answer that a sample ends with; 0 if it ends with a question.
+
+    The answer is what follows the opened turn of the assistant.
     """
     conversation, _ = _conversation(sample, config)
     if not conversation or conversation[-1]["role"] != "assistant":
         return 0
-    whole = tokenizer.encode(
-        _render(conversation, sample, tokenizer, True), add_special_tokens=False
-    )
-    if len(conversation) == 1:  # nothing is asked
+    whole_text = _render(conversation, sample, tokenizer, open_turn=True)
+    whole = tokenizer.encode(whole_text, add_special_tokens=False)
+    if len(conversation) == 1:  # there is no question
         return len(whole)
-    opened = tokenizer.encode(
-        _render(conversation[:-1], sample, tokenizer, True), add_special_tokens=False
-    )
-    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, opened))
-    return len(whole) - sum(1 for _ in shared)
+    question_text = _render(conversation[:-1], sample, tokenizer, open_turn=True)
+    question = tokenizer.encode(question_text, add_special_tokens=False)
+    shared = 0
+    for ours, theirs in zip(whole, question, strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    return len(whole) - shared
 
 
 def build_prompts(
     samples: Iterable[Sample],
     config: CheckpointConfig,
     tokenizer: PreTrainedTokenizerFast,
+    video: Video,
     *,
     count: int | None = None,
     skipped: Skipped | None = None,
     add_generation_prompt: bool = True,
     max_length: int | None = None,
-    pruning_rate: float = 0.0,
     name: str = "sources",
 ) -> Iterator[Prompt]:
-    """Yield the prompts of `samples`, at most `count`; those that cannot be built go to `skipped`.
+    """Yield the prompts of `samples`; those that cannot be built go to `skipped`.
 
-    A skipped sample does not count, so `count` prompts come out as long as `samples` lasts. `name`
-    is what a fault calls the samples.
+    Args:
+        samples: Read as far as needed.
+        config: The checkpoint's.
+        tokenizer: The checkpoint's.
+        video: How clips are sampled and pruned.
+        count: Prompts to yield at most; a skipped sample does not count.
+        skipped: Takes the faults; without it, the first bad sample raises.
+        add_generation_prompt: As in `build_prompt`.
+        max_length: As in `build_prompt`.
+        name: What faults call the samples.
 
     Raises:
-        BadInput: `skipped` is full (without one, at the first bad sample), or no sample could be
-            built.
+        BadInput: `skipped` is full, or no sample could be built.
     """
-    check_rate(pruning_rate)
     skipped = skipped if skipped is not None else Skipped()
-    built, iterator = 0, iter(samples)
-    while count is None or built < count:
-        try:
-            sample = next(iterator)
-        except StopIteration:
-            break
+    built = 0
+    if count == 0:
+        return
+    for sample in samples:
         try:
             prompt = build_prompt(
                 sample,
                 config,
                 tokenizer,
+                video,
                 add_generation_prompt=add_generation_prompt,
                 max_length=max_length,
-                pruning_rate=pruning_rate,
             )
         except BadInput as bad:
             skipped.add(*bad.faults)
             continue
         built += 1
         yield prompt
-    if not built and count != 0:
-        raise BadInput(Fault(name, "no sample can be used", "see the faults"), *skipped.faults)
+        if built == count:
+            return
+    if built == 0:
+        what = "no sample can be used"
+        raise BadInput(Fault(name, what, "see the faults below"), *skipped.faults)
 
 
 def _conversation(
     sample: Sample, config: CheckpointConfig
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The messages as vLLM hands them to the template, and (kind, URL) of every medium in order."""
-    image_token = config.raw["img_context_token"]
+) -> tuple[list[dict[str, Any]], list[tuple[Medium, str]]]:
+    """The messages as vLLM gives them to the template, and (kind, URL) of every medium in order."""
     conversation: list[dict[str, Any]] = []
-    urls: list[tuple[str, str]] = []
+    urls: list[tuple[Medium, str]] = []
     for message in sample.messages:
         content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
         parts: list[dict[str, str]] = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        for part in content:
             kind = part["type"].removesuffix("_url")
             if kind == "text":
-                for token in (image_token, VIDEO_TOKEN):
-                    # The server would put the picture there, and the next one in its place, without
-                    # a word.
-                    if token in part["text"]:
-                        remedy = "write it otherwise, and give media as parts of their own"
-                        raise BadInput(
-                            Fault(sample.where, f"text holds the placeholder {token}", remedy)
-                        )
+                _check_no_placeholder(part["text"], sample, config)
                 parts.append({"type": "text", "text": part["text"]})
-            elif kind in _PLACEHOLDERS:
+            elif kind in _MEDIA:
                 value = part[part["type"]]
                 urls.append((kind, value["url"] if isinstance(value, dict) else value))
                 parts.append({"type": kind})
             else:
-                raise BadInput(
-                    Fault(
-                        sample.where,
-                        f"unknown content part {part['type']!r}",
-                        "text, image or video",
-                    )
-                )
+                what = f"unknown content part {part['type']!r:.80}"
+                raise BadInput(Fault(sample.where, what, "give text, image or video"))
         conversation.append({"role": message["role"], "content": parts})
     return conversation, urls
+
+
+def _check_no_placeholder(text: str, sample: Sample, config: CheckpointConfig) -> None:
+    """Refuse a placeholder in a text: a server would put the next picture there, without a word."""
+    for token in (config.raw["img_context_token"], VIDEO_TOKEN):
+        if token in text:
+            remedy = "write it in another way, and give media as parts of their own"
+            raise BadInput(Fault(sample.where, f"text contains the placeholder {token}", remedy))
 
 
 def _render(
@@ -293,31 +303,30 @@ def _render(
         raise BadInput(Fault(sample.where, "messages is empty", "give at least one message"))
     open_turn = open_turn and conversation[-1]["role"] != "assistant"
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=open_turn
-            )
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=open_turn
         )
     except Exception as error:  # a template raises whatever its author chose
-        raise BadInput(
-            Fault(sample.where, f"chat template refuses the messages: {error}", "reorder them")
-        ) from None
+        what = f"chat template refuses the messages: {str(error)[:200]}"
+        raise BadInput(Fault(sample.where, what, "reorder them")) from None
+    return str(text)
 
 
-def _places(
-    token_ids: list[int], targets: dict[str, list[int]]
-) -> list[tuple[Literal["image", "video"], int]]:
+def _find_placeholders(
+    token_ids: list[int], placeholders: dict[Medium, list[int]]
+) -> list[tuple[Medium, int]]:
     """(kind, start) of every placeholder in the rendered prompt."""
-    places: list[tuple[Literal["image", "video"], int]] = []
+    places: list[tuple[Medium, int]] = []
     index = 0
     while index < len(token_ids):
-        for kind in _PLACEHOLDERS:
-            target = targets[kind]
-            if token_ids[index : index + len(target)] == target:
-                places.append((kind, index))  # type: ignore[arg-type]
-                index += len(target) - 1
+        step = 1
+        for kind in _MEDIA:
+            tokens = placeholders[kind]
+            if token_ids[index : index + len(tokens)] == tokens:
+                places.append((kind, index))
+                step = len(tokens)
                 break
-        index += 1
+        index += step
     return places
 
 
@@ -327,35 +336,42 @@ def _image(
     tiles = image_tiles(load_image(data, where), config)
     opening, closing = _brackets(config, tokenizer)
     count = len(tiles) * config.tokens_per_tile
-    token_ids = [*opening, *[config.image_token_id] * count, *closing]
+    visual = [config.image_token_id] * count
+    token_ids = list(itertools.chain(opening, visual, closing))
     return _Replacement(token_ids, (Span(len(opening), count),), tiles)
 
 
 def _video(
-    data: bytes, where: str, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
+    data: bytes,
+    where: str,
+    config: CheckpointConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    video: Video,
 ) -> _Replacement:
-    clip = decode(data, where)
+    clip = decode(data, where, video)
     opening, closing = _brackets(config, tokenizer)
-    seconds = [index * clip.frame_duration_ms / 1000.0 for index in clip.indices]
-    texts = [
-        ("" if number == 1 else "\n") + f"Frame {number} sampled at {second:.2f} seconds: "
-        for number, second in enumerate(seconds, start=1)
-    ]
+    texts = []
+    for number, index in enumerate(clip.indices, start=1):
+        seconds = index * clip.frame_duration_ms / 1000.0
+        newline = "" if number == 1 else "\n"
+        texts.append(f"{newline}Frame {number} sampled at {seconds:.2f} seconds: ")
     token_ids: list[int] = []
     visual: list[Span] = []
     # Each text is tokenized by itself, so that the tokens do not depend on what EVS leaves around
-    # them.
-    for separator in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        token_ids += [*separator, *opening]
+    # it.
+    for text_ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        token_ids += text_ids
+        token_ids += opening
         visual.append(Span(len(token_ids), config.tokens_per_tile))
-        token_ids += [*[config.image_token_id] * config.tokens_per_tile, *closing]
+        token_ids += [config.image_token_id] * config.tokens_per_tile
+        token_ids += closing
     return _Replacement(token_ids, tuple(visual), frame_tiles(clip.frames, config))
 
 
 def _brackets(
     config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    opening, closing = (config.raw[key] for key in ("img_start_token", "img_end_token"))
-    return tokenizer.encode(opening, add_special_tokens=False), tokenizer.encode(
-        closing, add_special_tokens=False
-    )
+    """Token ids of `<img>` and `</img>`."""
+    opening = tokenizer.encode(config.raw["img_start_token"], add_special_tokens=False)
+    closing = tokenizer.encode(config.raw["img_end_token"], add_special_tokens=False)
+    return opening, closing

@@ -1,9 +1,8 @@
-"""Calibration samples: OpenAI chat messages with pictures and clips, read from files and datasets,
-and checked.
+"""Samples: OpenAI chat messages with images and clips, converted from a source's rows and checked.
 
-Whatever a source calls its media, a `Sample` names them in one way only: `image_url` and
-`video_url` parts whose URL is a `file://` or a base64 `data:` URL. So one sample feeds the forward
-loop and, unchanged, a vLLM server.
+Whatever a source calls its media, a `Sample` names them in one way: `image_url` and `video_url`
+parts whose URL is a `file://` or a base64 `data:` URL. So one sample serves the forward loop and,
+unchanged, a vLLM server.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from checkpoint.faults import BadInput, Fault
 
 Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant")
-_MEDIA = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-_PARTS = ("text", *_MEDIA)
+_MEDIUM_BY_TYPE = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+_PART_TYPES = ("text", *_MEDIUM_BY_TYPE)
 _MIME = {"image": "image/png", "video": "video/mp4"}
 
 
@@ -36,7 +35,7 @@ class Sample:
         messages: OpenAI chat messages; `content` is text or a list of `text`, `image_url` and
             `video_url` parts.
         source: Where it came from: file, dataset or generator.
-        answer: The expected answer, where the source knows one.
+        answer: The expected answer, if the source knows one.
     """
 
     id: str
@@ -52,12 +51,12 @@ class Sample:
 
 @dataclass
 class Skipped:
-    """Counts the samples that could not be used; one source of bad samples must not end a run of
-    hours.
+    """Counts the samples that could not be used.
 
     Attributes:
-        limit: How many samples may be skipped before `add` raises; 0 raises on the first.
+        limit: How many samples may be skipped before `add` raises; with 0 the first one raises.
         faults: Why each was skipped.
+        samples: How many were skipped.
     """
 
     limit: int = 0
@@ -65,178 +64,213 @@ class Skipped:
     samples: int = 0
 
     def add(self, *faults: Fault) -> None:
-        """Count one skipped sample; raises `BadInput` with every fault so far once there are more
-        than `limit`.
+        """Count one skipped sample.
+
+        Raises:
+            BadInput: With every fault so far, once there are more samples than `limit`.
         """
         self.samples += 1
-        self.faults += faults
-        if self.samples > self.limit:
-            summary = Fault(
-                "sources",
-                f"{self.samples} samples cannot be used, at most {self.limit} may be",
-                "mend or remove those named below",
-            )
-            raise BadInput(*([summary, *self.faults] if self.samples > 1 else self.faults))
+        self.faults.extend(faults)
+        if self.samples <= self.limit:
+            return
+        if self.samples == 1:
+            raise BadInput(*self.faults)
+        what = f"{self.samples} samples cannot be used, at most {self.limit} may be skipped"
+        summary = Fault("sources", what, "fix or remove those named below")
+        raise BadInput(summary, *self.faults)
+
+
+UNLIMITED = 2**31
+"""A limit on skipped samples that is never reached."""
 
 
 def media_bytes(url: str, where: str) -> bytes:
     """Return the bytes behind a local path, a `file://` URL or a base64 `data:` URL.
 
+    Args:
+        url: The path or URL.
+        where: Names the sample in faults.
+
     Raises:
-        BadInput: No such file, not base64, or a URL that would have to be fetched; `where` names
-            the sample.
+        BadInput: The file does not exist, the data is not base64, or the URL is not local.
     """
     url = _local_url(url, Path.cwd(), where)
     if url.startswith("data:"):
-        try:
-            data = base64.b64decode(url.partition(",")[2], validate=True)
-        except binascii.Error as error:
-            raise BadInput(
-                Fault(where, f"data URL is not base64: {error}", "encode the file again")
-            ) from None
+        data = _decode_base64(url, where)
     else:
+        path = Path(url2pathname(urlsplit(url).path))
         try:
-            data = Path(url2pathname(urlsplit(url).path)).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
-            raise BadInput(
-                Fault(where, f"{url} cannot be read: {error.strerror}", "give an existing file")
-            ) from None
+            what = f"{url[:200]} cannot be read: {error.strerror}"
+            raise BadInput(Fault(where, what, "give an existing file")) from None
     if not data:
         raise BadInput(Fault(where, f"{url[:60]} is empty", "copy the file again"))
     return data
 
 
+def _decode_base64(url: str, where: str) -> bytes:
+    encoded = url.partition(",")[2]
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        what = f"data URL is not base64: {error}"
+        raise BadInput(Fault(where, what, "encode the file again")) from None
+
+
 def _local_url(url: object, base: Path, where: str) -> str:
-    """Turn a path, `file://` or `data:` URL into one of the two URL forms; raises `BadInput` for
-    any other.
-    """
+    """Return a path or URL as a `file://` or `data:` URL; raises `BadInput` for any other."""
     if not isinstance(url, str) or not url or "\0" in url:
-        raise BadInput(Fault(where, f"media URL is {url!r}", "give a path or a data: URL"))
+        what = f"media URL is {str(url)[:200]!r}"
+        raise BadInput(Fault(where, what, "give a path or a data: URL"))
     if url.startswith("data:"):
         if not url.partition(",")[0].endswith(";base64"):
-            raise BadInput(
-                Fault(where, f"data URL {url[:40]}… is not base64", "write data:TYPE;base64,DATA")
-            )
+            what = f"data URL {url[:40]}… is not base64"
+            raise BadInput(Fault(where, what, "write data:TYPE;base64,DATA"))
         return url
     if url.startswith("file://"):
         return url
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url):
-        raise BadInput(
-            Fault(
-                where,
-                f"{url[:200]} is not local; nothing is fetched",
-                "download it and give its path",
-            )
-        )
+        what = f"{url[:200]} is not local, and nothing is downloaded"
+        raise BadInput(Fault(where, what, "download it and give its path"))
     return (base / url).absolute().as_uri()
-
-
-def sample_from_row(row: dict[str, Any], source: str, number: str, base: Path) -> Sample:
-    name, answer = row.get("id"), row.get("answer")
-    where = f"{source}: sample {number if name is None else name}"
-    held = {kind: _column(row, kind) for kind in _MIME}
-    counts = {kind: len(values) for kind, values in held.items()}
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadInput(
-            Fault(where, f"messages is {messages!r:.60}", "give a non-empty list of chat messages")
-        )
-    checked = [_message(message, held, base, where) for message in messages]
-    for kind, left in held.items():
-        if left:
-            what = f"{counts[kind]} {kind}s in its columns, {len(left)} of them without a part in messages"
-            raise BadInput(
-                Fault(where, what, f'write a {{"type": "{kind}"}} part where each belongs')
-            )
-    return Sample(
-        number if name is None else str(name),
-        checked,
-        source,
-        None if answer is None else str(answer),
-    )
-
-
-def _message(message: object, held: dict[str, list[Any]], base: Path, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        found = message.get("role") if isinstance(message, dict) else message
-        raise BadInput(
-            Fault(where, f"a message has role {found!r:.60}", f"choose from {', '.join(ROLES)}")
-        )
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    if not isinstance(content, list) or not content:
-        raise BadInput(
-            Fault(where, f"a message has content {content!r:.60}", "give text or a list of parts")
-        )
-    return {
-        "role": message["role"],
-        "content": [_part(part, held, base, where) for part in content],
-    }
-
-
-def _part(part: object, held: dict[str, list[Any]], base: Path, where: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or kind not in _PARTS:
-        raise BadInput(
-            Fault(
-                where, f"unknown content part {part!r:.80}", f"type is one of {', '.join(_PARTS)}"
-            )
-        )
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise BadInput(
-                Fault(where, f"a text part holds {part.get('text')!r:.60}", "give a string")
-            )
-        return {"type": "text", "text": part["text"]}
-    medium = _MEDIA[kind]
-    value = part.get(kind)
-    value = value.get("url") if isinstance(value, dict) and "url" in value else value
-    if value is None:
-        if not held[medium]:
-            raise BadInput(
-                Fault(
-                    where, f"an {medium} part names no file", f"give {kind} or an {medium}s column"
-                )
-            )
-        value = held[medium].pop(0)
-    return {
-        "type": f"{medium}_url",
-        f"{medium}_url": {"url": _media_url(value, medium, base, where)},
-    }
-
-
-def _media_url(value: object, medium: str, base: Path, where: str) -> str:
-    """URL of a path, a URL, or an undecoded `{"bytes", "path"}` cell of a dataset's image or video
-    column.
-    """
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return f"data:{_MIME[medium]};base64,{base64.b64encode(value['bytes']).decode()}"
-    return _local_url(value.get("path") if isinstance(value, dict) else value, base, where)
-
-
-def _column(row: dict[str, Any], kind: str) -> list[Any]:
-    cell = row.get(f"{kind}s") if row.get(f"{kind}s") is not None else row.get(kind)
-    return [] if cell is None else list(cell) if isinstance(cell, list | tuple) else [cell]
 
 
 def usable_samples(
     rows: Iterable[tuple[int, Row]],
-    build: Callable[[int, Row], Sample],
+    parse: Callable[[int, Row], Sample],
     skipped: Skipped,
     none: Fault,
 ) -> Iterator[Sample]:
-    """The samples that can be built; the others go to `skipped`. Raises `none` when there is not
-    one.
+    """Yield the samples that can be parsed; the others go to `skipped`.
+
+    Args:
+        rows: The source's rows with their numbers.
+        parse: Makes a sample of a row, or raises `BadInput`.
+        skipped: Takes the faults of the others.
+        none: The fault to raise if no row could be parsed.
+
+    Raises:
+        BadInput: `skipped` is full, or there is no usable row.
     """
-    found, before = 0, skipped.samples
+    found = 0
+    skipped_before = skipped.samples
     for number, row in rows:
         try:
-            sample = build(number, row)
+            sample = parse(number, row)
         except BadInput as bad:
             skipped.add(*bad.faults)
             continue
         found += 1
         yield sample
-    if not found:
-        raise BadInput(none, *(skipped.faults if skipped.samples > before else []))
+    if found == 0:
+        reasons = skipped.faults if skipped.samples > skipped_before else []
+        raise BadInput(none, *reasons)
+
+
+def sample_from_row(row: dict[str, Any], source: str, number: str, base: Path) -> Sample:
+    """Convert a source's row into a sample.
+
+    Args:
+        row: With `messages`, and optionally `id`, `answer` and columns of media.
+        source: Name of the source.
+        number: Number of the row; the sample's id if it has none.
+        base: Directory that relative media paths refer to.
+
+    Raises:
+        BadInput: A message, a part or a medium is not valid.
+    """
+    identifier = number if row.get("id") is None else str(row["id"])
+    answer = None if row.get("answer") is None else str(row["answer"])
+    where = f"{source}: sample {identifier}"
+    converter = _RowConverter(row, base, where)
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        what = f"messages is {messages!r:.60}"
+        raise BadInput(Fault(where, what, "give a non-empty list of chat messages"))
+    converted = [converter.message(message) for message in messages]
+    converter.check_all_used()
+    return Sample(identifier, converted, source, answer)
+
+
+class _RowConverter:
+    """Converts the messages of one row; parts without a URL take the next medium of the columns."""
+
+    def __init__(self, row: dict[str, Any], base: Path, where: str) -> None:
+        self._base = base
+        self._where = where
+        self._columns = {medium: _column(row, medium) for medium in _MIME}
+        self._counts = {medium: len(values) for medium, values in self._columns.items()}
+
+    def message(self, message: object) -> dict[str, Any]:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = message.get("role") if isinstance(message, dict) else message
+            what = f"a message has role {found!r:.60}"
+            raise BadInput(Fault(self._where, what, f"choose from {', '.join(ROLES)}"))
+        content = message.get("content")
+        if isinstance(content, str):
+            return {"role": message["role"], "content": content}
+        if not isinstance(content, list) or not content:
+            what = f"a message has content {content!r:.60}"
+            raise BadInput(Fault(self._where, what, "give text or a list of parts"))
+        return {"role": message["role"], "content": [self._part(part) for part in content]}
+
+    def _part(self, part: object) -> dict[str, Any]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in _PART_TYPES:
+            what = f"unknown content part {part!r:.80}"
+            raise BadInput(Fault(self._where, what, f"type is one of {', '.join(_PART_TYPES)}"))
+        if kind == "text":
+            return {"type": "text", "text": self._text(part)}
+        medium = _MEDIUM_BY_TYPE[kind]
+        value = part.get(kind)
+        if isinstance(value, dict) and "url" in value:
+            value = value["url"]
+        if value is None:
+            value = self._next_medium(kind, medium)
+        url = self._media_url(value, medium)
+        return {"type": f"{medium}_url", f"{medium}_url": {"url": url}}
+
+    def _text(self, part: dict[str, Any]) -> str:
+        text = part.get("text")
+        if not isinstance(text, str):
+            what = f"a text part contains {text!r:.60}"
+            raise BadInput(Fault(self._where, what, "give a string"))
+        return text
+
+    def _next_medium(self, kind: str, medium: str) -> Any:
+        if not self._columns[medium]:
+            what = f"an {medium} part names no file"
+            raise BadInput(Fault(self._where, what, f"give {kind} or an {medium}s column"))
+        return self._columns[medium].pop(0)
+
+    def _media_url(self, value: object, medium: str) -> str:
+        """URL of a path, a URL, or an undecoded `{"bytes", "path"}` cell of a dataset's column."""
+        if not isinstance(value, dict):
+            return _local_url(value, self._base, self._where)
+        data = value.get("bytes")
+        if isinstance(data, bytes):
+            encoded = base64.b64encode(data).decode()
+            return f"data:{_MIME[medium]};base64,{encoded}"
+        return _local_url(value.get("path"), self._base, self._where)
+
+    def check_all_used(self) -> None:
+        """Refuse a row whose columns hold more media than its messages have parts for."""
+        for medium, left in self._columns.items():
+            if left:
+                total = self._counts[medium]
+                what = f"{total} {medium}s in its columns, {len(left)} without a part in messages"
+                remedy = f'write a {{"type": "{medium}"}} part where each belongs'
+                raise BadInput(Fault(self._where, what, remedy))
+
+
+def _column(row: dict[str, Any], medium: str) -> list[Any]:
+    """The media in a row's columns, such as `images` or `image`."""
+    cell = row.get(f"{medium}s")
+    if cell is None:
+        cell = row.get(medium)
+    if cell is None:
+        return []
+    if isinstance(cell, list | tuple):
+        return list(cell)
+    return [cell]

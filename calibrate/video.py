@@ -1,5 +1,7 @@
-"""Decodes a clip and samples its frames as the server does: 2 fps, at most 128 frames, uniform
-beyond 64 seconds.
+"""Decodes a clip and samples its frames as the server does.
+
+With 2 fps and at most 128 frames, a clip of up to 64 seconds gives two frames per second, a longer
+one 128 frames, uniformly.
 
 The indices equal vLLM 0.32's for `--media-io-kwargs '{"video": {"fps": 2, "num_frames": 128}}'`
 with its default loader and decoder (`VLLM_VIDEO_LOADER_BACKEND=opencv`). Both keys are needed: with
@@ -23,11 +25,11 @@ from numpy.typing import NDArray
 
 from calibrate.tiles import MAX_PIXELS
 from checkpoint.faults import BadInput, Fault
+from checkpoint.video import Video
 
-SAMPLE_FPS = 2.0
-MAX_FRAMES = 128
-# A playlist may name other files and addresses; the file given is the only one read.
+# A playlist may name other files and addresses; the given file is the only one that is read.
 _OPTIONS = {"protocol_whitelist": "none"}
+_FORMATS = "give MP4, WebM or GIF"
 
 
 @dataclass(frozen=True)
@@ -46,97 +48,104 @@ class Clip:
 
     @property
     def frame_duration_ms(self) -> int:
-        """Whole milliseconds a frame of the file lasts: the clock that the prompt's timestamps
-        count in.
-        """
+        """Duration of a frame of the file in whole milliseconds, which timestamps are multiples of."""
         return int(1000 / self.fps)
 
 
-def sample_indices(
-    total: int, fps: float, sample_fps: float = SAMPLE_FPS, limit: int = MAX_FRAMES
-) -> list[int]:
-    """Return the indices of the frames to take, first and last included when there are several.
+def sample_indices(total: int, fps: float, video: Video) -> list[int]:
+    """Return the indices of the frames to take, first and last included if there are several.
 
     Args:
         total: Frames in the file, > 0.
-        fps: Frame rate of the file; 0 when unknown, which leaves one frame, as in vLLM.
-        sample_fps: Frames to take a second.
-        limit: Most frames to take.
+        fps: Frame rate of the file; 0 if unknown, which leaves one frame, as in vLLM.
+        video: Frames per second to take, and most frames.
     """
     duration = total / fps if fps > 0 else 0.0
-    count = max(1, min(limit, total, math.floor(duration * sample_fps)))
+    wanted = math.floor(duration * video.fps)
+    count = max(1, min(video.max_frames, total, wanted))
     if count == total:
         return list(range(total))
     return np.linspace(0, total - 1, count, dtype=int).tolist()
 
 
-def decode(data: bytes, where: str) -> Clip:
+def decode(data: bytes, where: str, video: Video) -> Clip:
     """Decode a video file and sample it.
 
     Frames that cannot be decoded are left out; the others keep their indices.
 
     Args:
-        data: The file: anything FFmpeg reads, MP4, WebM and GIF among them.
+        data: The file: anything that FFmpeg reads, MP4, WebM and GIF among them.
         where: Names the sample in faults.
+        video: How it is sampled.
 
     Raises:
-        BadInput: It is no video, its frame rate is unknown, its frames are too large or none can be
-            decoded.
+        BadInput: It is not a video, its frame rate is unknown, its frames are too large, or none of
+            them can be decoded.
     """
     try:
         with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
             if not container.streams.video:
-                raise BadInput(Fault(where, "file has no video stream", "give MP4, WebM or GIF"))
+                raise BadInput(Fault(where, "file has no video stream", _FORMATS))
             stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
-                what = f"frames have {stream.width}x{stream.height} pixels, at most {MAX_PIXELS} are served"
-                raise BadInput(Fault(where, what, "make them smaller"))
+            _check_frame_size(stream, where)
             fps = _frame_rate(stream)
             total = _frame_count(container, stream, fps)
         if fps <= 0 or total <= 0:
             what = f"video has {total} frames at {fps:g} per second"
             raise BadInput(Fault(where, what, "write it again with a constant frame rate"))
-        wanted = sample_indices(total, fps)
+        wanted = sample_indices(total, fps, video)
         # Opened a second time: not every container can seek back to its beginning after the count.
         with av.open(io.BytesIO(data), "r", options=_OPTIONS) as container:
-            taken = _read(container, set(wanted))
+            taken = _read_frames(container, set(wanted))
     except av.FFmpegError as error:
-        raise BadInput(
-            Fault(where, f"video cannot be read: {error}", "give MP4, WebM or GIF")
-        ) from None
+        what = f"video cannot be read: {str(error)[:200]}"
+        raise BadInput(Fault(where, what, _FORMATS)) from None
     if not taken:
-        raise BadInput(Fault(where, "no frame of the video can be decoded", "write the file again"))
+        what = "no frame of the video can be decoded"
+        raise BadInput(Fault(where, what, "write the file again"))
     if len({frame.shape for frame in taken.values()}) > 1:
-        raise BadInput(
-            Fault(where, "frame size changes within the video", "write the file again in one size")
-        )
+        what = "frame size changes within the video"
+        raise BadInput(Fault(where, what, "write the file again in one size"))
     indices = tuple(sorted(taken))
-    return Clip(np.stack([taken[index] for index in indices]), indices, fps)
+    frames = np.stack([taken[index] for index in indices])
+    return Clip(frames, indices, fps)
+
+
+def _check_frame_size(stream: VideoStream, where: str) -> None:
+    if stream.width * stream.height > MAX_PIXELS:
+        what = f"frames have {stream.width}x{stream.height} pixels, at most {MAX_PIXELS} are served"
+        raise BadInput(Fault(where, what, "make them smaller"))
 
 
 def _frame_rate(stream: VideoStream) -> float:
-    """Frames a second as OpenCV reports them: on average, else FFmpeg's guess (a short MPEG-TS has
-    no average).
+    """Frames per second as OpenCV reports them: the average, otherwise FFmpeg's guess.
+
+    A short MPEG-TS has no average.
     """
     return float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _frame_count(container: InputContainer, stream: VideoStream, fps: float) -> int:
-    """Frames that can be shown: the header's count, or the duration's where there is none, less
-    what is cut away.
+    """Number of frames that can be shown: the header's count without those that are cut away.
+
+    If the header has no count, it follows from the duration.
     """
     duration = container.duration / av.time_base if container.duration else 0.0
     if not duration and stream.duration and stream.time_base:
         duration = float(stream.duration * stream.time_base)
     total = stream.frames or math.floor(duration * fps + 0.5)
-    # A clip cut without re-encoding keeps the frames before the cut in the file and hides them with
-    # an edit list; the header counts them all the same. vLLM corrects the count from two frames'
-    # difference on.
-    shown = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    # A clip that was cut without re-encoding keeps the frames before the cut in the file and hides
+    # them with an edit list; the header counts them all the same. vLLM corrects the count if it
+    # differs by two frames or more.
+    shown = 0
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            shown += 1
     return shown if 0 < shown < total - 1 else total
 
 
-def _read(container: InputContainer, wanted: set[int]) -> dict[int, NDArray[np.uint8]]:
+def _read_frames(container: InputContainer, wanted: set[int]) -> dict[int, NDArray[np.uint8]]:
+    """The wanted frames by index."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     taken: dict[int, NDArray[np.uint8]] = {}
@@ -157,8 +166,9 @@ def _read(container: InputContainer, wanted: set[int]) -> dict[int, NDArray[np.u
 
 
 def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
-    # Phones write portrait clips as landscape frames and a rotation; OpenCV applies it, so we do.
-    # Bicubic chroma, the scaler OpenCV asks for: FFmpeg's default differs by up to several grey
-    # levels at coloured edges.
+    # Phones write portrait clips as landscape frames and a rotation, which OpenCV applies. Chroma
+    # is scaled bicubically, as OpenCV does: FFmpeg's default differs by several grey levels at
+    # coloured edges.
     pixels = frame.to_ndarray(format="rgb24", interpolation=Interpolation.BICUBIC)
-    return np.ascontiguousarray(np.rot90(pixels, k=round(frame.rotation / 90) % 4))
+    quarter_turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, k=quarter_turns))

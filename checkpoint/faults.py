@@ -1,4 +1,6 @@
-"""How bad input is reported: a fault names the thing, what is wrong and the remedy; all faults are raised at once."""
+"""How bad input is reported: a fault names the thing, what is wrong and the remedy; all faults are
+raised at once.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def raise_if_any(faults: Iterable[Fault]) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a remedy that names the valid choice nearest to `name`, or all of them if none is near."""
+    """Return a remedy that names the valid choice nearest to `name`, or all of them if none is
+    near.
+    """
     import difflib
 
     choices = sorted(valid)

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 from checkpoint.files import DTYPES, SINGLE, bytes_of
-from checkpoint.layout import TensorSpec, split_by_size, spec_bytes
+from checkpoint.layout import TensorSpec, spec_bytes, split_by_size
 
 # safetensors 0.8 lays tensors out by dtype in this order, then by name, so that each is aligned.
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8", "U8", "BOOL")

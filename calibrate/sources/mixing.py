@@ -1,6 +1,4 @@
-"""Several sources of samples as one: mixed by weight, or shuffled through a buffer, the same way
-for the same seed.
-"""
+"""Several sources of samples as one: mixed by weight or shuffled, the same way for the same seed."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ def mixed(
 ) -> Iterator[Sample]:
     """Interleave sources in proportion to their weights, the same way for the same `seed`.
 
-    After any n samples each source has given its share of n to within one. A source that runs out
-    is not repeated, as a second look at a sample changes no amax: the others go on in their
+    After any n samples each source has given its share of n to within one. A source that ends is
+    not repeated, since a second look at a sample changes no range: the others continue in their
     proportions, and the mix ends with the last of them, or after `samples`.
 
     Args:
@@ -30,41 +28,46 @@ def mixed(
         name: What faults call the sources: their key in a recipe.
 
     Raises:
-        BadInput: There is no source, a weight is not positive, or the sources together hold no
+        BadInput: There is no source, a weight is not positive, or the sources together contain no
             sample.
     """
-    if not sources or any(not weight > 0 for _, weight in sources):
-        weights = [weight for _, weight in sources]
+    weights = [weight for _, weight in sources]
+    if not sources or not all(weight > 0 for weight in weights):
         raise BadInput(Fault(name, f"weights are {weights}", "give at least one, all above 0"))
-    draw = random.Random(seed)
-    credit = {index: draw.random() * weight for index, (_, weight) in enumerate(sources)}
-    open_sources = {index: iter(source) for index, (source, _) in enumerate(sources)}
-    total = 0
-    while open_sources and (samples is None or total < samples):
-        whole = sum(sources[index][1] for index in open_sources)
-        for index in open_sources:
-            credit[index] += sources[index][1]
-        turn = max(open_sources, key=lambda index: (credit[index], -index))
+    generator = random.Random(seed)
+    credit = {index: generator.random() * weight for index, weight in enumerate(weights)}
+    remaining = {index: iter(source) for index, (source, _) in enumerate(sources)}
+    count = 0
+    while remaining and (samples is None or count < samples):
+        total_weight = sum(weights[index] for index in remaining)
+        for index in remaining:
+            credit[index] += weights[index]
+        chosen = max(remaining, key=lambda index: (credit[index], -index))
         try:
-            sample = next(open_sources[turn])
+            sample = next(remaining[chosen])
         except StopIteration:
-            del open_sources[turn]
+            del remaining[chosen]
             continue
-        credit[turn] -= whole
-        total += 1
+        credit[chosen] -= total_weight
+        count += 1
         yield sample
-    if not total and samples != 0:
-        raise BadInput(Fault(name, "hold no samples", "give at least one that does"))
+    if count == 0 and samples != 0:
+        raise BadInput(Fault(name, "contain no samples", "give at least one that does"))
 
 
 def shuffled(samples: Iterable[Sample], seed: int, buffer: int = 256) -> Iterator[Sample]:
-    """Yield `samples` in an order drawn from `seed`, through a buffer, so that a stream need not be
-    read to its end.
+    """Yield `samples` in an order drawn from `seed`.
+
+    Args:
+        samples: Read as far as needed: only `buffer` of them are held at once.
+        seed: Of the order.
+        buffer: Samples among which the next one is drawn.
     """
-    draw, held = random.Random(seed), list[Sample]()
+    generator = random.Random(seed)
+    held: list[Sample] = []
     for sample in samples:
         held.append(sample)
         if len(held) > buffer:
-            yield held.pop(draw.randrange(len(held)))
-    draw.shuffle(held)
+            yield held.pop(generator.randrange(len(held)))
+    generator.shuffle(held)
     yield from held

@@ -1,4 +1,6 @@
-"""Configuration of NemotronH_Nano_VL_V2 for loaders that follow config.json's auto_map; holds no model code."""
+"""Configuration of NemotronH_Nano_VL_V2 for loaders that follow config.json's auto_map; holds no
+model code.
+"""
 
 from transformers import NemotronHConfig, PretrainedConfig
 
@@ -14,7 +16,8 @@ class RadioSettings(PretrainedConfig):
 
 
 class NemotronH_Nano_VL_V2_Config(PretrainedConfig):
-    """Top level: the language model's and the vision tower's settings and how tiles become tokens."""
+    """Top level: the language model's and the vision tower's settings and how tiles become tokens.
+    """
 
     model_type = "NemotronH_Nano_VL_V2"
     is_composition = True

@@ -51,8 +51,7 @@ CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
 
 def stream(*parts: str | int) -> np.random.RandomState:
-    """A random stream of its own for `parts`. RandomState's streams are frozen by NumPy's policy.
-    """
+    """A random stream of its own for `parts`. RandomState's streams are frozen by NumPy's policy."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 

@@ -69,8 +69,7 @@ def frequent(random: np.random.RandomState, close: bool = False) -> Scene:
 
 
 def code_list(random: np.random.RandomState) -> Scene:
-    """Recall of codes from a list: what `form` shows on a page, as text. Training alone draws it.
-    """
+    """Recall of codes from a list: what `form` shows on a page, as text. Training alone draws it."""
     lines = int(random.randint(2, 13))
     labels = distinct_letters(random, lines)
     words = [code(random, 4, 6) for _ in labels]
