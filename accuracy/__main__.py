@@ -1,13 +1,13 @@
 """Compares a directory, or a server, with BF16 on the tasks: a paired table with 95 % intervals.
 
     python -m accuracy DIR --reference BF16_DIR [--tasks document,chart] [--items 300]
-    [--video-pruning-rate 0.75]
-    python -m accuracy DIR --reference DIR --endpoint http://localhost:8000     # served against in
-    process
+    python -m accuracy DIR --reference BF16_DIR --endpoint http://localhost:8000
 
 Both sides answer the same held-out items greedily; an answer counts when it is exact. DIR is read
-back from its files, weights dequantized and inputs rounded as served. With --endpoint the server
-answers in DIR's place. Exit status: 0 measured, 2 bad input, also when too many requests fail.
+back from its files, weights dequantized and inputs rounded as served. Clips are sampled and pruned
+as DIR's manifest says, as its server does. With --endpoint the server answers in DIR's place; give
+--video-pruning-rate if it was started with another rate. Exit status: 0 measured, 2 bad input, also
+when too many requests fail.
 """
 
 from __future__ import annotations
@@ -19,55 +19,95 @@ from pathlib import Path
 
 from rich.console import Console
 
-from checkpoint.config import read_config
-from checkpoint.faults import BadInput, Fault, main
+from checkpoint.atomic import write_text
+from checkpoint.command import command_parser, parse_command
+from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.libraries import prepare_libraries
+from checkpoint.log import get_logger
+from checkpoint.video import UNPRUNED, Video
 from tiny.tasks import TASKS, TEST_ITEMS, check_tasks, items
 
+logger = get_logger("accuracy")
 
-def _run() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m accuracy", description=(__doc__ or "").splitlines()[0]
-    )
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("accuracy", __doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--reference", type=Path, required=True, metavar="BF16_DIR")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
-    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items a task")
+    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items per task")
     parser.add_argument(
-        "--video-pruning-rate",
-        type=float,
-        default=0.0,
-        help="EVS rate in process; a server has its own",
+        "--video-pruning-rate", type=float, metavar="Q", help="EVS rate (DIR's manifest)"
     )
     parser.add_argument("--endpoint", metavar="URL", help="ask this server instead of DIR's files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    arguments = parser.parse_args()
+    return parser
+
+
+def compared_video(directory: Path, override: float | None) -> Video:
+    """Return how clips are seen in a comparison: as the manifest says, or at another rate.
+
+    Args:
+        directory: A checkpoint; BF16 has no manifest, and its clips are not pruned.
+        override: EVS rate of the command line.
+
+    Raises:
+        BadInput: The rate is out of range, or the manifest cannot be read.
+    """
+    from export.manifest import read_manifest
+
+    manifest = read_manifest(directory)
+    video = manifest.video if manifest else UNPRUNED
+    if override is None or override == video.pruning_rate:
+        return video
+    if not 0 <= override < 1:
+        remedy = "give 0 (off) up to but not including 1"
+        raise BadInput(Fault("--video-pruning-rate", f"is {override}", remedy))
+    if manifest:
+        logger.warning(
+            "%s was calibrated at EVS rate %g and is compared at %g",
+            directory,
+            video.pruning_rate,
+            override,
+        )
+    return video.with_rate(override)
+
+
+def _run() -> int:
+    arguments = parse_command(_parser())
     names = [name for name in arguments.tasks.split(",") if name]
     check_tasks(names)
     if not names:
         raise BadInput(Fault("--tasks", "names no task", f"choose from {', '.join(TASKS)}"))
-    configs = [read_config(directory) for directory in (arguments.reference, arguments.directory)]
+    raise_if_any(_item_faults(arguments.items))
     samples = {name: items(name, count=arguments.items) for name in names}
-
-    # torch is imported only now: a misspelt task need not wait for it.
+    # torch and ModelOpt are imported only now, so that a misspelt task is reported at once.
+    prepare_libraries()
     from accuracy.answers import answer_tasks
     from accuracy.endpoint import ask_endpoint
     from accuracy.paired import pair, paired_table
+    from checkpoint.opened import open_checkpoint
 
-    rate = arguments.video_pruning_rate
+    reference = open_checkpoint(arguments.reference)
+    variant = open_checkpoint(arguments.directory)
+    video = compared_video(arguments.directory, arguments.video_pruning_rate)
+    logger.info("clips: %s", video)
     if arguments.endpoint:
-        variant: dict[str, list[str | None]] = ask_endpoint(arguments.endpoint, samples)
+        answers = ask_endpoint(arguments.endpoint, samples)
     else:
-        variant = dict(answer_tasks(configs[1], samples, rate))
-    rows = pair(samples, answer_tasks(configs[0], samples, rate), variant)
-    Console().print(
-        paired_table(rows, arguments.reference.name, arguments.endpoint or arguments.directory.name)
-    )
+        answers = answer_tasks(variant, samples, video)
+    rows = pair(samples, answer_tasks(reference, samples, video), answers)
+    shown = arguments.endpoint or arguments.directory.name
+    Console().print(paired_table(rows, arguments.reference.name, shown))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n"
-        )
+        plain = [dataclasses.asdict(row) for row in rows]
+        write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
     return 0
+
+
+def _item_faults(count: int) -> list[Fault]:
+    return [] if count >= 1 else [Fault("--items", f"is {count}", "give at least 1")]
 
 
 if __name__ == "__main__":

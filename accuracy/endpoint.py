@@ -1,6 +1,4 @@
-"""Asks the items of the tasks through an OpenAI-compatible endpoint; what goes wrong is counted,
-never scored right.
-"""
+"""Asks the items of the tasks through an OpenAI-compatible endpoint; failed requests are counted."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from calibrate.samples import Sample
 from checkpoint.faults import BadInput, Fault
 
 MAX_ANSWER_TOKENS = 24
-_AT_ONCE = 8
+_CONCURRENT_REQUESTS = 8
 
 
 def ask_endpoint(
@@ -35,18 +33,12 @@ def ask_endpoint(
         Answers by task in the order of the items.
 
     Raises:
-        BadInput: When the server cannot be reached, serves no model, or too many requests fail.
+        BadInput: The server cannot be reached, serves no model, or too many requests fail.
     """
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     client = openai.OpenAI(base_url=base, api_key="none", timeout=timeout, max_retries=2)
-    try:
-        models = client.models.list().data
-    except (openai.OpenAIError, ValueError, AttributeError) as error:
-        what = f"does not answer as an OpenAI endpoint: {_one_line(error)}"
-        raise BadInput(Fault(url, what, "is `python -m serve DIR` running there?")) from None
-    if not models:
-        raise BadInput(Fault(url, "serves no model", "look at its log"))
-    model, reasons = models[0].id, list[str]()
+    model = _first_model(client, url)
+    reasons: list[str] = []
 
     def answer(sample: Sample) -> str | None:
         try:
@@ -62,24 +54,29 @@ def ask_endpoint(
             return None
 
     flat = [sample for items in samples.values() for sample in items]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        answers = iter(
-            list(
-                tqdm(
-                    pool.map(answer, flat),
-                    total=len(flat),
-                    desc="asking",
-                    unit="item",
-                    disable=None,
-                )
-            )
-        )
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        answering = pool.map(answer, flat)
+        bar = tqdm(answering, total=len(flat), desc="asking", unit="item", disable=None)
+        answers = list(bar)
     if len(reasons) > max_failed * len(flat):
-        faults = [Fault(url, reason) for reason in reasons[:5]]
         what = f"{len(reasons)} of {len(flat)} requests failed, at most {max_failed:.0%} may"
+        faults = [Fault(url, reason) for reason in reasons[:5]]
         raise BadInput(Fault(url, what, "look at the server's log"), *faults)
-    return {task: [next(answers) for _ in items] for task, items in samples.items()}
+    remaining = iter(answers)
+    return {task: [next(remaining) for _ in items] for task, items in samples.items()}
+
+
+def _first_model(client: openai.OpenAI, url: str) -> str:
+    try:
+        models = client.models.list().data
+    except (openai.OpenAIError, ValueError, AttributeError) as error:
+        what = f"does not answer as an OpenAI endpoint: {_one_line(error)}"
+        raise BadInput(Fault(url, what, "is `python -m serve DIR` running there?")) from None
+    if not models:
+        raise BadInput(Fault(url, "serves no model", "look at its log"))
+    return models[0].id
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__

@@ -1,6 +1,4 @@
-"""Two sets of answers to the same items, held against each other: accuracies, their difference, a
-paired interval.
-"""
+"""Two sets of answers to the same items, compared: accuracies, their difference, a paired interval."""
 
 from __future__ import annotations
 
@@ -8,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from accuracy.scoring import result, score
 from calibrate.samples import Sample
 
 _RESAMPLES = 10_000
+_INTERVAL = (0.025, 0.975)
+_COLUMNS = ("task", "items", "reference", "variant", "points", "95 % interval", "empty")
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Paired:
     Attributes:
         task: Its name; `mean` for the mean over tasks.
         items: Items asked of both.
-        reference: Share the reference answered exactly.
-        variant: Share the variant answered exactly.
+        reference: Share that the reference answered exactly.
+        variant: Share that the variant answered exactly.
         low: Lower end of the 95 % interval of variant − reference.
         high: Upper end.
-        empty: Answers of the variant that were empty or no text.
+        empty: Answers of the variant that were empty or not text.
     """
 
     task: str
@@ -61,38 +62,61 @@ def pair(
         variant: The variant's.
     """
     random = np.random.default_rng(0)
-    rows, draws = [], []
+    rows = []
+    resampled_means = []
     for task, asked in samples.items():
-        ours = np.array(
-            [score(answer, sample) for answer, sample in zip(reference[task], asked, strict=True)]
-        )
-        theirs = np.array(
-            [score(answer, sample) for answer, sample in zip(variant[task], asked, strict=True)]
-        )
-        difference = theirs.astype(float) - ours
+        ours = _scores(reference[task], asked)
+        theirs = _scores(variant[task], asked)
+        difference = theirs - ours
         picked = random.integers(0, len(asked), (_RESAMPLES, len(asked)))
-        drawn = difference[picked].mean(1)
-        draws.append(drawn)
-        low, high = np.quantile(drawn, (0.025, 0.975))
+        means = difference[picked].mean(1)
+        resampled_means.append(means)
+        low, high = np.quantile(means, _INTERVAL)
         empty = result(task, asked, variant[task]).empty
         rows.append(
-            Paired(task, len(asked), ours.mean(), theirs.mean(), float(low), float(high), empty)
+            Paired(
+                task=task,
+                items=len(asked),
+                reference=ours.mean(),
+                variant=theirs.mean(),
+                low=float(low),
+                high=float(high),
+                empty=empty,
+            )
         )
-    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    means = [
-        float(np.mean([getattr(row, side) for row in rows])) for side in ("reference", "variant")
-    ]
-    total, empties = sum(row.items for row in rows), sum(row.empty for row in rows)
-    return [*rows, Paired("mean", total, means[0], means[1], float(low), float(high), empties)]
+    low, high = np.quantile(np.mean(resampled_means, axis=0), _INTERVAL)
+    mean = Paired(
+        task="mean",
+        items=sum(row.items for row in rows),
+        reference=float(np.mean([row.reference for row in rows])),
+        variant=float(np.mean([row.variant for row in rows])),
+        low=float(low),
+        high=float(high),
+        empty=sum(row.empty for row in rows),
+    )
+    return [*rows, mean]
+
+
+def _scores(answers: Sequence[object], samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """1 for each right answer, 0 for the others."""
+    pairs = zip(answers, samples, strict=True)
+    return np.array([score(answer, sample) for answer, sample in pairs], dtype=float)
 
 
 def paired_table(rows: Sequence[Paired], reference: str, variant: str) -> Table:
     """The rows as a table for the console; accuracies in percent, differences in points."""
     table = Table(title=f"{variant} against {reference}", title_justify="left")
-    for column in ("task", "items", "reference", "variant", "points", "95 % interval", "empty"):
-        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
+    for column in _COLUMNS:
+        justify = "left" if column == "task" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        interval = f"{100 * row.low:+.1f} … {100 * row.high:+.1f}"
-        shares = (f"{row.reference:.1%}", f"{row.variant:.1%}", f"{100 * row.difference:+.1f}")
-        table.add_row(row.task, str(row.items), *shares, interval, str(row.empty))
+        table.add_row(
+            row.task,
+            str(row.items),
+            f"{row.reference:.1%}",
+            f"{row.variant:.1%}",
+            f"{100 * row.difference:+.1f}",
+            f"{100 * row.low:+.1f} … {100 * row.high:+.1f}",
+            str(row.empty),
+        )
     return table

@@ -10,13 +10,13 @@ from calibrate.samples import Sample
 
 @dataclass(frozen=True)
 class Result:
-    """How one task went.
+    """The outcome of one task.
 
     Attributes:
         task: Its name.
-        items: How many were asked.
-        right: How many were answered exactly.
-        empty: How many answers were empty or no text; never right.
+        items: Number of items asked.
+        right: Number of items answered exactly.
+        empty: Number of answers that were empty or not text; they are never right.
     """
 
     task: str
@@ -31,18 +31,29 @@ class Result:
 
 
 def score(answer: object, sample: Sample) -> bool:
-    """Whether `answer` is the expected one, white space normalised; an empty answer or no text is
-    never right.
+    """Return whether `answer` is the expected one, up to white space.
+
+    An empty answer, or one that is not text, is never right.
     """
     if not isinstance(answer, str) or sample.answer is None:
         return False
-    given, expected = " ".join(answer.split()), " ".join(sample.answer.split())
+    given = " ".join(answer.split())
+    expected = " ".join(sample.answer.split())
     return bool(given) and given == expected
 
 
+def is_empty(answer: object) -> bool:
+    """Return whether an answer is empty or not text."""
+    return not isinstance(answer, str) or not answer.strip()
+
+
 def result(task: str, samples: Sequence[Sample], answers: Sequence[object]) -> Result:
-    """Score the answers to `samples`; raises `ValueError` when there is not one answer a sample."""
+    """Score the answers to `samples`.
+
+    Raises:
+        ValueError: There is not one answer per sample.
+    """
     pairs = list(zip(answers, samples, strict=True))
     right = sum(score(answer, sample) for answer, sample in pairs)
-    empty = sum(not isinstance(answer, str) or not answer.strip() for answer, _ in pairs)
+    empty = sum(is_empty(answer) for answer, _ in pairs)
     return Result(task, len(pairs), right, empty)
