@@ -24,7 +24,7 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
-from checkpoint.video import UNPRUNED, Video
+from checkpoint.video import Video
 from tiny.tasks import TASKS, TEST_ITEMS, check_tasks, items
 
 logger = get_logger("accuracy")
@@ -48,7 +48,7 @@ def compared_video(directory: Path, override: float | None) -> Video:
     """Return how clips are seen in a comparison: as the manifest says, or at another rate.
 
     Args:
-        directory: A checkpoint; BF16 has no manifest, and its clips are not pruned.
+        directory: A checkpoint. Without a manifest, as for BF16, the defaults hold, as in serving.
         override: EVS rate of the command line.
 
     Raises:
@@ -57,7 +57,7 @@ def compared_video(directory: Path, override: float | None) -> Video:
     from export.manifest import read_manifest
 
     manifest = read_manifest(directory)
-    video = manifest.video if manifest else UNPRUNED
+    video = manifest.video if manifest else Video()
     if override is None or override == video.pruning_rate:
         return video
     if not 0 <= override < 1:

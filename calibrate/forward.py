@@ -66,11 +66,21 @@ class Counts:
 
     def plus(self, embedded: Embedded) -> Counts:
         """These counts with one more prompt."""
+        one = Counts(
+            1,
+            len(embedded.token_ids),
+            embedded.video_tokens_kept,
+            embedded.video_tokens_pruned,
+        )
+        return self.plus_counts(one)
+
+    def plus_counts(self, other: Counts) -> Counts:
+        """The sum of both."""
         return Counts(
-            self.samples + 1,
-            self.tokens + len(embedded.token_ids),
-            self.video_tokens_kept + embedded.video_tokens_kept,
-            self.video_tokens_pruned + embedded.video_tokens_pruned,
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.video_tokens_kept + other.video_tokens_kept,
+            self.video_tokens_pruned + other.video_tokens_pruned,
         )
 
 

@@ -1,252 +1,220 @@
-"""Safetensors shards in which every tensor has its place before the first is computed.
+"""Writes a checkpoint as one safetensors file per layer, while the next layers are computed.
 
-A tensor is written as soon as it is finished, in any order and from any thread, and again after a
-restart; no shard is ever gathered in memory. The bytes are those of `safetensors.torch.save_file`.
+A file appears under its name when it is whole and on the disk, so a run that was killed finds out
+from the files which layers are finished.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from checkpoint.files import DTYPES, SINGLE, bytes_of
-from checkpoint.layout import TensorSpec, spec_bytes, split_by_size
+from checkpoint.atomic import write_tensors
+from checkpoint.family import Family
+from checkpoint.files import DTYPES, Reader
+from checkpoint.layout import Specs, spec_bytes, split_by_size
 
-# safetensors 0.8 lays tensors out by dtype in this order, then by name, so that each is aligned.
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8", "U8", "BOOL")
-_THREADS = 4
-# Groups of tensors on their way to the disk; a layer of the 12B is 0.1 to 0.2 GB, or twice that in
-# BF16.
-_GROUPS_AHEAD = 3
+OUTSIDE_BYTES = 1_400_000_000
+"""Largest file of tensors outside the layers, unless a single tensor is larger. At the 12B's size, an
+embedding matrix of 1.35 GB is a file of its own, so that writing needs no more memory than that."""
+
+_LAYERS_AHEAD = 3
+"""Layers that wait to be written. A layer of the 12B is 0.1 to 0.4 GB."""
+
+_THREADS = 2
 
 
+@dataclass(frozen=True)
 class Shards:
-    """The files of a checkpoint, laid out from names, shapes and dtypes alone.
+    """Which tensor is written into which file.
 
     Attributes:
-        directory: Where the files are, made by `open_shards`.
         specs: Shape and dtype of every tensor.
-        weight_map: File name of every tensor.
-        written: Names written by this process.
+        outside: Tensor names by file name, for tensors outside the layers.
+        layers: (file name, tensor names) of each layer.
     """
 
-    def __init__(self, directory: Path, specs: Mapping[str, TensorSpec], shard_bytes: int) -> None:
-        self.directory, self.specs = directory, specs
-        self.weight_map: dict[str, str] = {}
-        self.written: set[str] = set()
-        self._start: dict[str, int] = {}
-        self._headers: dict[str, bytes] = {}
-        self._sizes: dict[str, int] = {}
-        planned = split_by_size(specs, shard_bytes)
-        for number, names in enumerate(planned, start=1):
-            file = (
-                SINGLE
-                if len(planned) == 1
-                else f"model-{number:05d}-of-{len(planned):05d}.safetensors"
-            )
-            self._lay_out(file, {name: specs[name] for name in names})
+    specs: Specs
+    outside: Mapping[str, list[str]]
+    layers: tuple[tuple[str, list[str]], ...]
 
-    def _lay_out(self, file: str, specs: Mapping[str, TensorSpec]) -> None:
-        self.weight_map.update(dict.fromkeys(specs, file))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in sorted(specs, key=lambda name: (_ORDER.index(specs[name].dtype), name)):
-            start, end = end, end + spec_bytes({name: specs[name]})
-            shape = list(specs[name].shape)
-            header[name] = {
-                "dtype": specs[name].dtype,
-                "shape": shape,
-                "data_offsets": [start, end],
-            }
-            self._start[name] = start
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._headers[file] = len(text).to_bytes(8, "little") + text
-        self._sizes[file] = len(self._headers[file]) + end
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """File name of every tensor, as in model.safetensors.index.json."""
+        found = {}
+        for file, names in [*self.outside.items(), *self.layers]:
+            for name in names:
+                found[name] = file
+        return {name: found[name] for name in self.specs}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files, headers included."""
-        return sum(self._sizes.values())
-
-    def create(self) -> None:
-        """Make the files at their full size, headers written; what an earlier run has written
-        stays.
-
-        Raises:
-            OSError: When the disk does not allow files of this size.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for file, header in self._headers.items():
-            path = self.directory / file
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                os.ftruncate(descriptor, self._sizes[file])
-                _write_all(descriptor, memoryview(header), 0, path)
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
-            finally:
-                os.close(descriptor)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor to its place.
-
-        Raises:
-            AssertionError: When its shape or dtype is not the planned one.
-            OSError: When the disk is full.
-        """
-        spec = self.specs[name]
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
-            raise AssertionError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
-            )
-        file = self.weight_map[name]
-        path = self.directory / file
-        descriptor = os.open(path, os.O_WRONLY)
-        try:
-            start = len(self._headers[file]) + self._start[name]
-            _write_all(descriptor, bytes_of(tensor.cpu().contiguous()), start, path)
-        finally:
-            os.close(descriptor)
-        self.written.add(name)
-
-    def flush(self, names: Mapping[str, object]) -> None:
-        """Bring the files that hold `names` onto the disk."""
-        for file in sorted({self.weight_map[name] for name in names}):
-            descriptor = os.open(self.directory / file, os.O_RDONLY)
-            try:
-                os.fdatasync(descriptor)
-            finally:
-                os.close(descriptor)
+        """Bytes of all tensors."""
+        return spec_bytes(self.specs)
 
 
-class Writer:
-    """Writes tensors in threads while the caller computes the next ones; use it as a context
-    manager.
+def plan_shards(specs: Specs, family: Family) -> Shards:
+    """Assign every tensor to a file: one file per layer, the others by size."""
+    by_layer: dict[int, list[str]] = {}
+    others = {}
+    for name, spec in specs.items():
+        layer = family.layer_of(name)
+        if layer is None:
+            others[name] = spec
+        else:
+            by_layer.setdefault(layer, []).append(name)
+    outside = split_by_size(others, OUTSIDE_BYTES)
+    count = len(outside) + len(by_layer)
+    files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    first_layer = len(outside)
+    layers = []
+    for layer in sorted(by_layer):
+        layers.append((files[first_layer + layer], by_layer[layer]))
+    return Shards(specs, dict(zip(files, outside, strict=False)), tuple(layers))
 
-    Leaving the context waits for everything; an error of a thread is raised at the next `put`, or
-    there.
+
+class ShardWriter:
+    """Writes shards in threads. Use it as a context manager: leaving it waits for all of them.
+
+    An error of a thread is raised at the next `put`, at `drain`, or when the context is left.
     """
 
     def __init__(
-        self, shards: Shards, progress: Callable[[int], object] = lambda count: None
+        self,
+        directory: Path,
+        shards: Shards,
+        read: Reader,
+        on_bytes: Callable[[int], object] = lambda count: None,
     ) -> None:
-        self.shards, self._progress = shards, progress
-        self._threads = ThreadPoolExecutor(_THREADS, "write")
-        self._recorder = ThreadPoolExecutor(1, "record")
-        self._copiers = ThreadPoolExecutor(2, "copy")
-        self._room = threading.Semaphore(_GROUPS_AHEAD)
-        self._groups: list[Future[None]] = []
-        self._failed = False
-
-    def copy(self, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
-        """Write tensors that are ready elsewhere, beside everything that is put; two are in memory
-        at a time.
+        """Start writing what lies outside the layers; files that exist are kept.
 
         Args:
-            names: Of the tensors.
-            read: Gives one; called in a thread.
+            directory: Where the files go.
+            shards: What goes where.
+            read: Returns a tensor that is copied from the source as it is; called in threads.
+            on_bytes: Called with the bytes of every file written.
         """
-
-        def one(name: str) -> None:
-            tensor = read(name)
-            self.shards.write(name, tensor)
-            self._progress(tensor.nbytes)
-
-        self._groups += [self._copiers.submit(one, name) for name in names]
+        self.directory = directory
+        self.shards = shards
+        self._read = read
+        self._on_bytes = on_bytes
+        self._outside_thread = ThreadPoolExecutor(1, "write-outside")
+        self._layer_threads = ThreadPoolExecutor(_THREADS, "write-layer")
+        self._recorder = ThreadPoolExecutor(1, "record")
+        self._room = threading.Semaphore(_LAYERS_AHEAD)
+        self._pending: list[Future[None]] = []
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, names in shards.outside.items():
+            if not (directory / file).exists():
+                writing = self._outside_thread.submit(self._write, file, names, {}, None)
+                self._pending.append(writing)
 
     def put(
-        self, tensors: Mapping[str, torch.Tensor], then: Callable[[], None] | None = None
+        self,
+        layer: int,
+        tensors: Mapping[str, torch.Tensor],
+        then: Callable[[], None] | None = None,
     ) -> None:
-        """Write finished tensors; waits while too many are on their way.
+        """Write a layer; waits while too many layers are pending.
 
         Args:
-            tensors: By name, on any device; do not change them any more.
-            then: Called when these and all put before them are on the disk.
+            layer: Its index.
+            tensors: Its computed tensors by name, on any device; do not change them any more. The
+                layer's other tensors are read from the source.
+            then: Called when this layer and all layers put before it are on the disk.
         """
-        self._raise_errors(wait_for_all=False)
+        self._raise_errors()
         self._room.acquire()
-        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-        ready = torch.cuda.current_stream(device).record_event() if device else None
-        writes = [
-            self._threads.submit(self._write, name, tensor, ready)
-            for name, tensor in tensors.items()
-        ]
-        size = math.fsum(tensor.nbytes for tensor in tensors.values())
-        self._groups.append(
-            self._recorder.submit(self._record, writes, dict.fromkeys(tensors), int(size), then)
-        )
+        file, names = self.shards.layers[layer]
+        copied = _record_event(tensors)
+        writing = self._layer_threads.submit(self._write, file, names, tensors, copied)
+        # One thread, so that `then` is called in the order of the layers.
+        self._pending.append(self._recorder.submit(self._finish, writing, then))
 
-    def _write(self, name: str, tensor: torch.Tensor, ready: torch.cuda.Event | None) -> None:
-        self.shards.write(
-            name, tensor if ready is None or not tensor.is_cuda else _fetched(tensor, ready)
-        )
+    def drain(self) -> None:
+        """Wait until everything that was put is written."""
+        wait(self._pending)
+        self._raise_errors()
 
-    def _record(
+    def _write(
         self,
-        writes: list[Future[None]],
-        names: Mapping[str, None],
-        size: int,
-        then: Callable[[], None] | None,
+        file: str,
+        names: list[str],
+        tensors: Mapping[str, torch.Tensor],
+        ready: torch.cuda.Event | None,
     ) -> None:
+        values = {}
+        for name in names:
+            tensor = tensors.get(name)
+            if tensor is None:
+                tensor = self._read(name)
+            elif tensor.is_cuda and ready is not None:
+                tensor = _copy_to_host(tensor, ready)
+            self._check(name, tensor)
+            values[name] = tensor.contiguous()
+        write_tensors(self.directory / file, values)
+        self._on_bytes(sum(value.nbytes for value in values.values()))
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        spec = self.shards.specs[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise AssertionError(f"{name} is {found}, planned is {spec.dtype} {spec.shape}")
+
+    def _finish(self, writing: Future[None], then: Callable[[], None] | None) -> None:
         try:
-            wait(writes)
-            for write in writes:
-                write.result()
-            # At once, beside the computing, rather than all of it at the end.
-            self.shards.flush(names)
-            if then is not None and not self._failed:
+            writing.result()
+            earlier_failed = any(future.done() and future.exception() for future in self._pending)
+            if then is not None and not earlier_failed:
                 then()
-            self._progress(size)
-        except BaseException:
-            self._failed = True  # what comes later must not be recorded as if this were on the disk
-            raise
         finally:
             self._room.release()
 
-    def _raise_errors(self, wait_for_all: bool) -> None:
-        if wait_for_all:
-            wait(self._groups)
-        running = []
-        for group in self._groups:
-            if group.done():
-                group.result()
+    def _raise_errors(self) -> None:
+        remaining = []
+        for future in self._pending:
+            if future.done():
+                future.result()
             else:
-                running.append(group)
-        self._groups = running
+                remaining.append(future)
+        self._pending = remaining
 
-    def drain(self) -> None:
-        """Wait until everything put so far is written and recorded."""
-        self._raise_errors(wait_for_all=True)
-
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
+        failed = kind is not None
         try:
-            if kind is None:
+            if not failed:
                 self.drain()
         finally:
-            self._recorder.shutdown(
-                cancel_futures=kind is not None
-            )  # after an error, what has not begun is dropped
-            for threads in (self._threads, self._copiers):
-                threads.shutdown(cancel_futures=kind is not None)
+            # After an error, what has not begun is dropped.
+            for threads in (self._outside_thread, self._layer_threads, self._recorder):
+                threads.shutdown(cancel_futures=failed)
 
 
-def _fetched(tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
-    """A GPU's tensor in page-locked memory, copied while the GPU computes on."""
+def _record_event(tensors: Mapping[str, Any]) -> torch.cuda.Event | None:
+    """An event behind the work that computes the tensors; None on a CPU."""
+    for tensor in tensors.values():
+        if tensor.is_cuda:
+            return torch.cuda.current_stream(tensor.device).record_event()
+    return None
+
+
+def _copy_to_host(tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
+    """Copy a GPU's tensor into page-locked memory while the GPU computes on."""
     with torch.cuda.device(tensor.device):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -256,12 +224,3 @@ def _fetched(tensor: torch.Tensor, ready: torch.cuda.Event) -> torch.Tensor:
             tensor.record_stream(stream)
         stream.synchronize()
     return host
-
-
-def _write_all(descriptor: int, data: memoryview, start: int, path: Path) -> None:
-    while data:
-        try:
-            count = os.pwrite(descriptor, data, start)  # Linux writes at most 2 GiB at once
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(path)) from None
-        data, start = data[count:], start + count

@@ -1,19 +1,21 @@
-"""hybridquant.json beside the weights: what made them, from what, how the gate went, and how to
-serve them.
-"""
+"""hybridquant.json beside the weights: what made them, from what, how the gate went, how to serve them."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from checkpoint.atomic import write_json
 from checkpoint.config import read_json
+from checkpoint.faults import BadInput, Fault
+from checkpoint.video import Video
 
 MANIFEST = "hybridquant.json"
+NOT_MEASURED: dict[str, Any] = {"passed": None}
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,60 @@ class Manifest:
         versions: Package versions.
         formats: Number of linear layers by format.
         calibration: Samples, tokens, skipped samples.
-        serve: Settings for `python -m serve`, such as `video_pruning_rate`.
-        gate: `passed` (None until measured), the measured figures and the thresholds they missed.
-        distillation: `trained`, the linears whose weights are no longer the source's, and how it
-            went; empty for PTQ.
+        video: How clips were sampled and pruned.
+        serve: Settings for `python -m serve`.
+        gate: `passed` (None until measured), the measured figures, and what was missed.
+        distillation: `trained`, the linears whose weights are no longer the source's, and the
+            course of the training; empty for PTQ.
     """
 
     recipe: dict[str, Any]
     versions: dict[str, str]
     formats: dict[str, int]
     calibration: dict[str, Any]
-    serve: dict[str, Any]
-    gate: dict[str, Any] = field(default_factory=lambda: {"passed": None})
+    video: Video = Video()
+    serve: dict[str, Any] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=lambda: dict(NOT_MEASURED))
     distillation: dict[str, Any] = field(default_factory=dict)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest into `directory`, replacing it whole."""
-    partial = directory / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / MANIFEST)
+    """Write the manifest into `directory`, replacing it as a whole."""
+    values = {name: getattr(manifest, name) for name in _fields()}
+    values["video"] = manifest.video.model_dump()
+    write_json(directory / MANIFEST, values)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of `directory`, or None where there is none.
+    """Read the manifest of `directory`; None if there is none.
 
     Raises:
-        BadInput: When it is not JSON.
+        BadInput: It is not JSON, or a field has another type.
     """
-    if not (directory / MANIFEST).exists():
+    path = directory / MANIFEST
+    if not path.exists():
         return None
-    raw = read_json(directory / MANIFEST)
-    return Manifest(**{f.name: raw.get(f.name, {}) for f in dataclasses.fields(Manifest)})
+    raw = read_json(path)
+    faults = []
+    values: dict[str, Any] = {}
+    for name in _fields():
+        value = raw.get(name, {})
+        if isinstance(value, dict):
+            values[name] = value
+        else:
+            what = f"{name} is a {type(value).__name__}, not an object"
+            faults.append(Fault(str(path), what, "export again"))
+    if faults:
+        raise BadInput(*faults)
+    try:
+        values["video"] = Video.model_validate(values["video"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in ("video", *first["loc"]))
+        what = f"{name} is {str(first['input'])[:80]}: {first['msg']}"
+        raise BadInput(Fault(str(path), what, "export again")) from None
+    return Manifest(**values)
+
+
+def _fields() -> list[str]:
+    return [item.name for item in dataclasses.fields(Manifest)]

@@ -1,170 +1,147 @@
-"""What a recipe names, opened: the checkpoint, the device, the samples as prompts, the versions of
-the packages.
-"""
+"""What a recipe names, opened: the checkpoint, the device, the samples, the versions of packages."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
+from accuracy.settings import Accuracy
 from calibrate.prompts import Prompt, build_prompts
 from calibrate.samples import Sample, Skipped
-from calibrate.sources.hub import read_hub
-from calibrate.sources.jsonl import read_jsonl
+from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
-from calibrate.sources.synthetic.kinds import MIXED, synthetic
-from checkpoint.config import CheckpointConfig, read_config
+from calibrate.sources.source import Source
 from checkpoint.faults import BadInput, Fault
-from quantize.distill.distillation import Plan, Settings, plan_distillation
-from quantize.distill.state import stamp
-from quantize.policy import Policy
-from recipes.schema import (
-    Accuracy,
-    Calibrate,
-    Distill,
-    HubSource,
-    JsonlSource,
-    Recipe,
-    Source,
-    SyntheticSource,
-)
+from checkpoint.opened import Checkpoint, open_bf16
+from checkpoint.processes import local_gpu
+from checkpoint.run_state import file_digest
+from checkpoint.video import Video
+from quantize.distill.settings import Distill
+from recipes.schema import TINY, Recipe
 from tiny.checkpoint import tiny_checkpoint
 
-TINY = "tiny"
-_PACKAGES = ("nvidia-modelopt", "torch", "transformers", "safetensors", "datasets", "hybridquant")
+_PACKAGES = (
+    "nvidia-modelopt",
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "hybridquant",
+)
+"""Packages whose version may change the result."""
 
 
-def open_checkpoint(recipe: Recipe) -> CheckpointConfig:
-    """The recipe's BF16 checkpoint; `tiny` is written beside the output when it is not there yet.
+def open_source(recipe: Recipe) -> Checkpoint:
+    """Open the recipe's BF16 checkpoint; `tiny` is written beside the output if it is not there.
+
+    Raises:
+        BadInput: It is not a BF16 checkpoint of a known architecture.
     """
-    if recipe.model == TINY:
-        return tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
-    config = read_config(recipe.model)
-    if "quantization_config" in config.raw:
-        raise BadInput(Fault(recipe.model, "is quantized already", "give the BF16 checkpoint"))
-    return config
+    if recipe.model != TINY:
+        return open_bf16(recipe.model)
+    config = tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
+    return open_bf16(config.directory)
 
 
 def pick_device(name: str | None) -> str:
-    """The named device, or the GPU where there is one.
+    """Return the named device, or by default the GPU if there is one.
+
+    Under a launcher, a process takes the GPU of its local rank.
 
     Raises:
-        BadInput: When torch has no such device.
+        BadInput: torch has no such device.
     """
     if name is None:
-        if (
-            "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-        ):  # one of several under accelerate launch
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            return f"cuda:{os.environ['LOCAL_RANK']}"
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        number = local_gpu()
+        if number is None:
+            return "cuda"
+        torch.cuda.set_device(number)
+        return f"cuda:{number}"
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            Fault("device", f"{name!r}: {reason}", "give cpu, cuda or cuda:N, or leave it out")
-        ) from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:200]
+        remedy = "give cpu, cuda or cuda:N, or leave it out"
+        raise BadInput(Fault("device", f"{name!r:.80}: {reason}", remedy)) from None
     return name
 
 
-def prompt_stream(
+def prompts_of(
     section: Calibrate | Accuracy,
-    config: CheckpointConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    checkpoint: Checkpoint,
+    video: Video,
     skipped: Skipped,
-    pruning_rate: float,
     max_length: int | None = None,
 ) -> Iterator[Prompt]:
-    """The section's samples as prompts, built as they are asked for; the first is built at once.
+    """Yield a section's samples as prompts; the first is built at once.
+
+    Args:
+        section: With sources, number of samples and seed.
+        name: The section's name, for messages.
+        checkpoint: Gives tokenizer and sizes.
+        video: How clips are sampled and pruned.
+        skipped: Takes the samples that cannot be used.
+        max_length: Most tokens of a prompt; by default the model's context.
 
     Raises:
-        BadInput: At once for a source that is not there, is empty or begins with a sample that
-            cannot be used; later when more samples are bad than `skipped` allows.
+        BadInput: At once if a source does not exist, is empty or begins with a sample that cannot
+            be used; later if more samples are bad than `skipped` allows.
     """
-    parts = [(_read(source, section, skipped), source.weight) for source in section.sources]
-    name = f"{type(section).__name__.lower()}.sources"
+    config = checkpoint.config
+    limit = min(max_length or config.max_length, config.max_length)
     prompts = build_prompts(
-        mixed(parts, seed=section.seed, name=name),
+        _mixed_samples(section, f"{name}.sources", skipped),
         config,
-        tokenizer,
+        checkpoint.tokenizer,
+        video,
         count=section.samples,
         skipped=skipped,
-        max_length=min(max_length or config.max_length, config.max_length),
-        pruning_rate=pruning_rate,
-        name=name,
+        max_length=limit,
+        name=f"{name}.sources",
     )
-    return itertools.chain([next(prompts)], prompts)
+    first = next(prompts)
+    return itertools.chain([first], prompts)
 
 
-def distillation(
-    recipe: Recipe,
-    config: CheckpointConfig,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerFast,
-    device: str,
-) -> Plan | None:
-    """The recipe's distillation, checked; None for a recipe without one.
-
-    Raises:
-        BadInput: As `quantize.distill.plan_distillation`, and for a source that is not there or is
-            empty.
-    """
-    section = recipe.distill
-    if section is None:
-        return None
-
-    def in_order() -> Iterator[Sample]:
-        skipped = Skipped(section.max_skipped)
-        parts = [(_read(source, section, skipped), source.weight) for source in section.sources]
-        return mixed(parts, seed=section.seed, name="distill.sources")
-
-    def samples() -> Iterator[Sample]:
-        return shuffled(in_order(), section.seed)
-
-    next(in_order())
-    decides = recipe.model_dump(mode="json", include={"model", "calibrate", "quantize", "distill"})
-    files = [
-        source.path
-        for source in (*recipe.calibrate.sources, *section.sources)
-        if isinstance(source, JsonlSource)
-    ]
-    decides |= {"versions": versions(), "samples": {str(path): stamp(Path(path)) for path in files}}
-    settings = Settings(**section.model_dump(exclude={"sources"}))
-    return plan_distillation(
-        settings, samples, config, tokenizer, policy, recipe.output, decides, device
-    )
+def training_samples(section: Distill) -> Iterator[Sample]:
+    """Yield one pass over the samples of a distillation, the same at every call."""
+    skipped = Skipped(section.max_skipped)
+    return shuffled(_mixed_samples(section, "distill.sources", skipped), section.seed)
 
 
-def _read(
-    source: Source, section: Calibrate | Accuracy | Distill, skipped: Skipped
-) -> Iterable[Sample]:
-    match source:
-        case SyntheticSource():
-            return synthetic(source.kinds or MIXED, section.samples, section.seed)
-        case JsonlSource():
-            return _begun(read_jsonl(source.path, skipped))
-        case HubSource():
-            return _begun(
-                read_hub(source.name, split=source.split, subset=source.subset, skipped=skipped)
-            )
+def _mixed_samples(
+    section: Calibrate | Accuracy | Distill, name: str, skipped: Skipped
+) -> Iterator[Sample]:
+    parts = []
+    for source in section.sources:
+        samples = source.read(section.samples, section.seed, skipped)
+        parts.append((_begun(samples), source.weight))
+    return mixed(parts, seed=section.seed, name=name)
 
 
 def _begun(samples: Iterator[Sample]) -> Iterator[Sample]:
-    """Take the first sample now, so that a source that is not there is found before weights are
-    loaded.
-    """
-    return itertools.chain(list(itertools.islice(samples, 1)), samples)
+    """Read the first sample now, so that a missing source is reported before weights are loaded."""
+    first = list(itertools.islice(samples, 1))
+    return itertools.chain(first, samples)
+
+
+def source_digests(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of every file that a recipe's samples come from, by path."""
+    sources: list[Source] = [*recipe.calibrate.sources, *recipe.accuracy.sources]
+    if recipe.distill is not None:
+        sources += recipe.distill.sources
+    files = {path for source in sources for path in source.files()}
+    return {str(path): file_digest(path) for path in sorted(files)}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the result."""
+    """Versions of the packages that may change the result."""
     found = {}
     for package in _PACKAGES:
         try:

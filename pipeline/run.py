@@ -1,127 +1,98 @@
-"""Runs a recipe: BF16 checkpoint in, verified and measured quantized checkpoint out; quantize/ has
-the front doors.
+"""Runs a recipe: BF16 checkpoint in; quantized, verified and measured checkpoint out.
+
+Whole model or layer by layer, one process or many, with or without distillation: the steps are the
+same. How a way carries them out stands in pipeline/whole.py and pipeline/layer_by_layer.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import shutil
+from collections.abc import Iterator
 
-from torch import nn
-
-from accuracy.agreement import States, final_states
-from calibrate.forward import embed_all, forward_loop
-from calibrate.samples import Skipped
-from checkpoint.config import read_config
-from checkpoint.faults import raise_if_any
-from checkpoint.files import check_weights, nonfinite_faults
-from checkpoint.layout import language_model_linears
+from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
-from checkpoint.native import load_model, load_tokenizer
-from export.load import load_exported
-from export.manifest import Manifest
-from export.write import write_checkpoint
-from pipeline.inputs import distillation, open_checkpoint, pick_device, prompt_stream, versions
-from pipeline.plan import plan_run, written_before
-from pipeline.search import auto_faults, searched
-from pipeline.streaming import Job, run_streamed
-from pipeline.verdict import conclude, say
-from quantize.algorithms import ALGORITHMS, algorithm_faults
-from quantize.distill.distillation import distill
-from quantize.distill.student import frozen_copy
-from quantize.policy import Rule, make_policy
-from quantize.ptq import packed_linears, quantize_model
+from checkpoint.opened import check_finite
+from checkpoint.processes import joined_processes
+from export.verify import show_faults, verify
+from export.write import open_writer, write_companions
+from pipeline.inputs import pick_device
+from pipeline.job import Job, Way, make_manifest, open_job
+from pipeline.measure import measure, record_faults
+from pipeline.plan import choose_way, make_plan
+from pipeline.search import choose_formats
 from recipes.schema import Recipe
 
+logger = get_logger(__name__)
 
-@memory_advice(
-    lambda: "the run ran out of memory", "end what else uses it, or give quantize.memory=stream"
-)
+
 def run(recipe: Recipe) -> int:
-    """Run a recipe; returns 0 when everything is done and the gate passed, 1 for a fault or a
-    missed gate.
+    """Run a recipe.
+
+    Returns:
+        0 if everything is done and the gate passed, 1 for a fault or a missed gate.
 
     Raises:
         BadInput: With everything that is wrong with the input; nothing is left at the output.
     """
-    # Check everything before the first weight is loaded.
-    config = open_checkpoint(recipe)
-    rules = [Rule(**rule.model_dump()) for rule in recipe.quantize.layers]
-    policy = make_policy(rules, language_model_linears(config), recipe.quantize.kv_cache)
-    algorithm, damping = recipe.quantize.algorithm, recipe.quantize.gptq_damping
-    raise_if_any(
-        [
-            *algorithm_faults(algorithm, policy, distils=recipe.distill is not None),
-            *auto_faults(recipe),
-        ]
-    )
-    source = check_weights(config, finite=False)
-    tokenizer, device = load_tokenizer(config), pick_device(recipe.device)
-    skipped = Skipped(recipe.calibrate.max_skipped)
-    plan = distillation(recipe, config, policy, tokenizer, device)
-    rate, served_rate = recipe.calibrate.video_pruning_rate, recipe.serve.video_pruning_rate
-    max_length = recipe.calibrate.max_length
-    samples = functools.partial(
-        prompt_stream, recipe.calibrate, config, tokenizer, pruning_rate=rate, max_length=max_length
-    )
-    held_out = functools.partial(
-        prompt_stream, recipe.accuracy, config, tokenizer, pruning_rate=served_rate
-    )
-    prompts = samples(skipped=skipped)
-    work = plan_run(recipe, config, policy, source, device, samples, plan)
-    work.show()
-    raise_if_any(nonfinite_faults(source))
-    search = searched(recipe, config, policy, tokenizer, device)
-    if search:
-        policy = search.policy
-        say(f"chosen: {search}")
-        raise_if_any(algorithm_faults(algorithm, policy, distils=False))
+    device = pick_device(recipe.device)
+    with joined_processes(device) as processes:
+        job = open_job(recipe, device, processes)
+        plan = make_plan(job)
+        plan.log(processes)
+        check_finite(job.checkpoint)
+        job = choose_formats(job)
+        way = choose_way(plan, job)
+        with _resumable(job, way):
+            if not job.state.is_written:
+                _write(job, way)
+    if not processes.is_first:
+        return 0
+    with _resumable(job, way):
+        passed = _verify_and_measure(job, way)
+    job.state.remove()
+    outcome = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
+    logger.info("%s: %s", recipe.output, outcome)
+    return 0 if passed else 1
 
-    if work.streams:
-        return run_streamed(
-            Job(recipe, config, policy, source, device, samples, held_out, work.budget)
-        )
 
-    # BF16 answers the held-out samples, is calibrated and quantized in place, and streams out.
-    model = load_model(config, device)
-    states = functools.partial(final_states, config=config, pruning_rate=served_rate)
-    reference = states(model, held_out(skipped=Skipped()), describe="BF16 answers")
-    teacher = frozen_copy(model.language_model) if plan and plan.taught else None
-    total = recipe.calibrate.samples
-    given = (
-        embed_all(model, prompts, config, rate, total) if ALGORITHMS[algorithm].repeats else prompts
-    )
-    loop = functools.partial(forward_loop, model, given, config, rate, total=total)
-    counts = quantize_model(model.language_model, policy, loop, algorithm, damping)
-    say(
-        f"calibrated on {counts.samples} samples, {counts.tokens} tokens, skipped {skipped.samples}"
-    )
-    for fault in skipped.faults:
-        say(f"skipped: {fault}")
-    calibration = dataclasses.asdict(counts) | {"skipped": skipped.samples}
-    recorded = recipe.model_dump(mode="json")
-    manifest = Manifest(recorded, versions(), policy.counts(), calibration, recorded["serve"])
-    if plan:
-        distilled = distill(plan, model, teacher)
-        if not plan.exports:  # one of several processes: the first goes on
-            return 0
-        say(f"distilled: {distilled}")
-        manifest = dataclasses.replace(manifest, distillation=dataclasses.asdict(distilled))
-    packed = packed_linears(model.language_model, policy)
-    if written_before(recipe, plan):
-        shutil.rmtree(recipe.output)
-    write_checkpoint(config, source, policy, packed, recipe.output, manifest)
-    if search:
-        search.write(recipe.output)
-    del model, packed, teacher
+def _write(job: Job, way: Way) -> None:
+    """Calibrate, quantize and write; the output appears under its name when it is whole."""
+    if not job.processes.is_first:
+        for _ in way.packed_layers(drain=lambda: None):
+            pass
+        return
+    job.state.begin()
+    with open_writer(job.checkpoint, job.policy, job.state.checkpoint) as writer:
+        for layer in way.packed_layers(writer.drain):
+            then = functools.partial(way.on_written, layer.index)
+            writer.put(layer.index, layer.tensors(), then)
+    manifest = make_manifest(job, way.record())
+    write_companions(job.checkpoint, job.policy, job.state.checkpoint, manifest)
+    if job.search is not None:
+        job.search.write(job.state.checkpoint)
+    job.state.publish()
 
-    def read_back() -> tuple[list[States], nn.Module]:
-        exported = load_exported(read_config(recipe.output), device)
-        answers = states(exported, held_out(skipped=Skipped()), describe="quantized answers")
-        return answers, exported.language_model.lm_head
 
-    status = conclude(recipe, config, manifest, lambda: reference, read_back, device)
-    if plan:
-        plan.finish()
-    return status
+def _verify_and_measure(job: Job, way: Way) -> bool:
+    """Verify the written files and compare them with BF16; returns whether the gate passed."""
+    output = job.recipe.output
+    faults = verify(output, job.checkpoint.directory)
+    show_faults(output, faults)
+    if faults:
+        record_faults(job, faults)
+        return False
+    return measure(job, way.reference, way.read_back)
+
+
+@contextlib.contextmanager
+def _resumable(job: Job, way: Way) -> Iterator[None]:
+    """Turn a lack of memory into advice, and leave only a state that a later run can resume."""
+    remedy = "end what else uses it, or give quantize.memory=layers; the same command resumes"
+    try:
+        with memory_advice(way.progress, remedy):
+            yield
+    except BaseException:
+        if job.processes.is_first:
+            job.state.remove_if_useless()
+        raise

@@ -1,72 +1,47 @@
-"""`quantize.auto`: a recipe's layers scored in each format, and the mix of formats that fits its
-size.
-"""
+"""`quantize.auto`: scores the recipe's layers in each format and chooses the mix that fits its size."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from collections.abc import Iterator
-
-from transformers import PreTrainedTokenizerFast
 
 from calibrate.forward import embed_all
 from calibrate.samples import Skipped
-from checkpoint.config import CheckpointConfig
-from checkpoint.faults import Fault
+from checkpoint.faults import raise_if_any
+from checkpoint.log import get_logger
 from checkpoint.native import load_model
-from pipeline.inputs import prompt_stream
-from quantize.policy import Policy
-from quantize.sensitivity import Search, format_bits, search_formats
-from recipes.schema import Recipe
+from pipeline.inputs import prompts_of
+from pipeline.job import Job
+from quantize.algorithms import algorithm_faults
+from quantize.sensitivity import search_formats
+
+logger = get_logger(__name__)
 
 
-def auto_faults(recipe: Recipe) -> Iterator[Fault]:
-    """What is wrong with a recipe's automatic mix, seen before any weight is loaded."""
-    auto = recipe.quantize.auto
-    if auto is None:
-        return
-    smallest = min(auto.formats, key=format_bits)
-    if auto.bits < format_bits(smallest):
-        what = f"{auto.bits:g} bits a weight are less than {smallest}'s {format_bits(smallest):g}"
-        yield Fault("quantize.auto.bits", what, "raise it, or add a smaller format")
-    if recipe.distill is not None:
-        remedy = "run without distill, then write the mix into quantize.layers"
-        yield Fault(
-            "quantize.auto",
-            "a distillation must know its formats when it is taken up again",
-            remedy,
-        )
+def choose_formats(job: Job) -> Job:
+    """Load BF16, score it on the first calibration samples and choose the mix of formats.
 
-
-def searched(
-    recipe: Recipe,
-    config: CheckpointConfig,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerFast,
-    device: str,
-) -> Search | None:
-    """Load BF16, score it on the first calibration samples and choose the mix; None for a recipe
-    without `auto`.
-
-    Args:
-        recipe: Checked.
-        config: The BF16 checkpoint's.
-        policy: What it quantizes is searched.
-        tokenizer: The checkpoint's.
-        device: A torch device.
+    Returns:
+        The job with the chosen policy; unchanged for a recipe without `quantize.auto`, and for a
+        result that is written already.
 
     Raises:
-        BadInput: As `pipeline.inputs.prompt_stream`.
+        BadInput: As `pipeline.inputs.prompts_of`.
     """
-    auto, section = recipe.quantize.auto, recipe.calibrate
-    if auto is None:
-        return None
-    rate, skipped = section.video_pruning_rate, Skipped(section.max_skipped)
-    first = section.model_copy(update={"samples": auto.samples})
-    prompts = prompt_stream(first, config, tokenizer, skipped, rate, section.max_length)
-    model = load_model(config, device)
-    given = embed_all(model, prompts, config, rate, auto.samples)
-    found = search_formats(model.language_model, policy, given, auto.formats, auto.bits)
+    recipe = job.recipe
+    auto = recipe.quantize.auto
+    if auto is None or job.state.is_written:
+        return job
+    section = recipe.calibrate.model_copy(update={"samples": auto.samples})
+    skipped = Skipped(section.max_skipped)
+    prompts = prompts_of(
+        section, "calibrate", job.checkpoint, recipe.video, skipped, section.max_length
+    )
+    model = load_model(job.checkpoint, job.device)
+    embedded = embed_all(model, prompts, job.checkpoint.config, auto.samples)
+    found = search_formats(model.language_model, job.policy, embedded, auto.formats, auto.bits)
     del model
-    gc.collect()  # ModelOpt's modules refer to one another, and the next model wants the memory
-    return found
+    gc.collect()  # ModelOpt's modules refer to each other, and the next model needs the memory
+    logger.info("chosen: %s", found)
+    raise_if_any(algorithm_faults(recipe.quantize.algorithm, found.policy, distils=False))
+    return dataclasses.replace(job, policy=found.policy, search=found)

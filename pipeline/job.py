@@ -1,0 +1,189 @@
+"""A checked run: everything that a recipe names, opened, with all faults found before weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from accuracy.agreement import States
+from calibrate.prompts import Prompt
+from calibrate.samples import Skipped
+from checkpoint.faults import raise_if_any
+from checkpoint.opened import Checkpoint
+from checkpoint.processes import Processes
+from checkpoint.run_state import RunState, file_stamp, identity_of
+from export.manifest import Manifest
+from pipeline.inputs import (
+    open_source,
+    prompts_of,
+    source_digests,
+    training_samples,
+    versions,
+)
+from quantize.algorithms import algorithm_faults
+from quantize.distill.distillation import DistillationPlan, plan_distillation
+from quantize.layerwise import FinishedLayer
+from quantize.policy import Policy, make_policy
+from quantize.sensitivity import Search, search_faults
+from recipes.schema import Recipe
+
+_NOT_IDENTITY = {"memory", "host_memory_gb", "batch_tokens"}
+"""Fields of `quantize` that change how a run goes, not what comes out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run.
+
+    Attributes:
+        recipe: The recipe.
+        checkpoint: The BF16 checkpoint.
+        policy: Format of every linear.
+        device: Where layers run.
+        processes: This process among those of the run.
+        state: What the run leaves on disk to be resumed from.
+        distillation: The checked distillation; None for PTQ.
+        search: The scores that `quantize.auto` chose the policy by; None without it.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    policy: Policy
+    device: str
+    processes: Processes
+    state: RunState
+    distillation: DistillationPlan | None
+    search: Search | None = None
+
+    def calibration_prompts(self, skipped: Skipped) -> Iterator[Prompt]:
+        """Open the prompts that ranges are calibrated on."""
+        section = self.recipe.calibrate
+        video = self.recipe.video
+        limit = section.max_length
+        return prompts_of(section, "calibrate", self.checkpoint, video, skipped, limit)
+
+    def held_out_prompts(self) -> Iterator[Prompt]:
+        """Open the prompts that BF16 and the result are compared on."""
+        video = self.recipe.video
+        return prompts_of(self.recipe.accuracy, "accuracy", self.checkpoint, video, Skipped())
+
+
+def open_job(recipe: Recipe, device: str, processes: Processes) -> Job:
+    """Open and check everything that a recipe names; nothing is written.
+
+    Raises:
+        BadInput: With what is wrong.
+    """
+    checkpoint = open_source(recipe)
+    quantize = recipe.quantize
+    family = checkpoint.config.family
+    policy = make_policy(quantize.layers, checkpoint.linears, quantize.kv_cache, family)
+    distils = recipe.distill is not None
+    faults = list(algorithm_faults(quantize.algorithm, policy, distils=distils))
+    faults += search_faults(quantize.auto, distils)
+    raise_if_any(faults)
+    state = RunState(recipe.output, _identity(recipe, checkpoint, device, processes))
+    distillation = _plan_distillation(recipe, checkpoint, policy, state, device, processes)
+    return Job(recipe, checkpoint, policy, device, processes, state, distillation)
+
+
+def _plan_distillation(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    policy: Policy,
+    state: RunState,
+    device: str,
+    processes: Processes,
+) -> DistillationPlan | None:
+    section = recipe.distill
+    if section is None:
+        return None
+    next(training_samples(section))  # a source that does not exist is reported now
+    return plan_distillation(
+        section,
+        lambda: training_samples(section),
+        checkpoint,
+        policy,
+        recipe.video,
+        state.directory / "distill",
+        processes,
+        device,
+        lambda step: state.record(distilled=step),
+    )
+
+
+def _identity(
+    recipe: Recipe, checkpoint: Checkpoint, device: str, processes: Processes
+) -> dict[str, object]:
+    """What must be the same for a run to be resumed, by dotted name."""
+    weights = sorted(checkpoint.directory.glob("*.safetensors"))
+    parts = recipe.model_dump(mode="json", exclude={"output", "device", "serve", "accuracy"})
+    for name in _NOT_IDENTITY:
+        del parts["quantize"][name]
+    accuracy = recipe.accuracy.model_dump(mode="json")
+    parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
+    parts["source"] = {file.name: file_stamp(file) for file in weights}
+    parts["config"] = dict(checkpoint.config.raw)
+    parts["samples"] = source_digests(recipe)
+    parts["versions"] = versions()
+    parts["processes"] = processes.count
+    parts["device"] = device.partition(":")[0]
+    return identity_of(parts)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a way reports about a run, for the manifest.
+
+    Attributes:
+        calibration: Samples, tokens and skipped samples.
+        distillation: The course of the training; empty for PTQ.
+    """
+
+    calibration: dict[str, int]
+    distillation: dict[str, object]
+
+
+class Way(Protocol):
+    """How a run holds the model in memory: whole, or layer by layer."""
+
+    def progress(self) -> str:
+        """How far the run has come, for an out-of-memory message."""
+
+    def packed_layers(self, drain: Callable[[], None]) -> Iterator[FinishedLayer]:
+        """Calibrate and quantize; yield every layer that is still to be written, packed.
+
+        Every process must exhaust it; the first one writes.
+
+        Args:
+            drain: Waits until every yielded layer is on the disk.
+        """
+
+    def on_written(self, layer: int) -> None:
+        """Called when a layer and all before it are on the disk."""
+
+    def record(self) -> Record:
+        """What is known about the run after `packed_layers`."""
+
+    def reference(self) -> list[States]:
+        """BF16's states of the held-out prompts, in their order."""
+
+    def read_back(self) -> tuple[list[States], nn.Module]:
+        """The written directory's states of the held-out prompts, and its `lm_head`."""
+
+
+def make_manifest(job: Job, record: Record) -> Manifest:
+    """The manifest of a job's result, before it is measured."""
+    recipe = job.recipe.model_dump(mode="json")
+    return Manifest(
+        recipe=recipe,
+        versions=versions(),
+        formats=job.policy.counts(),
+        calibration=dict(record.calibration),
+        video=job.recipe.video,
+        serve=recipe["serve"],
+        distillation=dict(record.distillation),
+    )

@@ -1,0 +1,112 @@
+"""The way of a run that holds the whole model in the device's memory, with or without distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from accuracy.agreement import States, final_states
+from calibrate.forward import embed_all, forward_loop
+from calibrate.samples import Skipped
+from checkpoint.log import get_logger
+from checkpoint.native import load_model
+from checkpoint.opened import open_checkpoint
+from export.load import load_exported
+from pipeline.job import Job, Record
+from quantize.algorithms import ALGORITHMS
+from quantize.distill.distillation import distill
+from quantize.distill.student import frozen_copy
+from quantize.layerwise import FinishedLayer, layer_policy
+from quantize.ptq import packed_linears, quantize_model
+
+logger = get_logger(__name__)
+
+
+class WholeModel:
+    """Quantizes the model in place.
+
+    BF16 answers the held-out prompts before it is quantized. After a kill behind the last step of
+    a distillation, or behind writing, BF16 is loaded and calibrated again.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._reference: list[States] | None = None
+        self._record = Record({}, {})
+
+    def progress(self) -> str:
+        """How far the run has come, for an out-of-memory message."""
+        return "the run ran out of memory with the whole model"
+
+    def packed_layers(self, drain: Callable[[], None]) -> Iterator[FinishedLayer]:
+        """Calibrate, quantize and distil; yield every layer of the result, packed.
+
+        On every process but the first, nothing is yielded.
+        """
+        job = self._job
+        model = load_model(job.checkpoint, job.device)
+        self._reference = self._answers(model, "BF16 answers")
+        teacher = None
+        if job.distillation is not None and job.distillation.is_taught:
+            teacher = frozen_copy(model.language_model)
+        calibration = self._calibrate(model)
+        distillation: dict[str, object] = {}
+        if job.distillation is not None:
+            distilled = distill(job.distillation, model, teacher)
+            distillation = dataclasses.asdict(distilled)
+            if job.processes.is_first:
+                logger.info("distilled: %s", distilled)
+        del teacher
+        self._record = Record(calibration, distillation)
+        if not job.processes.is_first:
+            return
+        for layer in range(job.checkpoint.config.depth):
+            part = layer_policy(job.policy, job.checkpoint.config, layer)
+            packed = tuple(packed_linears(model.language_model, part))
+            yield FinishedLayer(layer, packed)
+
+    def _calibrate(self, model: nn.Module) -> dict[str, int]:
+        job = self._job
+        quantize = job.recipe.quantize
+        config = job.checkpoint.config
+        total = job.recipe.calibrate.samples
+        skipped = Skipped(job.recipe.calibrate.max_skipped)
+        prompts = job.calibration_prompts(skipped)
+        if ALGORITHMS[quantize.algorithm].repeats:
+            given = embed_all(model, prompts, config, total)
+            loop = functools.partial(forward_loop, model, given, config, total=total)
+        else:
+            loop = functools.partial(forward_loop, model, prompts, config, total=total)
+        counts = quantize_model(
+            model.language_model, job.policy, loop, quantize.algorithm, quantize.gptq_damping
+        )
+        for fault in skipped.faults:
+            logger.warning("skipped: %s", fault)
+        return dataclasses.asdict(counts) | {"skipped": skipped.samples}
+
+    def _answers(self, model: nn.Module, describe: str) -> list[States]:
+        config = self._job.checkpoint.config
+        return final_states(model, self._job.held_out_prompts(), config, describe)
+
+    def on_written(self, layer: int) -> None:
+        """Nothing is recorded: a run that was killed while it wrote starts again."""
+
+    def record(self) -> Record:
+        """What is known about the run after `packed_layers`."""
+        return self._record
+
+    def reference(self) -> list[States]:
+        """BF16's states of the held-out prompts; BF16 is loaded again if another run wrote the result."""
+        if self._reference is None:
+            model = load_model(self._job.checkpoint, self._job.device)
+            self._reference = self._answers(model, "BF16 answers")
+        return self._reference
+
+    def read_back(self) -> tuple[list[States], nn.Module]:
+        """The written directory's states of the held-out prompts, and its `lm_head`."""
+        exported = open_checkpoint(self._job.recipe.output)
+        model = load_exported(exported, self._job.device)
+        return self._answers(model, "quantized answers"), model.language_model.lm_head

@@ -1,0 +1,153 @@
+"""Reads a recipe and applies `key=value` overrides; every mistake is one sentence with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
+from checkpoint.settings import Section
+from recipes.schema import Recipe
+
+SHIPPED = Path(__file__).parent
+"""Directory of the recipes that ship with the project."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides by dotted name.
+
+    Args:
+        path: A YAML file.
+        overrides: Such as `calibrate.samples=64` or `quantize.layers.0.format=nvfp4`.
+
+    Raises:
+        BadInput: With every fault: no such file, not YAML, unknown or misspelt keys, wrong types,
+            values out of range.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    raise_if_any(list(_apply_overrides(values, overrides)))
+    raw = OmegaConf.to_container(values, resolve=False)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(*_recipe_faults(path, error.errors())) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(Fault(str(path), "no such recipe", nearest(str(path), _shipped()))) from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read: {_one_line(error)}"
+        raise BadInput(Fault(str(path), what, "give a YAML file")) from None
+    try:
+        values = OmegaConf.create(text)
+    except Exception as error:  # YAML's constructors raise whatever a value makes them raise
+        what = f"cannot be read as YAML: {_one_line(error)}"
+        raise BadInput(Fault(str(path), what, "fix the file")) from None
+    if not OmegaConf.is_dict(values):
+        what = "does not contain a mapping of fields"
+        raise BadInput(Fault(str(path), what, "start from recipes/tiny/fp8.yaml"))
+    return values
+
+
+def _shipped() -> list[str]:
+    """The shipped recipes as a user would write them."""
+    names = []
+    for path in SHIPPED.rglob("*.yaml"):
+        near = path.is_relative_to(Path.cwd())
+        names.append(str(path.relative_to(Path.cwd()) if near else path))
+    return sorted(names)
+
+
+def _apply_overrides(values: Any, overrides: Iterable[str]) -> Iterator[Fault]:
+    seen: set[str] = set()
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            what = "is not a recipe and not key=value"
+            yield Fault(_short(text), what, "for example calibrate.samples=64")
+            continue
+        if key in seen:
+            yield Fault(key, "is given twice", "give it once")
+            continue
+        seen.add(key)
+        try:
+            parsed = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])
+        except Exception as error:
+            what = f"the value is not YAML: {_one_line(error)}"
+            yield Fault(_short(text), what, "quote it")
+            continue
+        value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index,call-overload]
+        try:
+            OmegaConf.update(values, key, value, merge=False)
+        except Exception as error:
+            what = f"there is no such field: {_one_line(error)}"
+            yield Fault(_short(key), what, "write the field's dotted name")
+
+
+def _recipe_faults(path: Path, errors: Sequence[Any]) -> list[Fault]:
+    faults = []
+    for error in errors:
+        location = tuple(error["loc"])
+        if error["type"] == "nested_section":
+            context = error["ctx"]
+            for inner in context["errors"]:
+                inner_location = location + tuple(inner["loc"])
+                faults.append(_fault(path, inner, inner_location, context["fields"]))
+        else:
+            faults.append(_fault(path, error, location, _fields_at(location[:-1])))
+    return faults
+
+
+def _fault(
+    path: Path, error: Mapping[str, Any], location: tuple[Any, ...], valid: list[str]
+) -> Fault:
+    """A pydantic error as field, value, what is allowed and what to do."""
+    name = ".".join(str(part) for part in location) or "recipe"
+    where = f"{path}: {name}"
+    if error["type"] == "extra_forbidden":
+        remedy = nearest(str(location[-1]), valid) if valid else "remove it"
+        return Fault(where, "unknown field", remedy)
+    if error["type"] == "missing":
+        return Fault(where, "is missing", "add it")
+    message = str(error["msg"])
+    message = message[0].lower() + message[1:]
+    value = repr(error["input"])[:80]
+    return Fault(where, f"{value}: {message[:400]}", "fix the recipe or the override")
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the section at a pydantic error location."""
+    section: type[Section] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            found = _section_in(section.model_fields[part].annotation)
+            if found is not None:
+                section = found
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section class inside an annotation such as `tuple[Rule, ...]` or `Distill | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for part in get_args(annotation):
+        found = _section_in(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}…"
