@@ -1,4 +1,4 @@
-"""Asks the items of the tasks through an OpenAI-compatible endpoint; failed requests are counted."""
+"""Asks the items of the tasks through an OpenAI-compatible endpoint and counts failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two sets of answers to the same items, compared: accuracies, their difference, a paired interval."""
+"""Compares two sets of answers to the same items: accuracies, difference, paired interval."""
 
 from __future__ import annotations
 

@@ -47,4 +47,4 @@ class Accuracy(Section):
     max_perplexity_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Largest perplexity over BF16's."""
     tasks: Tasks | None = None
-    """Tasks with one right answer each, which the tiny checkpoint was trained for; null for none."""
+    """Tasks with exact answers, which the tiny checkpoint was trained for; null for none."""

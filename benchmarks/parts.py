@@ -69,8 +69,7 @@ class Parts:
             print(f"measured before: {', '.join(self._found)}", flush=True)
 
     def part(self, name: str, work: Work) -> dict[str, Any]:
-        """Run `work` unless it was finished before; return what it returned, which is plain data.
-        """
+        """Run `work` unless it was finished before; return what it returned, which is plain data."""
         return self.all({name: work})[name]
 
     def all(self, todo: Mapping[str, Work], jobs: int = 1) -> dict[str, dict[str, Any]]:

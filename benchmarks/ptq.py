@@ -257,8 +257,7 @@ def _measure_ours(
 def _measure_streamed(
     config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path, device: str
 ) -> None:
-    """From the files to the written directory, as `pipeline.streaming` does it, without its saves.
-    """
+    """From the files to the written directory, as `pipeline.streaming` does it, without its saves."""
     policy, source = (
         make_policy([Rule(format)], language_model_linears(config)),
         TensorFiles(config.directory),

@@ -267,8 +267,7 @@ def _all_won_back(paired: Mapping[str, Sequence[Paired]]) -> dict[str, float | N
 
 
 def _distillation(directory: Path) -> dict[str, Any]:
-    """What the manifest says of how a form was distilled; `held_out` is the loss by step, in nats.
-    """
+    """What the manifest says of how a form was distilled; `held_out` is the loss by step, in nats."""
     manifest = read_manifest(directory)
     assert manifest is not None
     assert manifest.distillation is not None

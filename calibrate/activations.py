@@ -1,9 +1,7 @@
-"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond,
-never all on a GPU.
+"""Activations of many samples between two layers: in host memory up to a budget, in a file beyond.
 
-A layer replaces each batch by its output. On a GPU, batches come from page-locked memory and go
-back to it while others are computed; the host runs ahead of the GPU by a few batches and waits for
-nothing else.
+A layer replaces each batch by its output. On a GPU, batches come from page-locked memory and return
+to it while others are computed; the host runs ahead of the GPU by a few batches.
 """
 
 from __future__ import annotations
@@ -21,15 +19,24 @@ import torch
 from checkpoint.atomic import replaced_file
 from checkpoint.files import bytes_of, read_into
 
-# Page-locked memory comes in powers of two: one block holds many samples, so that nothing is lost
-# to rounding.
-_BLOCK = 1 << 30
-# Batches loaded before they are needed, and batches the host may run ahead of the GPU.
-_LOAD_AHEAD, _RUN_AHEAD = 2, 3
-_COPY = 1 << 26
+_BLOCK_BYTES = 1 << 30
+"""Page-locked memory is allocated in powers of two: one block holds many samples, so that nothing
+is lost to rounding."""
+
+_LOAD_AHEAD = 2
+"""Batches on the device that wait for the layer, the one that it receives next included."""
+
+_RUN_AHEAD = 3
+"""Batches by which the host may run ahead of the GPU, or of the disk."""
+
+_WRITE_BYTES = 1 << 26
+"""Bytes that are written to a file at once."""
 
 Batch = tuple[int, ...]
 """Indices of samples of one length that run together."""
+
+Loaded = tuple[torch.Tensor, "torch.cuda.Event | None"]
+"""A batch on the device, and the event behind its copy on a GPU."""
 
 
 @dataclass
@@ -37,41 +44,46 @@ class Budget:
     """Host memory that several stores may take.
 
     Attributes:
-        left: Bytes not taken yet.
+        left: Bytes that are not taken yet.
     """
 
     left: int
 
 
 class Activations:
-    """The residual stream [length, hidden] of every sample, BF16; samples are numbered in the order
-    they are added.
+    """The residual stream [length, hidden] of every sample in BF16, numbered as they are added.
 
     Attributes:
         lengths: Tokens of each sample.
     """
 
     def __init__(self, hidden: int, device: str, budget: Budget, spill: Path) -> None:
-        """Make an empty store.
+        """Create an empty store.
 
         Args:
             hidden: Width of the residual stream.
             device: Where layers run.
             budget: Host memory to take from.
-            spill: File for what is beyond; made when it is needed, removed by `close`.
+            spill: File for what exceeds the budget; created when needed, removed by `close`.
         """
         self.lengths: list[int] = []
-        self._hidden, self._device, self._budget, self._spill = hidden, device, budget, spill
+        self._hidden = hidden
+        self._device = device
         self._cuda = device.startswith("cuda")
-        self._slots: list[torch.Tensor | int] = []  # host memory, or the place in the file
+        self._budget = budget
+        self._spill = spill
+        self._spilled_bytes = 0
+        self._descriptor = -1
+        # A slot is a piece of host memory, or the place of the sample in the file.
+        self._slots: list[torch.Tensor | int] = []
         self._block = torch.empty(0, dtype=torch.bfloat16)
-        self._spilled = 0
-        self._file = -1
-        self._threads = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "store")
-        self._stores: deque[Future[None]] = deque()
-        self._events: deque[torch.cuda.Event] = deque()
+        self._load_thread = ThreadPoolExecutor(1, "load")
+        self._store_thread = ThreadPoolExecutor(1, "store")
+        self._file_writes: deque[Future[None]] = deque()
+        self._stored: deque[torch.cuda.Event] = deque()
         if self._cuda:
-            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._load_stream = torch.cuda.Stream(device)
+            self._store_stream = torch.cuda.Stream(device)
 
     @property
     def nbytes(self) -> int:
@@ -80,107 +92,122 @@ class Activations:
 
     def add(self, activations: torch.Tensor) -> None:
         """Add a sample [length, hidden], from any device."""
-        self._new_slot(len(activations))
-        self._store((len(self.lengths) - 1,), activations[None])
+        self._add_slot(len(activations))
+        last = len(self.lengths) - 1
+        self._store((last,), activations[None])
 
-    def _new_slot(self, length: int) -> None:
-        count = length * self._hidden
-        if len(self._block) < count <= self._budget.left // 2:
-            elements = min(max(_BLOCK // 2, count), self._budget.left // 2)
-            self._block = torch.empty(elements, dtype=torch.bfloat16, pin_memory=self._cuda)
-            self._budget.left -= 2 * elements
-        if len(self._block) >= count:
-            slot, self._block = self._block[:count].view(length, self._hidden), self._block[count:]
-            self._slots.append(slot)
+    def _add_slot(self, length: int) -> None:
+        """Reserve memory for a sample, or its place in the file."""
+        elements = length * self._hidden
+        affordable = self._budget.left // 2
+        if len(self._block) < elements <= affordable:
+            size = min(max(_BLOCK_BYTES // 2, elements), affordable)
+            self._block = torch.empty(size, dtype=torch.bfloat16, pin_memory=self._cuda)
+            self._budget.left -= 2 * size
+        if len(self._block) >= elements:
+            self._slots.append(self._block[:elements].view(length, self._hidden))
+            self._block = self._block[elements:]
         else:
-            if self._file < 0:
-                self._file = os.open(self._spill, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            self._slots.append(self._spilled)
-            self._spilled += 2 * count
+            if self._descriptor < 0:
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+                self._descriptor = os.open(self._spill, flags, 0o600)
+            self._slots.append(self._spilled_bytes)
+            self._spilled_bytes += 2 * elements
         self.lengths.append(length)
 
     def batches(self, tokens: int) -> list[Batch]:
-        """Samples of equal length together, up to `tokens` tokens or one sample; the longest first."""
+        """Group samples of equal length, up to `tokens` tokens or one sample; longest first."""
         by_length: dict[int, list[int]] = {}
         for index, length in enumerate(self.lengths):
             by_length.setdefault(length, []).append(index)
-        return [
-            tuple(indices[start : start + size])
-            for length, indices in sorted(by_length.items(), reverse=True)
-            for size in [max(1, tokens // length)]
-            for start in range(0, len(indices), size)
-        ]
+        batches = []
+        for length in sorted(by_length, reverse=True):
+            indices = by_length[length]
+            size = max(1, tokens // length)
+            for start in range(0, len(indices), size):
+                batches.append(tuple(indices[start : start + size]))
+        return batches
 
     def replace(
         self, layer: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Batch]
     ) -> None:
-        """Replace each batch by what `layer` makes of it: [batch, length, hidden] to the same
-        shape.
-        """
+        """Replace each batch [batch, length, hidden] by the output of `layer`."""
         self._settle()
-        for batch, inputs in self._loaded(batches):
+        for batch, inputs in self._load_all(batches):
             self._store(batch, layer(inputs))
         self._settle()
 
     def take(self, batch: Batch) -> torch.Tensor:
-        """One batch [batch, length, hidden] on the device, left where it is."""
+        """Return one batch [batch, length, hidden] on the device; the store keeps it."""
         self._settle()
-        return next(self._loaded([batch]))[1]
+        _, inputs = next(self._load_all([batch]))
+        return inputs
 
     def each(self) -> Iterator[torch.Tensor]:
-        """Every sample [1, length, hidden] on the device, in order."""
+        """Yield every sample [1, length, hidden] on the device, in order."""
         self._settle()
-        for _, inputs in self._loaded([(index,) for index in range(len(self.lengths))]):
+        singles = [(index,) for index in range(len(self.lengths))]
+        for _, inputs in self._load_all(singles):
             yield inputs
 
-    def _loaded(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        coming: deque[tuple[Batch, Future[tuple[torch.Tensor, torch.cuda.Event | None]]]] = deque()
-        left = iter(batches)
-        while True:
-            while len(coming) < _LOAD_AHEAD and (batch := next(left, None)) is not None:
-                coming.append((batch, self._threads[0].submit(self._load, batch)))
-            if not coming:
-                return
-            batch, loading = coming.popleft()
-            inputs, ready = loading.result()
-            if ready is not None:
-                torch.cuda.current_stream(self._device).wait_event(ready)
-                inputs.record_stream(torch.cuda.current_stream(self._device))
-            yield batch, inputs
+    def _load_all(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Yield every batch on the device; the next ones are loaded meanwhile."""
+        coming: deque[tuple[Batch, Future[Loaded]]] = deque()
+        for batch in batches:
+            coming.append((batch, self._load_thread.submit(self._load, batch)))
+            if len(coming) >= _LOAD_AHEAD:
+                yield self._wait_for(*coming.popleft())
+        while coming:
+            yield self._wait_for(*coming.popleft())
 
-    def _load(self, batch: Batch) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def _wait_for(self, batch: Batch, loading: Future[Loaded]) -> tuple[Batch, torch.Tensor]:
+        inputs, ready = loading.result()
+        if ready is not None:
+            compute = torch.cuda.current_stream(self._device)
+            compute.wait_event(ready)
+            inputs.record_stream(compute)
+        return batch, inputs
+
+    def _load(self, batch: Batch) -> Loaded:
         rows = [self._read(index) for index in batch]
         if not self._cuda:
+            # A single sample is not copied.
             return (torch.stack(rows) if len(rows) > 1 else rows[0][None]), None
-        with torch.cuda.stream(self._streams[0]):
+        with torch.cuda.stream(self._load_stream):
             shape = (len(batch), *rows[0].shape)
             inputs = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
-            for row, target in zip(rows, inputs):
+            for row, target in zip(rows, inputs, strict=True):
                 target.copy_(row, non_blocking=True)
             ready = torch.cuda.Event()
-            ready.record(self._streams[0])
+            ready.record(self._load_stream)
         return inputs, ready
 
     def _read(self, index: int) -> torch.Tensor:
         slot = self._slots[index]
         if isinstance(slot, torch.Tensor):
             return slot
-        row = torch.empty(
-            self.lengths[index], self._hidden, dtype=torch.bfloat16, pin_memory=self._cuda
-        )
-        read_into(self._file, row, slot, self._spill)
+        shape = (self.lengths[index], self._hidden)
+        row = torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._cuda)
+        read_into(self._descriptor, row, slot, self._spill)
         return row
 
     def _store(self, batch: Batch, outputs: torch.Tensor) -> None:
         outputs = outputs.detach()
-        if not self._cuda:
-            for index, row in zip(batch, outputs):
-                self._keep(index, row)
+        if self._cuda:
+            self._store_from_gpu(batch, outputs)
             return
-        store = self._streams[1]
-        store.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(store):
-            for index, row in zip(batch, outputs):
+        for index, row in zip(batch, outputs, strict=True):
+            slot = self._slots[index]
+            if isinstance(slot, torch.Tensor):
+                slot.copy_(row)
+            else:
+                copy = row.to("cpu", torch.bfloat16, copy=True)
+                self._write_later(self._write, slot, copy)
+
+    def _store_from_gpu(self, batch: Batch, outputs: torch.Tensor) -> None:
+        self._store_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._store_stream):
+            for index, row in zip(batch, outputs, strict=True):
                 slot = self._slots[index]
                 if isinstance(slot, torch.Tensor):
                     slot.copy_(row, non_blocking=True)
@@ -188,51 +215,40 @@ class Activations:
                 staged = torch.empty(row.shape, dtype=torch.bfloat16, pin_memory=True)
                 staged.copy_(row, non_blocking=True)
                 copied = torch.cuda.Event()
-                copied.record(store)
-                self._write_later(self._write_staged, index, staged, copied)
-        outputs.record_stream(store)
+                copied.record(self._store_stream)
+                self._write_later(self._write_staged, slot, staged, copied)
+        outputs.record_stream(self._store_stream)
         done = torch.cuda.Event()
-        done.record(store)
-        self._events.append(done)
-        if len(self._events) > _RUN_AHEAD:  # or the whole layer's inputs would be allocated at once
-            self._events.popleft().synchronize()
-
-    def _keep(self, index: int, row: torch.Tensor) -> None:
-        slot = self._slots[index]
-        if isinstance(slot, torch.Tensor):
-            slot.copy_(row)
-        else:
-            self._write_later(self._write, slot, row.to("cpu", torch.bfloat16, copy=True))
+        done.record(self._store_stream)
+        self._stored.append(done)
+        if len(self._stored) > _RUN_AHEAD:  # or all of the layer's inputs would be allocated
+            self._stored.popleft().synchronize()
 
     def _write_later(self, write: Callable[..., None], *arguments: object) -> None:
-        self._stores.append(self._threads[1].submit(write, *arguments))
-        if (
-            len(self._stores) > _RUN_AHEAD
-        ):  # a slow disk holds the layer up rather than filling the memory
-            self._stores.popleft().result()
+        self._file_writes.append(self._store_thread.submit(write, *arguments))
+        if len(self._file_writes) > _RUN_AHEAD:  # a slow disk must not fill the memory
+            self._file_writes.popleft().result()
 
-    def _write_staged(self, index: int, staged: torch.Tensor, copied: torch.cuda.Event) -> None:
+    def _write_staged(self, start: int, staged: torch.Tensor, copied: torch.cuda.Event) -> None:
         copied.synchronize()
-        slot = self._slots[index]
-        assert isinstance(slot, int)
-        self._write(slot, staged)
+        self._write(start, staged)
 
     def _write(self, start: int, row: torch.Tensor) -> None:
-        _write_all(self._file, bytes_of(row), start, self._spill)
+        _write_all(self._descriptor, bytes_of(row), start, self._spill)
 
     def _settle(self) -> None:
-        """Let nothing be loaded before what was computed of it is stored."""
-        for store in self._stores:
-            store.result()
-        self._stores.clear()
+        """Wait until everything computed is stored, so that it can be loaded."""
+        for writing in self._file_writes:
+            writing.result()
+        self._file_writes.clear()
         if self._cuda:
-            self._streams[0].wait_stream(self._streams[1])
+            self._load_stream.wait_stream(self._store_stream)
 
     def save(self, path: Path) -> None:
         """Write all samples, one behind the other, to a file that is whole or absent."""
         self._settle()
         if self._cuda:
-            self._streams[1].synchronize()
+            self._store_stream.synchronize()
         start = 0
         with replaced_file(path) as partial, partial.open("wb", buffering=0) as file:
             for index in range(len(self.lengths)):
@@ -244,33 +260,28 @@ class Activations:
         """Fill an empty store with samples of these lengths that `save` wrote.
 
         Raises:
-            OSError: When the file is shorter than they are.
+            OSError: The file is shorter.
         """
-        descriptor = os.open(path, os.O_RDONLY)
         start = 0
-        try:
+        with path.open("rb", buffering=0) as file:
             for length in lengths:
-                self._new_slot(length)
+                self._add_slot(length)
                 slot = self._slots[-1]
-                row = (
-                    slot
-                    if isinstance(slot, torch.Tensor)
-                    else torch.empty(length, self._hidden).bfloat16()
-                )
-                read_into(descriptor, row, start, path)
-                if isinstance(slot, int):
+                if isinstance(slot, torch.Tensor):
+                    read_into(file.fileno(), slot, start, path)
+                else:
+                    row = torch.empty((length, self._hidden), dtype=torch.bfloat16)
+                    read_into(file.fileno(), row, start, path)
                     self._write(slot, row)
-                start += row.nbytes
-        finally:
-            os.close(descriptor)
+                start += 2 * length * self._hidden
 
     def close(self) -> None:
-        """Give memory and file back."""
-        for threads in self._threads:
-            threads.shutdown(cancel_futures=True)
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Release memory and remove the file."""
+        for thread in (self._load_thread, self._store_thread):
+            thread.shutdown(cancel_futures=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         with contextlib.suppress(FileNotFoundError):
             self._spill.unlink()
         self._slots.clear()
@@ -278,9 +289,16 @@ class Activations:
 
 
 def _write_all(descriptor: int, data: memoryview, start: int, path: Path) -> None:
+    """Write bytes at a place in a file.
+
+    Raises:
+        OSError: The disk is full; it names the file.
+    """
     while data:
         try:
-            count = os.pwrite(descriptor, data[:_COPY], start)
+            count = os.pwrite(descriptor, data[:_WRITE_BYTES], start)
         except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
-        data, start = data[count:], start + count
+            message = os.strerror(error.errno or 0)
+            raise OSError(error.errno, message, str(path)) from None
+        data = data[count:]
+        start += count

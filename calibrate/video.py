@@ -48,7 +48,7 @@ class Clip:
 
     @property
     def frame_duration_ms(self) -> int:
-        """Duration of a frame of the file in whole milliseconds, which timestamps are multiples of."""
+        """Duration of a frame in whole milliseconds; timestamps are multiples of it."""
         return int(1000 / self.fps)
 
 

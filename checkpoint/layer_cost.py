@@ -1,4 +1,4 @@
-"""What one token costs in the language model's layers: time and memory, from one layer of each kind."""
+"""Measures what one token costs in the language model's layers: time and memory."""
 
 from __future__ import annotations
 

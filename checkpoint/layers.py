@@ -39,7 +39,7 @@ def outside_layers(checkpoint: Checkpoint) -> int:
 
 
 class LayerBuilder:
-    """Builds single layers of one checkpoint. transformers' configs are made once, which is slow."""
+    """Builds single layers of one checkpoint; making transformers' configs is slow."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._family = checkpoint.config.family

@@ -19,7 +19,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_available() -> int:
-    """Bytes of host memory that can still be used, by the system's estimate and the cgroup's limit."""
+    """Bytes of host memory that can be used, by the system's estimate and the cgroup's limit."""
     available = _meminfo("MemAvailable")
     # Only the group's own limit: inside a container, a limit further up shows as the root group's.
     limit = _read_number(_CGROUP / "memory.max")
@@ -51,9 +51,9 @@ def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
         text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
-            if not _EXHAUSTED.search(text):
-                raise
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and not _EXHAUSTED.search(text):
+            raise
         details = text[:200] or "no details"
         raise BadInput(Fault("memory", f"{where()}: {details}", remedy)) from None
 

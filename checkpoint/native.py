@@ -58,7 +58,7 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
 
 
 class _Deferred:
-    """A tensor that is read when transformers' loader asks for it, shaped like a safetensors slice."""
+    """A tensor that is read when transformers' loader requests it, like a safetensors slice."""
 
     def __init__(self, tensors: TensorFiles, name: str, read: Reader) -> None:
         self._dtype = tensors.specs[name].dtype

@@ -106,7 +106,7 @@ class RunState:
 
 
 def identity_of(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested mappings to dotted names with JSON values, so that a difference can be named."""
+    """Flatten nested mappings to dotted names, so that a difference can be named."""
     flat: dict[str, Any] = {}
     for key, value in parts.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The base of every section of a recipe: a frozen value whose fields carry their own description."""
+"""The base of every section of a recipe: a frozen value whose fields are described."""
 
 from __future__ import annotations
 

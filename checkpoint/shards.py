@@ -22,8 +22,8 @@ from checkpoint.files import DTYPES, Reader
 from checkpoint.layout import Specs, spec_bytes, split_by_size
 
 OUTSIDE_BYTES = 1_400_000_000
-"""Largest file of tensors outside the layers, unless a single tensor is larger. At the 12B's size, an
-embedding matrix of 1.35 GB is a file of its own, so that writing needs no more memory than that."""
+"""Largest file of tensors outside the layers, unless a single tensor is larger. The 12B's embedding
+matrix of 1.35 GB is a file of its own, so that writing needs no more memory than that."""
 
 _LAYERS_AHEAD = 3
 """Layers that wait to be written. A layer of the 12B is 0.1 to 0.4 GB."""

@@ -94,7 +94,7 @@ def write_synthetic(
 
 
 def _draw(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
-    """Draw one tensor. Its generator depends on the name, so the order of writing does not matter."""
+    """Draw one tensor; its generator depends on the name, not on the order of writing."""
     if spec.dtype == "I64":
         return torch.arange(spec.shape[0])
     generator = torch.Generator(device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))

@@ -47,8 +47,7 @@ def load_exported(
 def exported_reader(
     config: CheckpointConfig, tensors: TensorFiles
 ) -> Callable[[str], torch.Tensor]:
-    """What reads a BF16 tensor of an exported directory by its name, quantized weights dequantized.
-    """
+    """What reads a BF16 tensor of an exported directory by its name, quantized weights dequantized."""
     formats = linear_formats(config, tensors.specs)
 
     def read(name: str) -> torch.Tensor:

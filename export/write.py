@@ -136,8 +136,7 @@ def write_companions(
     manifest: Manifest,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write everything beside the weights: index, configs, the source's other files, the manifest.
-    """
+    """Write everything beside the weights: index, configs, the source's other files, the manifest."""
     specs = output_specs(config, policy, source.specs)
     _copy_other_files(config.directory, directory)
     weight_map = Shards(directory, specs, shard_bytes).weight_map

@@ -1,4 +1,4 @@
-"""What a recipe names, opened: the checkpoint, the device, the samples, the versions of packages."""
+"""Opens what a recipe names: checkpoint, device, samples; and the versions of packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checked run: everything that a recipe names, opened, with all faults found before weights load."""
+"""A checked run: everything that a recipe names, opened and checked before weights load."""
 
 from __future__ import annotations
 

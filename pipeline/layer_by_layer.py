@@ -1,4 +1,4 @@
-"""The way of a run whose model is never whole in memory: embed, then calibrate and pack layer by layer.
+"""The way of a run whose model is never whole in memory: calibrate and pack layer by layer.
 
 The bytes are those of the whole model. Under torchrun each process takes a share of the samples;
 the first one writes and measures.

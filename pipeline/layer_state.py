@@ -1,6 +1,6 @@
 """What a run layer by layer keeps in its state directory, besides the output.
 
-samples-R.json      what process R embedded: lengths, counts, held-out tokens, a digest of all prompts
+samples-R.json      what process R embedded: lengths, counts, held-out tokens, prompts' digest
 calibrate-K-R       process R's calibration samples in front of layer K
 held_out-K-R        its held-out samples likewise
 reference-R         BF16's final states of its held-out samples

@@ -1,4 +1,4 @@
-"""`quantize.auto`: scores the recipe's layers in each format and chooses the mix that fits its size."""
+"""`quantize.auto`: scores the layers in each format and chooses the mix that fits a size."""
 
 from __future__ import annotations
 

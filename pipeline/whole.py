@@ -1,4 +1,4 @@
-"""The way of a run that holds the whole model in the device's memory, with or without distillation."""
+"""The way of a run that holds the whole model in the device's memory."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class WholeModel:
         return self._record
 
     def reference(self) -> list[States]:
-        """BF16's states of the held-out prompts; BF16 is loaded again if another run wrote the result."""
+        """BF16's states of the held-out prompts; loads BF16 again in a resumed run."""
         if self._reference is None:
             model = load_model(self._job.checkpoint, self._job.device)
             self._reference = self._answers(model, "BF16 answers")

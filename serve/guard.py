@@ -25,8 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux for SIGKILL when the guard itself is killed; elsewhere nothing of the kind exists.
-    """
+    """Ask Linux for SIGKILL when the guard itself is killed; elsewhere nothing of the kind exists."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -99,7 +99,7 @@ def _open_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
 
 
 def _undecoded(feature: Any) -> Any:
-    """The same features with media left as bytes. `decode(False)` would skip JSON columns as well."""
+    """The features with media left as bytes; `decode(False)` would skip JSON columns too."""
     import datasets
 
     if isinstance(feature, dict):

@@ -1,4 +1,4 @@
-"""Several sources of samples as one: mixed by weight or shuffled, the same way for the same seed."""
+"""Mixes several sources of samples by weight, and shuffles them, by a seed."""
 
 from __future__ import annotations
 

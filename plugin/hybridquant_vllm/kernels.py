@@ -41,8 +41,7 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
         return True, None
 
     def input_quant_key(self) -> None:
-        """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only.
-        """
+        """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only."""
         return None
 
     def get_output_padding(self) -> None:

@@ -17,8 +17,7 @@ CLASSES = ROOT / "checkpoint" / "classes.py"
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A machine with CUDA and a folder for packages; what is imported from it is forgotten again.
-    """
+    """A machine with CUDA and a folder for packages; what is imported from it is forgotten again."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("mamba_ssm", "selective_scan_cuda"):

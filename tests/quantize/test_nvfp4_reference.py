@@ -35,8 +35,7 @@ def test_every_result_is_a_value_of_the_format():
 
 
 def test_it_equals_packing_and_unpacking_by_the_exporter():
-    """For blocks that are not tiny, fake quantization and the exported bytes say the same weight.
-    """
+    """For blocks that are not tiny, fake quantization and the exported bytes say the same weight."""
     weight = torch.randn(128, 256, dtype=torch.bfloat16)
     linear = torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
     linear.weight.data.copy_(weight)

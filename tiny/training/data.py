@@ -277,8 +277,7 @@ def patch_labels(picture: Picture, rows: int, cols: int) -> np.ndarray:
 def make_item(
     scene: Scene, kind: str, builder: PromptBuilder, compressed: bool, turns: bool = False
 ) -> Item:
-    """Tokens, tiles and labels of a scene; a clip's frames through MP4 and back when `compressed`.
-    """
+    """Tokens, tiles and labels of a scene; a clip's frames through MP4 and back when `compressed`."""
     size = builder.config.tile_size
     if scene.moving:
         frames = np.stack([picture.pixels for picture in scene.pictures])

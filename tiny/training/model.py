@@ -269,8 +269,7 @@ def _gated_norm(self: Any, hidden_states: torch.Tensor, gate: torch.Tensor) -> t
 def _convolved(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, **_: Any
 ) -> Any:
-    """Causal depthwise convolution and SiLU: [items, channels, length], weight [channels, width].
-    """
+    """Causal depthwise convolution and SiLU: [items, channels, length], weight [channels, width]."""
     length = hidden_states.shape[-1]
     padded = nn.functional.pad(
         hidden_states.transpose(1, 2), (0, 0, weight.shape[1] - 1, 0)

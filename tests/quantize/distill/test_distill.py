@@ -262,8 +262,7 @@ def test_q_k_and_v_train_under_the_ranges_that_they_will_share_when_served(
 
 
 def test_a_run_taken_up_again_keeps_the_ranges_it_began_with(tiny_config, tmp_path, monkeypatch):
-    """A GPU may calibrate another bit the second time: what the weights were trained under counts.
-    """
+    """A GPU may calibrate another bit the second time: what the weights were trained under counts."""
     step = DistillationTrainer.training_step
 
     def killed(self, *arguments):
