@@ -158,7 +158,7 @@ class ShardWriter:
             elif tensor.is_cuda and ready is not None:
                 tensor = _copy_to_host(tensor, ready)
             self._check(name, tensor)
-            values[name] = tensor.contiguous()
+            values[name] = _unshared(tensor)
         write_tensors(self.directory / file, values)
         self._on_bytes(sum(value.nbytes for value in values.values()))
 
@@ -203,6 +203,14 @@ class ShardWriter:
             # After an error, what has not begun is dropped.
             for threads in (self._outside_thread, self._layer_threads, self._recorder):
                 threads.shutdown(cancel_futures=failed)
+
+
+def _unshared(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in memory of its own if it is a scalar.
+
+    q, k and v may share a scale tensor, and safetensors refuses tensors that share memory.
+    """
+    return tensor.clone() if tensor.numel() == 1 else tensor.contiguous()
 
 
 def _record_event(tensors: Mapping[str, Any]) -> torch.cuda.Event | None:

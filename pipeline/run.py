@@ -45,18 +45,18 @@ def run(recipe: Recipe) -> int:
         way = choose_way(plan, job)
         with _resumable(job, way):
             if not job.state.is_written:
-                _write(job, way)
+                write_result(job, way)
     if not processes.is_first:
         return 0
     with _resumable(job, way):
-        passed = _verify_and_measure(job, way)
+        passed = verify_and_measure(job, way)
     job.state.remove()
     outcome = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
     logger.info("%s: %s", recipe.output, outcome)
     return 0 if passed else 1
 
 
-def _write(job: Job, way: Way) -> None:
+def write_result(job: Job, way: Way) -> None:
     """Calibrate, quantize and write; the output appears under its name when it is whole."""
     if not job.processes.is_first:
         for _ in way.packed_layers(drain=lambda: None):
@@ -74,7 +74,7 @@ def _write(job: Job, way: Way) -> None:
     job.state.publish()
 
 
-def _verify_and_measure(job: Job, way: Way) -> bool:
+def verify_and_measure(job: Job, way: Way) -> bool:
     """Verify the written files and compare them with BF16; returns whether the gate passed."""
     output = job.recipe.output
     faults = verify(output, job.checkpoint.directory)

@@ -1,9 +1,10 @@
-"""Quantizes a checkpoint a layer at a time under a limit that the kernel enforces on the process's
-private memory.
+"""Quantizes a checkpoint under a limit that the kernel enforces on the process's private memory.
 
     python -m tests.pipeline.run_within_memory BYTES [key=value …]
 
-The limit counts from what Python, torch and ModelOpt hold when they are imported.
+The limit counts from what Python, torch and ModelOpt hold when they are imported. The run ends when
+the output is written: measuring needs logits of the whole vocabulary, which a smaller model does not
+make smaller.
 """
 
 import resource
@@ -11,21 +12,25 @@ import sys
 from pathlib import Path
 
 from checkpoint.faults import main
-from pipeline import run as flow
-from pipeline.streaming import stream
-from recipes.schema import load_recipe
+from checkpoint.libraries import prepare_libraries
+from recipes.loading import SHIPPED, load_recipe
 
 
 def data_bytes() -> int:
     """Private memory of this process, as RLIMIT_DATA counts it."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmData"].split()[0]) * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmData":
+            return int(value.split()[0]) * 1024
+    raise RuntimeError("/proc/self/status has no VmData")
 
 
 if __name__ == "__main__":
-    recipe = load_recipe(Path("recipes/tiny/fp8.yaml"), sys.argv[2:])
-    # Its measuring needs logits of the whole vocabulary, which a smaller model does not make
-    # smaller.
-    flow.run_streamed = lambda job: stream(job) is None
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + int(sys.argv[1]),) * 2)
+    prepare_libraries()
+    from pipeline import run as flow
+
+    recipe = load_recipe(SHIPPED / "tiny" / "fp8.yaml", sys.argv[2:])
+    flow.verify_and_measure = lambda job, way: True
+    limit = data_bytes() + int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     main(lambda: flow.run(recipe))

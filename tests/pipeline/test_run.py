@@ -13,15 +13,16 @@ import pytest
 from accuracy.answers import answer_tasks
 from calibrate.samples import Skipped
 from checkpoint.faults import BadInput
-from checkpoint.native import load_tokenizer
+from checkpoint.video import Video
 from export.manifest import read_manifest
 from export.verify import verify
-from pipeline.inputs import prompt_stream
+from pipeline.inputs import prompts_of
 from pipeline.run import run
-from recipes.schema import load_recipe
+from recipes.loading import SHIPPED, load_recipe
 from tests.editing import edit_tensors
 
-TINY = Path("recipes/tiny/fp8.yaml")
+TINY = SHIPPED / "tiny" / "fp8.yaml"
+ROOT = SHIPPED.parent
 QUICK = [
     "calibrate.samples=1",
     "accuracy.samples=1",
@@ -43,7 +44,7 @@ def test_the_default_recipe_ends_verified_measured_and_passed(fp8_run, tiny):
     assert manifest.gate["agreement"]["all"]["tokens"] > 0
     assert [row["task"] for row in manifest.gate["tasks"]] == ["document", "text", "mean"]
     assert manifest.gate["tasks"][-1]["reference"] > 0.9
-    assert manifest.serve["video_pruning_rate"] == 0.75
+    assert manifest.video == Video()
     assert manifest.calibration["samples"] == 7
 
 
@@ -60,15 +61,13 @@ def test_tasks_below_bf16_miss_the_gate(tiny, tmp_path, monkeypatch):
     # pass.
     answered = answer_tasks
 
-    def spoilt(config, *given):
-        answers = answered(config, *given)
-        return (
-            {task: [None] * len(a) for task, a in answers.items()}
-            if config.directory == tmp_path / "out"
-            else answers
-        )
+    def spoilt(checkpoint, *given):
+        answers = answered(checkpoint, *given)
+        if checkpoint.directory != tmp_path / "out":
+            return answers
+        return {task: [None] * len(texts) for task, texts in answers.items()}
 
-    monkeypatch.setattr("pipeline.verdict.answer_tasks", spoilt)
+    monkeypatch.setattr("pipeline.measure.answer_tasks", spoilt)
     assert run(quick(tiny, tmp_path, "accuracy.tasks={names: [chart], items: 4, max_loss: 5}")) == 1
     (missed,) = read_manifest(tmp_path / "out").gate["missed"]
     assert "points below BF16, allowed are 5" in missed
@@ -93,7 +92,7 @@ GOOD = {"messages": [{"role": "user", "content": "Read the code."}]}
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "holds no usable sample"),
+        ([], "contains no usable sample"),
         ([{"prompt": "x"}], "messages is None"),
         ([{"messages": []}], "non-empty list"),
         (
@@ -127,16 +126,18 @@ def test_bad_samples_end_the_run_with_nothing_written(tiny, tmp_path, lines, mes
 
 
 @pytest.mark.parametrize("section", ["calibrate", "accuracy"])
-def test_sources_without_a_usable_sample_are_named_by_their_section(tiny_config, tmp_path, section):
+def test_sources_without_a_usable_sample_are_named_by_their_section(
+    tiny_checkpoint, tmp_path, section
+):
     source = jsonl(tmp_path, GOOD).replace("calibrate", section)
     recipe = load_recipe(TINY, [source])
     with pytest.raises(BadInput, match=rf"{section}\.sources: no sample can be used"):
-        prompt_stream(
+        prompts_of(
             getattr(recipe, section),
-            tiny_config,
-            load_tokenizer(tiny_config),
+            section,
+            tiny_checkpoint,
+            Video(),
             Skipped(9),
-            0.0,
             max_length=4,
         )
 
@@ -168,7 +169,7 @@ def test_an_existing_output_is_not_touched(tiny, tmp_path):
 
 def test_nan_weights_end_the_run_before_calibration(tiny_copy, tmp_path):
     edit_tensors(tiny_copy, lambda t: t["mlp1.1.weight"].fill_(float("nan")))
-    with pytest.raises(BadInput, match=r"mlp1\.1\.weight: holds"):
+    with pytest.raises(BadInput, match=r"mlp1\.1\.weight: contains"):
         run(quick(tiny_copy, tmp_path))
 
 
@@ -184,12 +185,12 @@ def test_a_disk_that_fills_up_in_mid_run_ends_with_one_sentence_and_nothing_left
     same way.
     """
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000,) * 2);"
-    start = "import runpy, sys; sys.argv = ['fp8', *sys.argv[1:]]; runpy.run_module('quantize.fp8', run_name='__main__')"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2);"
+    start = "import runpy, sys; sys.argv = ['fp8', *sys.argv[1:]];"
+    start += "runpy.run_module('quantize.fp8', run_name='__main__')"
     arguments = [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}"]
-    result = subprocess.run(
-        [sys.executable, "-c", limit + start, *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", limit + start, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert "File too large (free some space, or choose another output)" in result.stderr
     assert "Traceback" not in result.stderr
@@ -200,6 +201,7 @@ def test_a_disk_that_fills_up_in_mid_run_ends_with_one_sentence_and_nothing_left
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "quantize.fp8", *map(str, arguments)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -209,11 +211,37 @@ def command(*arguments):
 def test_the_command_ends_bad_input_with_exit_2_and_no_traceback(tmp_path):
     result = command(f"model={tmp_path / 'nowhere'}", "output=/proc/x/y", "quantize.kv_cache=null")
     assert result.returncode == 2
-    assert "nowhere: no such directory (give the directory of the checkpoint)" in result.stderr
+    assert "nowhere: no such directory (give the directory of a checkpoint)" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_help_names_the_recipe_and_the_overrides():
+def test_help_names_the_recipe_the_overrides_and_every_field():
     result = command("--help")
     assert result.returncode == 0
     assert "python -m quantize.fp8 [RECIPE] [key=value …]" in result.stdout
+    assert "calibrate.samples=1024" in result.stdout
+    assert "video.pruning_rate=0.75" in result.stdout
+
+
+def test_killed_between_writing_and_the_verdict_the_same_command_measures(
+    tiny, tmp_path, monkeypatch
+):
+    recipe = quick(tiny, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.run.verify_and_measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    assert read_manifest(tmp_path / "out").gate["passed"] is None
+    weights = sorted((tmp_path / "out").glob("*.safetensors"))
+    written = {file: file.stat().st_mtime_ns for file in weights}
+    monkeypatch.setattr("pipeline.run.write_result", None)  # nothing is written again
+    assert run(recipe) in (0, 1)
+    assert read_manifest(tmp_path / "out").gate["passed"] in (True, False)
+    assert written == {file: file.stat().st_mtime_ns for file in weights}
+    assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(BadInput, match="exists already"):
+        run(recipe)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
