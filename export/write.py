@@ -5,9 +5,8 @@ else bit for bit.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +15,60 @@ import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from tqdm import tqdm
 
-from checkpoint.atomic import check_output, finished_directory
+from checkpoint.atomic import check_output, replaced_directory, write_json
 from checkpoint.config import CheckpointConfig
-from checkpoint.files import INDEX, TensorFiles
-from checkpoint.layout import TensorSpec, expected_tensors, language_model_linears, spec_bytes
+from checkpoint.files import INDEX
+from checkpoint.layout import (
+    Specs,
+    TensorSpec,
+    expected_tensors,
+    language_model_linears,
+    spec_bytes,
+)
+from checkpoint.opened import Checkpoint
 from checkpoint.shards import Shards, Writer
+from export.layout import KV_SCALE, kv_scale_name, packed_specs
 from export.manifest import MANIFEST, Manifest, write_manifest
 from export.matching import exclude_list
-from quantize.formats.registry import FORMATS, NVFP4_BLOCK, UNQUANTIZED
+from quantize.formats.registry import FORMATS, UNQUANTIZED, find_format
 from quantize.policy import Policy
 from quantize.ptq import PackedLinear
 
 SHARD_BYTES = 5_000_000_000
 _OURS = ("config.json", "hf_quant_config.json", MANIFEST, INDEX)
+_KV_CACHE_ALGOS = {"fp8": "FP8", None: None}
+"""`kv_cache_quant_algo` by the name that recipes write."""
 
 
 def output_specs(
-    config: CheckpointConfig, policy: Policy, source: Mapping[str, TensorSpec]
+    config: CheckpointConfig, policy: Policy, source: Specs
 ) -> dict[str, TensorSpec]:
-    """Name, shape and dtype of every tensor of the quantized checkpoint, before anything is
+    """Return name, shape and dtype of every tensor of the quantized checkpoint, before anything is
     computed.
 
     Args:
         config: The source's configuration.
         policy: Format by linear.
-        source: The tensors the source holds; optional ones are carried over.
+        source: The tensors that the source has; optional ones are carried over.
     """
-    specs: dict[str, TensorSpec] = {}
     linears = {linear.name: linear for linear in language_model_linears(config)}
-    kinds = {linear.name: linear.short for linear in linears.values()}
-    for name, spec in (dict(expected_tensors(config)) | dict(source)).items():
-        linear = name.removesuffix(".weight")
-        format = FORMATS.get(policy.formats.get(linear, UNQUANTIZED))
-        if format:
-            for suffix, packed in format.tensors(linears[linear].shape).items():
-                specs[f"{linear}.{suffix}"] = packed
-        else:
+    bf16 = expected_tensors(config)
+    bf16.update(source)
+    specs: dict[str, TensorSpec] = {}
+    for name, spec in bf16.items():
+        linear = linears.get(name.removesuffix(".weight"))
+        format = UNQUANTIZED if linear is None else policy.formats.get(linear.name, UNQUANTIZED)
+        if linear is None or format == UNQUANTIZED:
             specs[name] = spec
-        if policy.kv_cache and kinds.get(linear) in ("k_proj", "v_proj"):
-            specs[f"{linear}.{kinds[linear][0]}_scale"] = TensorSpec((), "F32")
+        else:
+            specs.update(packed_specs(linear, format))
+        if linear is not None and policy.kv_cache and linear.short in config.family.kv_linears:
+            specs[kv_scale_name(linear, config.family)] = KV_SCALE
     return specs
 
 
 def write_checkpoint(
-    config: CheckpointConfig,
-    source: TensorFiles,
+    source: Checkpoint,
     policy: Policy,
     packed: Iterator[PackedLinear],
     output: Path,
@@ -70,129 +78,116 @@ def write_checkpoint(
     """Write the quantized checkpoint beside `output` and rename it at the end.
 
     Args:
-        config: The source's configuration.
-        source: The source's tensors.
+        source: The BF16 checkpoint.
         policy: Format by linear.
         packed: Quantized linears in the model's order; taken one by one as they are written.
-        output: Directory to write; must not exist.
+        output: Directory to write; it must not exist.
         manifest: Written beside the weights.
-        shard_bytes: Largest shard.
+        shard_bytes: Size of the largest shard.
 
     Raises:
-        BadInput: When the output exists or the disk is too small.
-        OSError: When writing fails; nothing is left at `output`.
+        BadInput: The output exists or the disk is too small.
+        OSError: Writing fails; nothing is left at `output`.
     """
-    specs = output_specs(config, policy, source.specs)
+    specs = output_specs(source.config, policy, source.tensors.specs)
     check_output(output, spec_bytes(specs))
-    with finished_directory(output) as partial:
-        with open_writer(config, source, policy, partial, shard_bytes) as writer:
+    with replaced_directory(output) as partial:
+        with open_writer(source, policy, partial, shard_bytes) as writer:
             for linear in packed:
                 writer.put(by_name(linear))
-        if missing := sorted(specs.keys() - writer.shards.written):
-            raise AssertionError(f"never came: {', '.join(missing)}")
-        write_companions(config, policy, source, partial, manifest, shard_bytes)
+        missing = sorted(specs.keys() - writer.shards.written)
+        if missing:
+            raise AssertionError(f"not packed: {', '.join(missing)}")
+        write_companions(source, policy, partial, manifest, shard_bytes)
 
 
 @contextlib.contextmanager
 def open_writer(
-    config: CheckpointConfig,
-    source: TensorFiles,
-    policy: Policy,
-    directory: Path,
-    shard_bytes: int = SHARD_BYTES,
+    source: Checkpoint, policy: Policy, directory: Path, shard_bytes: int = SHARD_BYTES
 ) -> Iterator[Writer]:
-    """Lay out the weight files in `directory` and copy what is not quantized, while the caller puts
-    what is.
+    """Lay out the weight files in `directory` and copy the tensors that are not quantized, while
+    the caller puts those that are.
 
-    What an earlier run has put there stays. Leaving the context waits until all of it is written.
+    What an earlier run has written there stays. Leaving the context waits until all of it is
+    written.
 
     Raises:
-        OSError: When the disk is full.
+        OSError: The disk is full.
     """
-    specs = output_specs(config, policy, source.specs)
+    found = source.tensors.specs
+    specs = output_specs(source.config, policy, found)
+    unchanged = [name for name, spec in specs.items() if found.get(name) == spec]
     shards = Shards(directory, specs, shard_bytes)
     shards.create()
-    with tqdm(
-        total=spec_bytes(specs), desc="writing", unit="B", unit_scale=True, disable=None
-    ) as progress:
+    total = spec_bytes(specs)
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
         with Writer(shards, progress.update) as writer:
-            writer.copy(
-                [name for name, spec in specs.items() if source.specs.get(name) == spec],
-                source.read,
-            )
+            writer.copy(unchanged, source.tensors.read)
             yield writer
 
 
 def by_name(linear: PackedLinear) -> dict[str, torch.Tensor]:
-    """The tensors of a linear by the names they get on disk."""
+    """Return the tensors of a linear by the names they get on disk."""
     return {f"{linear.name}.{suffix}": tensor for suffix, tensor in linear.tensors.items()}
 
 
 def write_companions(
-    config: CheckpointConfig,
+    source: Checkpoint,
     policy: Policy,
-    source: TensorFiles,
     directory: Path,
     manifest: Manifest,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write everything beside the weights: index, configs, the source's other files, the manifest.
     """
-    specs = output_specs(config, policy, source.specs)
-    _copy_other_files(config.directory, directory)
+    specs = output_specs(source.config, policy, source.tensors.specs)
+    _copy_other_files(source.directory, directory)
     weight_map = Shards(directory, specs, shard_bytes).weight_map
     if len(set(weight_map.values())) > 1:
-        _write_json(
-            directory / INDEX,
-            {"metadata": {"total_size": spec_bytes(specs)}, "weight_map": weight_map},
-        )
+        metadata = {"total_size": spec_bytes(specs)}
+        write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
     legacy = quantization_config(policy)
-    _write_json(directory / "hf_quant_config.json", legacy)
-    section = convert_hf_quant_config_format(legacy)
-    _write_json(directory / "config.json", dict(config.raw) | {"quantization_config": section})
+    write_json(directory / "hf_quant_config.json", legacy)
+    config = dict(source.config.raw)
+    config["quantization_config"] = _config_section(legacy)
+    write_json(directory / "config.json", config)
     write_manifest(directory, manifest)
 
 
 def quantization_config(policy: Policy) -> dict[str, Any]:
-    """The content of hf_quant_config.json: algorithm, KV cache, group size and exclude list."""
+    """Return the content of hf_quant_config.json: algorithm, KV cache, group size, exclude list."""
+    unquantized = [name for name, format in policy.formats.items() if format == UNQUANTIZED]
     section: dict[str, Any] = {
         "quant_algo": policy.algo,
-        "kv_cache_quant_algo": "FP8" if policy.kv_cache == "fp8" else None,
-        "exclude_modules": exclude_list(
-            [n for n, format in policy.formats.items() if format == UNQUANTIZED]
-        ),
+        "kv_cache_quant_algo": _KV_CACHE_ALGOS[policy.kv_cache],
+        "exclude_modules": exclude_list(unquantized, policy.family),
     }
-    if policy.algo == "NVFP4":
-        section["group_size"] = NVFP4_BLOCK
-    if policy.algo == "MIXED_PRECISION":
-        section["quantized_layers"] = {
-            name: {"quant_algo": FORMATS[format].algo}
-            | ({"group_size": NVFP4_BLOCK} if format == "nvfp4" else {})
-            for name, format in policy.quantized.items()
-        }
-    return {
-        "producer": {"name": "modelopt", "version": modelopt.__version__},
-        "quantization": section,
-    }
+    format = find_format(policy.algo)
+    if format is None:
+        layers = {name: FORMATS[used].config_entry for name, used in policy.quantized.items()}
+        section["quantized_layers"] = layers
+    else:
+        section.update(format.config_entry)
+    producer = {"name": "modelopt", "version": modelopt.__version__}
+    return {"producer": producer, "quantization": section}
+
+
+def _config_section(legacy: dict[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of config.json for a content of hf_quant_config.json."""
+    section: dict[str, Any] = convert_hf_quant_config_format(legacy)
+    return section
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
-    """Tokenizer, Python files, templates, processor settings, licence: whatever the source has, in
-    its folders too.
+    """Copy what the source has besides weights and our own files: tokenizer, Python files,
+    templates, processor settings, licence, those in its folders too.
     """
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if (
-            not file.is_file()
-            or hidden
-            or relative.suffix == ".safetensors"
-            or str(relative) in _OURS
-        ):
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if is_hidden or "__pycache__" in relative.parts or not file.is_file():
+            continue
+        if relative.suffix == ".safetensors" or str(relative) in _OURS:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / relative)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
