@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from checkpoint.config import CheckpointConfig
 from checkpoint.family import Family
 from checkpoint.faults import BadInput, Fault
+from checkpoint.files import TensorFiles
 from checkpoint.layout import (
     Linear,
     Specs,
@@ -19,8 +22,10 @@ from checkpoint.layout import (
     expected_tensors,
     language_model_linears,
 )
+from checkpoint.opened import Checkpoint
 from export.matching import is_excluded
 from quantize.formats.registry import FORMATS, MIXED_PRECISION, UNQUANTIZED, find_format
+from quantize.policy import Policy
 
 KV_SCALE = TensorSpec((), "F32")
 
@@ -115,10 +120,30 @@ def quantized_layout(
     return specs
 
 
+def output_specs(source: Checkpoint, policy: Policy) -> dict[str, TensorSpec]:
+    """Return name, shape and dtype of every tensor of the quantized checkpoint, before anything is
+    computed.
+
+    Args:
+        source: The BF16 checkpoint; optional tensors that it has are carried over.
+        policy: Format by linear.
+    """
+    specs = quantized_layout(source.config, policy.quantized, policy.kv_cache is not None)
+    for name in source.config.family.optional_tensors:
+        if name in source.tensors:
+            specs[name] = source.tensors.specs[name]
+    return specs
+
+
 def packed_specs(linear: Linear, format: str) -> dict[str, TensorSpec]:
     """Return the tensors of a linear in a format by their names on disk."""
     packed = FORMATS[format].tensors(linear.shape)
     return {f"{linear.name}.{suffix}": spec for suffix, spec in packed.items()}
+
+
+def packed_tensors(tensors: TensorFiles, linear: str, format: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of one quantized linear, by suffix."""
+    return {suffix: tensors.read(f"{linear}.{suffix}") for suffix in FORMATS[format].suffixes}
 
 
 def kv_scale_name(linear: Linear, family: Family) -> str:

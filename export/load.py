@@ -13,17 +13,12 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
-from checkpoint.files import Reader, TensorFiles
+from checkpoint.files import Reader
 from checkpoint.layers import read_layers
 from checkpoint.native import load_model
 from checkpoint.opened import Checkpoint
-from export.layout import linear_formats
+from export.layout import linear_formats, packed_tensors
 from quantize.formats.registry import FORMATS, INPUT_QUANTIZER
-
-
-def packed_tensors(tensors: TensorFiles, linear: str, format: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of one quantized linear, by suffix."""
-    return {suffix: tensors.read(f"{linear}.{suffix}") for suffix in FORMATS[format].suffixes}
 
 
 def load_exported(

@@ -13,8 +13,7 @@ from checkpoint.files import TensorFiles, all_finite, in_threads
 from checkpoint.layout import Linear
 from checkpoint.opened import Checkpoint
 from export.closeness import elements_beyond, tensor_faults
-from export.layout import kv_scale_name
-from export.load import packed_tensors
+from export.layout import kv_scale_name, packed_tensors
 from quantize.algorithms import Change
 from quantize.formats.registry import FORMATS, Tensors
 
@@ -73,7 +72,7 @@ class ValueCheck:
         packed = packed_tensors(self.exported.tensors, linear, format)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         packed = {suffix: tensor.to(device) for suffix, tensor in packed.items()}
-        bad_scales = []
+        bad_scales: list[Fault] = []
         for suffix, tensor in packed.items():
             if suffix != "weight":
                 bad_scales += scale_faults(f"{linear}.{suffix}", tensor)

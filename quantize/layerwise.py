@@ -1,8 +1,8 @@
 """PTQ layer by layer: the model is never whole in memory, and the result is bit for bit that of the
 whole model.
 
-Max calibration runs with fake quantization disabled, so a layer passes on its BF16 output, as in the
-whole model.
+Max calibration runs with fake quantization disabled, so a layer passes on its BF16 output, as in
+the whole model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from calibrate.activations import Activations
 from calibrate.layerwise import Batching, runner
+from checkpoint.config import CheckpointConfig
 from checkpoint.files import Reader
 from checkpoint.layers import read_layers
 from checkpoint.opened import Checkpoint
@@ -37,13 +38,20 @@ class FinishedLayer:
     index: int
     linears: tuple[PackedLinear, ...]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the packed tensors by the names that they get on disk."""
+        tensors: dict[str, torch.Tensor] = {}
+        for linear in self.linears:
+            tensors.update(linear.by_name())
+        return tensors
 
-def layer_policy(policy: Policy, checkpoint: Checkpoint, layer: int) -> Policy:
+
+def layer_policy(policy: Policy, config: CheckpointConfig, layer: int) -> Policy:
     """Return the part of a policy that applies to one layer."""
     prefix = policy.family.layer_prefix(layer)
     formats = {name: format for name, format in policy.formats.items() if name.startswith(prefix)}
     kv_cache = policy.kv_cache
-    if checkpoint.config.mixer_kind(layer) != "attention":
+    if config.mixer_kind(layer) != "attention":
         kv_cache = None
     return dataclasses.replace(policy, formats=formats, kv_cache=kv_cache)
 
@@ -84,7 +92,7 @@ def quantize_layers(
     tokens_per_layer = sum(calibration.lengths) / depth
     with tqdm(total=depth, initial=first, desc="layers", unit="layer", disable=None) as bar:
         for layer, model in read_layers(checkpoint, device, read, first):
-            part = layer_policy(policy, checkpoint, layer)
+            part = layer_policy(policy, checkpoint.config, layer)
             if layer < finished:
                 part = Policy({})
             kind = checkpoint.config.mixer_kind(layer)

@@ -40,6 +40,10 @@ class PackedLinear:
     format: str
     tensors: dict[str, torch.Tensor]
 
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names that they get on disk."""
+        return {f"{self.name}.{suffix}": tensor for suffix, tensor in self.tensors.items()}
+
 
 def modelopt_config(
     policy: Policy, algorithm: str = "max", device: str = "cpu", gptq_damping: float = 0.01

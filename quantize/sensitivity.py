@@ -24,9 +24,11 @@ from torch import nn
 
 from calibrate.forward import Embedded
 from checkpoint.atomic import write_json
+from checkpoint.faults import Fault
 from quantize.formats.registry import FORMATS, INPUT_QUANTIZER, UNQUANTIZED, WEIGHT_QUANTIZER
 from quantize.modelopt_output import printed_to_log
 from quantize.policy import Policy
+from quantize.settings import Auto
 
 SENSITIVITY = "sensitivity.json"
 POSITIONS = 512
@@ -104,6 +106,26 @@ class Search:
 def format_bits(format: str) -> float:
     """Bits per weight of a format, block scales included: 8 for FP8, 4.5 for NVFP4."""
     return FORMATS[format].bits
+
+
+def search_faults(auto: Auto | None, distils: bool) -> Iterator[Fault]:
+    """Yield what is wrong with a search, before any weight is loaded.
+
+    Args:
+        auto: The recipe's section; None for a recipe without a search.
+        distils: Whether a distillation follows.
+    """
+    if auto is None:
+        return
+    smallest = min(auto.formats, key=format_bits)
+    if auto.bits < format_bits(smallest):
+        needed = f"{smallest}'s {format_bits(smallest):g}"
+        what = f"{auto.bits:g} bits per weight are less than {needed}"
+        yield Fault("quantize.auto.bits", what, "raise it, or add a smaller format")
+    if distils:
+        what = "a distillation must know its formats when it is resumed"
+        remedy = "run without distill, then write the mix into quantize.layers"
+        yield Fault("quantize.auto", what, remedy)
 
 
 def search_formats(

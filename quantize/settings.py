@@ -32,7 +32,8 @@ class Rule(Section):
         if self.kind is not None and self.kind != linear.kind:
             return False
         if self.layers is not None:
-            if linear.layer not in self.layers and linear.layer - depth not in self.layers:
+            indices = {linear.layer, linear.layer - depth}
+            if indices.isdisjoint(self.layers):
                 return False
         if self.name is not None:
             names = (linear.name, linear.short)
@@ -101,14 +102,14 @@ class Quantize(Section):
     auto: Auto | None = None
     """Without it, every linear has the format that `layers` gives it."""
 
-    memory: Literal["auto", "whole", "stream"] = "auto"
-    """`whole` holds the model in the device's memory, `stream` one layer at a time; `auto` decides
+    memory: Literal["auto", "whole", "layers"] = "auto"
+    """`whole` holds the model in the device's memory, `layers` one layer at a time; `auto` decides
     by the device's memory.
     """
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Samples of one length run together up to this many tokens, where that changes no bit."""
     host_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Activations that `stream` keeps in host memory, in 1e9 bytes; the rest goes to a file beside
+    """Activations that `layers` keeps in host memory, in 1e9 bytes; the rest goes to a file beside
     the output.
     """
 
