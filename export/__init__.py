@@ -1,3 +1,6 @@
-"""The quantized checkpoint on disk: written, verified, read back."""
+"""The quantized checkpoint on disk: written, verified, read back.
 
-import quantize  # noqa: F401  (quiets ModelOpt's version warning before a module here imports it)
+What happens here: the files that vLLM loads, their verification against config, vLLM's rules and
+the source, reading them back as served, and the manifest that says what made them.
+What it must not know: how scales were found.
+"""

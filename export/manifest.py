@@ -1,4 +1,6 @@
-"""hybridquant.json beside the weights: what made them, from what, how the gate went, how to serve them."""
+"""hybridquant.json beside the weights: what made them, from what, how the gate went, and how to
+serve them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class Manifest:
     versions: dict[str, str]
     formats: dict[str, int]
     calibration: dict[str, Any]
-    video: Video = Video()
+    video: Video = field(default_factory=Video)
     serve: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=lambda: dict(NOT_MEASURED))
     distillation: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +82,16 @@ def read_manifest(directory: Path) -> Manifest | None:
         what = f"{name} is {str(first['input'])[:80]}: {first['msg']}"
         raise BadInput(Fault(str(path), what, "export again")) from None
     return Manifest(**values)
+
+
+def recorded_section(directory: Path, field: str) -> dict[str, Any]:
+    """Return a section of the manifest, such as `recipe`; empty if there is no sound manifest."""
+    try:
+        manifest = read_manifest(directory)
+    except BadInput:
+        return {}
+    section: dict[str, Any] = getattr(manifest, field, {})
+    return section
 
 
 def _fields() -> list[str]:

@@ -1,9 +1,9 @@
 """vLLM's rule for which modules an exclude list leaves unquantized, and the list that we write.
 
-The rule is replayed from `ModelOptQuantConfigBase`
-(vllm/model_executor/layers/quantization/modelopt.py), the same in 0.26 to 0.33: entries are renamed
-like weights, then matched exactly (fused layers by their parts), as substrings, and as shell
-patterns.
+The rule is reproduced from `ModelOptQuantConfigBase`
+(vllm/model_executor/layers/quantization/modelopt.py), which is the same in 0.26 to 0.33: entries
+are renamed like weights, then matched exactly (a fused layer by its parts), as substrings, and as
+shell patterns.
 """
 
 from __future__ import annotations
@@ -11,60 +11,51 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
-
-# The model parts that are never quantized. `lm_head` has been given the quantization config from
-# vLLM 0.32 on, so it must match; full names miss versions that do not rename entries, hence the
-# pattern beside the name.
-_ALWAYS = (
-    "language_model.lm_head",
-    "*lm_head*",
-    "language_model.backbone.embeddings",
-    "*.mixer.conv1d",
-    "mlp1*",
-    "vision_model*",
-)
+from checkpoint.family import Family
 
 
-def vllm_name(name: str) -> str:
-    """vLLM's module name for a checkpoint name: `language_model.backbone.…` is
-    `language_model.model.…` there.
-    """
-    renamed = name.replace("language_model.backbone", "language_model.model", 1)
-    return renamed.replace(".embeddings", ".embed_tokens")
+def exclude_list(unquantized_linears: Sequence[str], family: Family) -> list[str]:
+    """Return the `ignore` / `exclude_modules` entries for a checkpoint with these linears in BF16."""
+    return [*family.never_quantized, *unquantized_linears]
 
 
-def exclude_list(unquantized_linears: Sequence[str]) -> list[str]:
-    """The `ignore` / `exclude_modules` entries for a checkpoint with these linears left in BF16."""
-    return [*_ALWAYS, *unquantized_linears]
-
-
-def is_excluded(module: str, entries: Sequence[str]) -> bool:
-    """Whether vLLM leaves `module` unquantized.
+def is_excluded(module: str, entries: Sequence[str], family: Family) -> bool:
+    """Return whether vLLM leaves `module` unquantized.
 
     Args:
         module: vLLM's name of it, such as `language_model.model.layers.3.mixer.qkv_proj`.
-        entries: The list as it stands in the files.
+        entries: The list as the files contain it.
+        family: The names of the model family.
     """
-    renamed: list[str] = []
+    renamed = []
     for entry in entries:
-        if len(entry) >= 2 and entry.endswith("*") and entry[-2] != ".":
-            renamed += [entry[:-1], entry[:-1] + ".*"]
-        else:
-            renamed.append(entry)
-    # Renaming is by prefix, so a pattern with a leading `*` keeps its words.
-    renamed = [
-        entry.replace("language_model.backbone", "language_model.model", 1)
-        if entry.startswith("language_model.backbone")
-        else entry
-        for entry in renamed
-    ]
+        for variant in _variants(entry):
+            renamed.append(_rename(variant, family))
+    if module in renamed:
+        return True
     parent, _, last = module.rpartition(".")
-    if module in renamed or (
-        last in FUSED and all(f"{parent}.{part}" in renamed for part in FUSED[last])
-    ):
+    parts = family.fused.get(last)
+    if parts and all(f"{parent}.{part}" in renamed for part in parts):
         return True
-    inner = module.removeprefix("language_model.")
-    if any(entry != module and (entry in module or entry in inner) for entry in renamed):
-        return True
-    return any(fnmatch.fnmatch(module, entry) for entry in renamed)
+    inner = module.removeprefix(family.language_model)
+    for entry in renamed:
+        if entry != module and (entry in module or entry in inner):
+            return True
+        if fnmatch.fnmatch(module, entry):
+            return True
+    return False
+
+
+def _variants(entry: str) -> list[str]:
+    """vLLM reads `name*` as `name` and `name.*`."""
+    if len(entry) >= 2 and entry.endswith("*") and entry[-2] != ".":
+        return [entry[:-1], f"{entry[:-1]}.*"]
+    return [entry]
+
+
+def _rename(entry: str, family: Family) -> str:
+    """vLLM renames prefixes only, so a pattern with a leading `*` stays as it is."""
+    for old, new in family.vllm_renames:
+        if entry.startswith(old):
+            return new + entry.removeprefix(old)
+    return entry

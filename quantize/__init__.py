@@ -1,11 +1,7 @@
-"""Which layer gets which format, ModelOpt applied to it; fp8.py and its siblings are the front
-doors.
+"""Decides which linear layer gets which format, and applies ModelOpt to it.
+
+What happens here: formats/ (one file per format), the layer policy, calibration algorithms, ranges,
+PTQ of the whole model or layer by layer, the search for a mix of formats, distillation. fp8.py,
+nvfp4.py and qad.py are the commands.
+What it must not know: how the files of a checkpoint are written.
 """
-
-import warnings
-
-# ModelOpt 0.47 tests transformers below 5.15, where this architecture is broken with a cache, and
-# says so at every import. pyproject.toml pins the pair that our tests run.
-warnings.filterwarnings(
-    "ignore", message="transformers .* is not tested with current version of modelopt"
-)

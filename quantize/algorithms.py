@@ -1,11 +1,11 @@
-"""ModelOpt's calibration algorithms that end in files vLLM loads: its settings for each, and what
-each does to weights.
+"""The calibration algorithms of ModelOpt whose results vLLM can load: their settings, and what each
+does to weights.
 
 AWQ's smoothing (`awq_lite`, `awq_full`) and SmoothQuant divide a linear's input by a
-`pre_quant_scale`. ModelOpt 0.47's exporter folds it into the norm before a linear, but this model's
-down_proj comes after a ReLU² and o_proj after an attention with fewer values than queries, which it
-does not fold; it writes the rest beside the weights as `NVFP4_AWQ`. vLLM 0.32 refuses that name
-(`QUANT_ALGOS` in its modelopt.py) and nowhere reads such a scale. So they are refused here.
+`pre_quant_scale`. ModelOpt 0.47's exporter folds it into the norm before a linear. In this model
+down_proj follows a ReLU² and o_proj an attention with fewer values than queries, where it is not
+folded; the exporter writes the rest beside the weights as `NVFP4_AWQ`. vLLM 0.32 refuses that name
+(`QUANT_ALGOS` in its modelopt.py) and never reads such a scale, so these are not offered.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from checkpoint.faults import Fault
+from quantize.formats.registry import FORMATS, Format
 from quantize.policy import Policy
 
 Change = Literal["rounded", "clipped", "moved"]
-"""What an algorithm does to a weight: rounds it, clips it to a searched range and rounds it, or
-moves it to make up for the rounding of others."""
+"""What an algorithm does to a weight: it rounds it, clips it to a searched range and rounds it, or
+moves it to compensate for the rounding of others."""
 
 
 @dataclass(frozen=True)
@@ -28,77 +29,89 @@ class Algorithm:
 
     Attributes:
         method: ModelOpt's name for it.
-        formats: The formats it does something for; others in the same recipe keep their absolute
-            maxima.
-        change: What it does to the weights of those formats.
+        change: What it does to the weights of the formats that it applies to.
+        needs_block_scales: Whether it applies only to formats with block scales. Linears of other
+            formats in the same recipe keep their absolute maxima.
         repeats: Whether it runs over the calibration samples more than once.
-        searches_blocks: Whether it sets each of NVFP4's block scales, which ModelOpt then holds in
-            a static quantizer.
+        searches_blocks: Whether it sets each block scale, which ModelOpt then holds in a static
+            quantizer.
     """
 
     method: str
-    formats: tuple[str, ...]
     change: Change
+    needs_block_scales: bool = False
     repeats: bool = False
     searches_blocks: bool = False
 
+    def applies_to(self, format: Format) -> bool:
+        """Return whether it does anything for linears of a format."""
+        return format.has_block_scales or not self.needs_block_scales
+
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "max": Algorithm("max", ("fp8", "nvfp4"), "rounded"),
-    "mse": Algorithm("mse", ("fp8", "nvfp4"), "clipped", searches_blocks=True),
+    "max": Algorithm("max", "rounded"),
+    "mse": Algorithm("mse", "clipped", searches_blocks=True),
     "local_hessian": Algorithm(
-        "local_hessian", ("nvfp4",), "clipped", repeats=True, searches_blocks=True
+        "local_hessian", "clipped", needs_block_scales=True, repeats=True, searches_blocks=True
     ),
-    "awq_clip": Algorithm("awq_clip", ("nvfp4",), "clipped"),
-    "gptq": Algorithm("gptq", ("fp8", "nvfp4"), "moved", repeats=True, searches_blocks=True),
+    "awq_clip": Algorithm("awq_clip", "clipped", needs_block_scales=True),
+    "gptq": Algorithm("gptq", "moved", repeats=True, searches_blocks=True),
 }
 """By the name that recipes write."""
 
 
 def algorithm_faults(name: str, policy: Policy, distils: bool) -> Iterator[Fault]:
-    """What is wrong with an algorithm for a policy: it would change nothing, or a distillation
-    would undo it.
+    """Yield what is wrong with an algorithm for a policy.
+
+    Args:
+        name: A key of `ALGORITHMS`.
+        policy: Format by linear.
+        distils: Whether a distillation follows, which would undo some algorithms.
     """
-    where, formats = "quantize.algorithm", set(policy.quantized.values())
-    if not formats & set(ALGORITHMS[name].formats):
-        fit = ", ".join(
-            key for key, algorithm in ALGORITHMS.items() if formats & set(algorithm.formats)
-        )
-        what = f"{name} does nothing for {', '.join(sorted(formats))}"
-        yield Fault(where, what, f"choose from {fit}")
+    where = "quantize.algorithm"
+    used = sorted(set(policy.quantized.values()))
+    fitting = _fitting_algorithms(used)
+    if name not in fitting:
+        what = f"{name} does nothing for {', '.join(used)}"
+        yield Fault(where, what, f"choose from {', '.join(fitting)}")
     if distils and name != "max":
-        # Searched block scales would stay where they are while the weights under them train, and
-        # GPTQ's weights are no start for a distillation that begins from PTQ's.
-        yield Fault(
-            where,
-            f"{name} finds scales for weights that distillation then changes",
-            "set it to max",
-        )
+        # Searched block scales would stay the same while the weights under them train, and
+        # GPTQ's weights are not those of the PTQ model that a distillation starts from.
+        what = f"{name} finds scales for weights that distillation then changes"
+        yield Fault(where, what, "set it to max")
+
+
+def _fitting_algorithms(formats: list[str]) -> list[str]:
+    """Names of the algorithms that do something for at least one of the formats."""
+    fitting = []
+    for name, algorithm in ALGORITHMS.items():
+        if any(algorithm.applies_to(FORMATS[format]) for format in formats):
+            fitting.append(name)
+    return fitting
 
 
 def modelopt_algorithm(name: str, policy: Policy, device: str, damping: float) -> dict[str, Any]:
-    """ModelOpt's `algorithm` section, its own defaults but for what its NVFP4 recipes set
+    """Return ModelOpt's `algorithm` section: its defaults, and what its NVFP4 recipes set
     (modelopt_recipes/).
 
     Args:
         name: A key of `ALGORITHMS`.
         policy: Format by linear.
         device: Where the model is.
-        damping: GPTQ's, a share of the mean diagonal of the Hessian.
+        damping: GPTQ's, as a share of the mean diagonal of the Hessian.
     """
     settings: dict[str, Any] = {"method": ALGORITHMS[name].method}
     if name == "mse":
-        # The sweep over E4M3 is for NVFP4's block scales, and leaves FP8 linears beside them at
-        # their absolute maximum, as in ModelOpt's recipe for Nemotron 3 Super. Without it, the step
-        # search is for FP8.
-        settings["fp8_scale_sweep"] = "nvfp4" in policy.quantized.values()
+        # The sweep over E4M3 is for block scales, and leaves linears without them at their absolute
+        # maxima, as in ModelOpt's recipe for Nemotron 3 Super. Formats without block scales are
+        # searched only when no other is there.
+        used = set(policy.quantized.values())
+        settings["fp8_scale_sweep"] = any(FORMATS[format].has_block_scales for format in used)
     if name == "gptq":
-        # Layer by layer: each layer's Hessian sees the quantized layers before it, and only one
-        # layer's are in memory (20,480² float32 numbers for a down_proj of the 12B). The fused
-        # kernel is Triton's.
-        settings |= {
-            "layerwise": {"enable": True},
-            "perc_damp": damping,
-            "fused": device.startswith("cuda"),
-        }
+        # Layer by layer: each layer's Hessian is computed behind quantized layers, and only those
+        # of one layer are in memory (20,480² float32 numbers for a down_proj of the 12B). The
+        # fused kernel is Triton's.
+        settings["layerwise"] = {"enable": True}
+        settings["perc_damp"] = damping
+        settings["fused"] = device.startswith("cuda")
     return settings

@@ -1,9 +1,4 @@
-"""The formats a linear layer can have: ModelOpt's quantizer settings, the tensors on disk, packing
-and unpacking.
-
-Packing and unpacking are ModelOpt's own functions, so the bytes equal those of its exporter; adding
-a format is adding one entry to `FORMATS`.
-"""
+"""What a quantization format is, and the register of the formats that recipes can name."""
 
 from __future__ import annotations
 
@@ -12,224 +7,179 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.export.quant_utils import (
-    from_quantized_weight,
-    get_activation_scaling_factor,
-    get_weight_block_size,
-    get_weight_scaling_factor,
-    get_weight_scaling_factor_2,
-    preprocess_linear_fusion,
-    to_quantized_weight,
-)
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-from checkpoint.layout import TensorSpec
-from quantize.formats.nvfp4_reference import BACKEND as NVFP4_REFERENCE
-
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
-NVFP4_BLOCK = 16
+from checkpoint.layout import TensorSpec, spec_bytes
 
 Tensors = Mapping[str, torch.Tensor]
-"""A packed linear: `weight`, `weight_scale`, `input_scale` and, for NVFP4, `weight_scale_2`."""
+"""The tensors of one packed linear by suffix: `weight`, `weight_scale`, …"""
+
+UNQUANTIZED = "bf16"
+"""What a policy writes for a linear that stays as it is."""
+
+MIXED_PRECISION = "MIXED_PRECISION"
+"""`quant_algo` of a checkpoint with several formats; `quantized_layers` then names each linear's.
+"""
+
+WEIGHT_QUANTIZER = "weight_quantizer"
+INPUT_QUANTIZER = "input_quantizer"
 
 
 @dataclass(frozen=True)
 class Format:
-    """One quantization format.
+    """One quantization format of a linear of shape (out, in).
 
     Attributes:
         name: As recipes write it.
-        algo: vLLM's and ModelOpt's name, `quant_algo`.
+        algo: `quant_algo`, the name that vLLM and ModelOpt give it.
         weight_quantizer: ModelOpt's settings of the weight quantizer.
-        input_quantizer: ModelOpt's settings of the input quantizer.
-        shares_scales: Whether q, k and v must carry equal input and global weight scales for vLLM
-            to fuse them.
-        columns: in_features must be a multiple of this.
-        tensors: Names, shapes and dtypes on disk of a linear of shape (out, in).
-        pack: The tensors of a calibrated module.
-        unpack: The float32 weight [out, in] that packed tensors stand for.
-        error_bound: Largest |unpacked − source| that rounding can cause, element by element,
-            float32 [out, in].
-        largest: Largest magnitude that the stored scales can express, element by element or one for
-            all.
-        relative_error: ‖unpacked − source‖ / ‖source‖ by rounding at absolute maxima, measured on
-            normal weights.
-        input_amax: The input range that a stored `input_scale` stands for.
-        cpu_backend: ModelOpt backend that fake-quantizes where there is no CUDA; None where
-            ModelOpt's own does.
+        input_quantizer: ModelOpt's settings of the input quantizer; None for a weight-only format,
+            whose activations stay in BF16.
+        tensors: Returns names, shapes and dtypes on disk for a shape (out, in).
+        pack: Returns the tensors on disk of a module that ModelOpt has calibrated.
+        unpack: Returns the float32 weight [out, in] that packed tensors represent.
+        error_bound: Returns, for a float32 source weight [out, in] and its packed tensors, the
+            largest |unpacked − source| that rounding can cause, for each element.
+        largest: Returns the largest magnitude that packed tensors can represent, for each element
+            or for all of them.
+        relative_error: ‖unpacked − source‖ / ‖source‖ after rounding with absolute maxima as
+            ranges, measured on normally distributed weights.
+        multiple: in_features must be a multiple of this.
+        group_size: Number of consecutive weights under one block scale, as config files state it;
+            None for a format without block scales.
+        shares_ranges: Whether linears that vLLM fuses must be given one input range and one global
+            weight range before they are packed.
+        fused_scales: Suffixes of the scalar scales that must be equal in linears that vLLM fuses.
+        input_amax: Returns the input range that a stored `input_scale` represents; None for a
+            weight-only format.
+        cpu_backend: Registers a ModelOpt backend that fake-quantizes without CUDA and returns its
+            name; None if ModelOpt's own code runs on a CPU.
         searched_weight_quantizer: The weight quantizer's settings for algorithms that set each
-            block scale; None where there are no blocks.
+            block scale; None for a format without block scales.
     """
 
     name: str
     algo: str
     weight_quantizer: Mapping[str, Any]
-    input_quantizer: Mapping[str, Any]
-    shares_scales: bool
-    columns: int
+    input_quantizer: Mapping[str, Any] | None
     tensors: Callable[[tuple[int, int]], dict[str, TensorSpec]]
     pack: Callable[[Any], dict[str, torch.Tensor]]
     unpack: Callable[[Tensors], torch.Tensor]
     error_bound: Callable[[torch.Tensor, Tensors], torch.Tensor]
     largest: Callable[[Tensors], torch.Tensor]
     relative_error: float
-    input_amax: Callable[[torch.Tensor], torch.Tensor]
-    cpu_backend: str | None = None
+    multiple: int
+    group_size: int | None
+    shares_ranges: bool
+    fused_scales: tuple[str, ...]
+    input_amax: Callable[[torch.Tensor], torch.Tensor] | None
+    cpu_backend: Callable[[], str] | None = None
     searched_weight_quantizer: Mapping[str, Any] | None = None
 
-    def quantizer(self, name: str, device: str, searched: bool = False) -> dict[str, Any]:
-        """ModelOpt's settings of the `weight_quantizer` or `input_quantizer` for a model on
-        `device`.
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """Names of the ModelOpt quantizers that a linear of this format has enabled."""
+        if self.input_quantizer is None:
+            return (WEIGHT_QUANTIZER,)
+        return (WEIGHT_QUANTIZER, INPUT_QUANTIZER)
 
-        Args:
-            name: Which of the two.
-            device: A torch device.
-            searched: Whether the algorithm sets each block scale.
-        """
-        if searched and name == "weight_quantizer" and self.searched_weight_quantizer:
-            # ModelOpt sweeps the scales of quantizers without a backend only, and static ones never
-            # ask for it.
-            return copy.deepcopy(dict(self.searched_weight_quantizer))
-        settings = copy.deepcopy(dict(getattr(self, name)))
-        if self.cpu_backend and not device.startswith("cuda"):
-            settings["backend"] = self.cpu_backend
-        return settings
+    @property
+    def has_block_scales(self) -> bool:
+        """Whether groups of weights have a scale of their own."""
+        return self.group_size is not None
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """What follows a linear's name in the names of its tensors on disk."""
-        return tuple(self.tensors((NVFP4_BLOCK, NVFP4_BLOCK)))
+        return tuple(self.tensors((self.multiple, self.multiple)))
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight on disk, block scales included: 8 for FP8, 4.5 for NVFP4."""
+        side = 4096
+        return round(8 * spec_bytes(self.tensors((side, side))) / side**2, 2)
+
+    @property
+    def config_entry(self) -> dict[str, Any]:
+        """What config files state about a linear of this format."""
+        entry: dict[str, Any] = {"quant_algo": self.algo}
+        if self.group_size is not None:
+            entry["group_size"] = self.group_size
+        return entry
+
+    def quantizer_settings(
+        self, quantizer: str, device: str, is_searched: bool = False
+    ) -> dict[str, Any]:
+        """Return ModelOpt's settings of one of `quantizers`.
+
+        Where the format needs it, a ModelOpt backend for CPUs is registered.
+
+        Args:
+            quantizer: `weight_quantizer` or `input_quantizer`.
+            device: The torch device that the model is on.
+            is_searched: Whether the calibration algorithm sets each block scale.
+        """
+        backend = None
+        if self.cpu_backend is not None and not device.startswith("cuda"):
+            backend = self.cpu_backend()
+        if quantizer == INPUT_QUANTIZER:
+            if self.input_quantizer is None:
+                raise ValueError(f"{self.name} has no input quantizer")
+            settings = self.input_quantizer
+        elif is_searched and self.searched_weight_quantizer is not None:
+            # ModelOpt searches the scales only of quantizers without a backend, and quantizers with
+            # static scales never use one.
+            settings = self.searched_weight_quantizer
+            backend = None
+        else:
+            settings = self.weight_quantizer
+        copied = copy.deepcopy(dict(settings))
+        if backend is not None:
+            copied["backend"] = backend
+        return copied
 
 
-def _settings(config: Mapping[str, Any], quantizer: str) -> dict[str, Any]:
-    """The settings ModelOpt's preset gives to every weight or input quantizer."""
-    (entry,) = [
-        e for e in config["quant_cfg"] if e["quantizer_name"] == f"*{quantizer}" and "cfg" in e
-    ]
-    return copy.deepcopy(entry["cfg"])
+FORMATS: dict[str, Format] = {}
+"""All registered formats by the name that recipes write."""
 
 
-def _scalar(scale: torch.Tensor) -> torch.Tensor:
-    return scale.float().reshape(())
+def register_format(format: Format) -> None:
+    """Make a format known; a second call with the same name replaces the first.
 
-
-def _fp8_tensors(shape: tuple[int, int]) -> dict[str, TensorSpec]:
-    scalar = TensorSpec((), "F32")
-    return {"weight": TensorSpec(shape, "F8_E4M3"), "weight_scale": scalar, "input_scale": scalar}
-
-
-def _fp8_pack(module: Any) -> dict[str, torch.Tensor]:
-    weight_scale = _scalar(get_weight_scaling_factor(module))
-    return {
-        "weight": to_quantized_weight(module.weight.detach(), weight_scale, "fp8"),
-        "weight_scale": weight_scale,
-        "input_scale": _scalar(get_activation_scaling_factor(module)),
-    }
-
-
-def _fp8_unpack(tensors: Tensors) -> torch.Tensor:
-    return from_quantized_weight(tensors["weight"], tensors["weight_scale"], "fp8", torch.float32)
-
-
-def _fp8_error_bound(source: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    # E4M3 has 3 mantissa bits: half a step is 2^-4 of the value, 2^-10 below the smallest normal
-    # (2^-6). Dividing a BF16 weight by the scale rounds once more, to BF16 (2^-9 of the value).
-    return source.abs() * (2**-4 + 2**-8) + tensors["weight_scale"] * 2**-9
-
-
-def _nvfp4_tensors(shape: tuple[int, int]) -> dict[str, TensorSpec]:
-    rows, columns = shape
-    return {
-        "weight": TensorSpec((rows, columns // 2), "U8"),
-        "weight_scale": TensorSpec((rows, columns // NVFP4_BLOCK), "F8_E4M3"),
-        "weight_scale_2": TensorSpec((), "F32"),
-        "input_scale": TensorSpec((), "F32"),
-    }
-
-
-def _nvfp4_pack(module: Any) -> dict[str, torch.Tensor]:
-    scale, scale_2 = get_weight_scaling_factor(module), _scalar(get_weight_scaling_factor_2(module))
-    packed = to_quantized_weight(
-        module.weight.detach(), scale, "nvfp4", scale_2, get_weight_block_size(module)
-    )
-    return {
-        "weight": packed,
-        "weight_scale": scale,
-        "weight_scale_2": scale_2,
-        "input_scale": _scalar(get_activation_scaling_factor(module)),
-    }
-
-
-def _nvfp4_unpack(tensors: Tensors) -> torch.Tensor:
-    rows, half = tensors["weight"].shape
-    packed = NVFP4QTensor(torch.Size((rows, 2 * half)), torch.float32, tensors["weight"])
-    return packed.dequantize(
-        scale=tensors["weight_scale"],
-        double_scale=tensors["weight_scale_2"],
-        block_sizes={-1: NVFP4_BLOCK},
-    )
-
-
-def _nvfp4_error_bound(source: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    # Between 4 and 6, E2M1's widest gap, half a step is one block scale. The block scale is itself
-    # rounded to E4M3, which clips the block's largest value by at most 6 · 2^-4; tiny blocks are
-    # held at E4M3's smallest scale, 2^-9.
-    return _nvfp4_scales(tensors) * 1.01 + source.abs() * 2**-8
-
-
-def _nvfp4_scales(tensors: Tensors) -> torch.Tensor:
-    """The scale of each weight [out, in]."""
-    return (tensors["weight_scale"].float() * tensors["weight_scale_2"]).repeat_interleave(
-        NVFP4_BLOCK, dim=1
-    )
-
-
-FORMATS: dict[str, Format] = {
-    "fp8": Format(
-        name="fp8",
-        algo="FP8",
-        weight_quantizer=_settings(mtq.FP8_DEFAULT_CFG, "weight_quantizer"),
-        input_quantizer=_settings(mtq.FP8_DEFAULT_CFG, "input_quantizer"),
-        shares_scales=False,
-        columns=16,
-        tensors=_fp8_tensors,
-        pack=_fp8_pack,
-        unpack=_fp8_unpack,
-        error_bound=_fp8_error_bound,
-        largest=lambda tensors: tensors["weight_scale"] * E4M3_MAX,
-        relative_error=0.027,
-        input_amax=lambda input_scale: input_scale * E4M3_MAX,
-    ),
-    "nvfp4": Format(
-        name="nvfp4",
-        algo="NVFP4",
-        weight_quantizer=_settings(mtq.NVFP4_DEFAULT_CFG, "weight_quantizer"),
-        input_quantizer=_settings(mtq.NVFP4_DEFAULT_CFG, "input_quantizer"),
-        shares_scales=True,
-        columns=NVFP4_BLOCK,
-        tensors=_nvfp4_tensors,
-        pack=_nvfp4_pack,
-        unpack=_nvfp4_unpack,
-        error_bound=_nvfp4_error_bound,
-        largest=lambda tensors: _nvfp4_scales(tensors) * E2M1_MAX,
-        relative_error=0.096,
-        input_amax=lambda input_scale: input_scale * E4M3_MAX * E2M1_MAX,
-        cpu_backend=NVFP4_REFERENCE,
-        searched_weight_quantizer=_settings(
-            mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG, "weight_quantizer"
-        ),
-    ),
-}
-
-UNQUANTIZED = "bf16"
-"""What a policy writes for a layer that stays as it is."""
-
-
-def share_scales(modules: list[torch.nn.Module]) -> None:
-    """Give q, k and v one input range and one global weight range, as vLLM's fused layer needs for
-    NVFP4.
+    Raises:
+        ValueError: Its name is `bf16`, or another format has its `quant_algo`.
     """
-    preprocess_linear_fusion(modules)
+    if format.name == UNQUANTIZED:
+        raise ValueError(f"{UNQUANTIZED} is the name of what is not quantized")
+    other = find_format(format.algo)
+    if other is not None and other.name != format.name:
+        raise ValueError(f"quant_algo {format.algo} is that of the format {other.name}")
+    FORMATS[format.name] = format
+
+
+def find_format(algo: object) -> Format | None:
+    """Return the format with this `quant_algo`; None if there is none. vLLM ignores its case."""
+    for format in FORMATS.values():
+        if format.algo == str(algo).upper():
+            return format
+    return None
+
+
+def preset_settings(preset: Mapping[str, Any], quantizer: str) -> dict[str, Any]:
+    """Return the settings that a ModelOpt preset gives to every weight or input quantizer.
+
+    Args:
+        preset: Such as `mtq.FP8_DEFAULT_CFG`.
+        quantizer: `weight_quantizer` or `input_quantizer`.
+    """
+    found = []
+    for entry in preset["quant_cfg"]:
+        if entry["quantizer_name"] == f"*{quantizer}" and "cfg" in entry:
+            found.append(entry["cfg"])
+    (settings,) = found
+    return copy.deepcopy(settings)
+
+
+def scalar(scale: torch.Tensor) -> torch.Tensor:
+    """Return a scale of one element as float32 of shape []."""
+    return scale.float().reshape(())
