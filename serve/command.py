@@ -17,7 +17,12 @@ from serve.settings import ServeSettings
 
 # config.json's quantization_config.quant_algo → vLLM's --quantization (its
 # ModelOpt*Config.get_name(), 0.11 to 0.33).
-QUANTIZATION = {"FP8": "modelopt", "NVFP4": "modelopt_fp4", "MIXED_PRECISION": "modelopt_mixed"}
+QUANTIZATION = {
+    "FP8": "modelopt",
+    "NVFP4": "modelopt_fp4",
+    "W4A16_NVFP4": "modelopt_fp4",
+    "MIXED_PRECISION": "modelopt_mixed",
+}
 
 # Tokens of the text before each frame, "Frame 128 sampled at 3599.50 seconds: <img>…</img>": 16
 # with the released tokenizer (digits are single tokens), 19 with the tiny one.

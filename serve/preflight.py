@@ -22,6 +22,11 @@ SINGLE = "model.safetensors"
 # vLLM loads MIXED_PRECISION since its pull request 35047 (March 2026).
 MIXED_SINCE = (0, 18, 0)
 
+# vLLM loads weight-only NVFP4 since its pull request 41769 (May 2026): 0.20 has no such quant_algo,
+# 0.21 has.
+WEIGHT_ONLY = "W4A16_NVFP4"
+WEIGHT_ONLY_SINCE = (0, 21, 0)
+
 
 def preflight(
     directory: Path, settings: ServeSettings, environment: ServeEnvironment
@@ -161,6 +166,10 @@ def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) ->
                 "install 0.18 or newer",
             )
         )
+    if _is_weight_only(config) and environment.vllm < WEIGHT_ONLY_SINCE:
+        version = ".".join(map(str, environment.vllm))
+        what = f"has {WEIGHT_ONLY} layers, which vLLM {version} cannot load"
+        faults.append(Fault(where, what, "install 0.21 or newer"))
     if device.kind == "cpu" and environment.plugin is None:
         faults.append(
             Fault(
@@ -185,6 +194,20 @@ def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) ->
             )
         )
     return faults
+
+
+def _is_weight_only(config: CheckpointConfig) -> bool:
+    """Whether any linear is in weight-only NVFP4."""
+    section = config.raw.get("quantization_config")
+    if quant_algo(config) == WEIGHT_ONLY or not isinstance(section, dict):
+        return quant_algo(config) == WEIGHT_ONLY
+    layers = section.get("quantized_layers")
+    if not isinstance(layers, dict):
+        return False
+    return any(
+        isinstance(layer, dict) and layer.get("quant_algo") == WEIGHT_ONLY
+        for layer in layers.values()
+    )
 
 
 def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> list[Fault]:

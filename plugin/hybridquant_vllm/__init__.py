@@ -1,7 +1,8 @@
 """vLLM plug-in: FP8 and NVFP4 linear layers on CPUs, computed by the book and slowly.
 
 vLLM calls `register` in each of its processes, and more than once in some. It does nothing on a
-GPU. On a CPU it adds what is missing there: vLLM has no NVFP4 kernel for any CPU, and its only FP8
+GPU. On a CPU it adds what is missing there: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
+nor for weight-only checkpoints, and its only FP8
 kernels with quantized activations (W8A8) need AMX-FP8. The FP8 kernel it has for plain AMX leaves
 activations in BF16 (W8A16), so accuracy measured with it would not be that of the GPU; the
 reference kernel goes in front of it. Set HYBRIDQUANT_REFERENCE_KERNELS=0 to have vLLM's own choice

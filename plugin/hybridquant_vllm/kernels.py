@@ -10,8 +10,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear import (
     EmulationNvFp4LinearKernel,
+    NvFp4LinearKernel,
+    NvFp4LinearLayerConfig,
     PerTensorTorchFP8ScaledMMLinearKernel,
     register_linear_kernel,
+)
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
+    dequantize_to_dtype,
 )
 from vllm.platforms import PlatformEnum
 
@@ -80,6 +85,51 @@ class ReferenceNvFp4Kernel(EmulationNvFp4LinearKernel):
         _say_slow("NVFP4 (W4A4)")
 
 
+class ReferenceNvFp4WeightOnlyKernel(NvFp4LinearKernel):
+    """Weight-only NVFP4 (W4A16): activations as they come, weights dequantized, products summed in
+    float32.
+
+    Codes times block scales are exact in float32, and the global scale applies to the finished sum,
+    as in Marlin's kernel on a GPU; only the order of the sum differs.
+    """
+
+    def __init__(self, config: NvFp4LinearLayerConfig) -> None:
+        super().__init__(config)
+        _say_slow("weight-only NVFP4 (W4A16)")
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Run on any CPU."""
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: NvFp4LinearLayerConfig) -> tuple[bool, str | None]:
+        """Take every layer of the format."""
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Leave the weights as they are in the checkpoint."""
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute x @ weight.T + bias.
+
+        Args:
+            layer: With `weight` uint8 [out, in / 2], `weight_scale` E4M3 [out, in / 16] and
+                `weight_global_scale` float32 [].
+            x: [..., in].
+            bias: [out].
+        """
+        weight = dequantize_to_dtype(
+            layer.weight, layer.weight_scale, torch.ones(()), torch.float32, swizzle=False
+        )
+        out = torch.matmul(x.to(torch.float32), weight.t()) * layer.weight_global_scale
+        if bias is not None:
+            out = out + bias.to(torch.float32)
+        return out.to(x.dtype)
+
+
 def _say_slow(format: str) -> None:
     logger.warning_once(
         f"hybridquant: {format} layers run on a REFERENCE kernel, as vLLM has none for this CPU. "
@@ -121,6 +171,11 @@ def add_missing() -> None:
         _runs_here(kernel) for kernel in linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])
     ):
         register_linear_kernel(ReferenceNvFp4Kernel, PlatformEnum.CPU, "nvfp4")
+    if not _runs_here(linear.MarlinNvFp4LinearKernel):
+        # Upstream trap of vLLM 0.32 and 0.33: for weight-only NVFP4, init_nvfp4_linear_kernel takes
+        # Marlin without looking at the registered kernels, and loading ends on a CPU with "Forced
+        # NVFP4 kernel MarlinNvFp4LinearKernel is not supported". It finds the class by this name.
+        linear.MarlinNvFp4LinearKernel = ReferenceNvFp4WeightOnlyKernel
     candidates = linear._POSSIBLE_FP8_KERNELS.setdefault(PlatformEnum.CPU, [])
     w8a8 = [
         kernel for kernel in candidates if "W8A8" in kernel.__name__ or kernel is ReferenceFp8Kernel

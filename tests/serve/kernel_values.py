@@ -54,7 +54,7 @@ def main():
     x[0, 0] = 30.0  # above the calibrated range: must saturate, not overflow to NaN
     weight = torch.randn(ROWS, COLUMNS) * 0.07
     with set_current_vllm_config(VllmConfig()):
-        print(json.dumps(fp8(x, weight) | fp4(x, weight) | merging()))
+        print(json.dumps(fp8(x, weight) | fp4(x, weight) | fp4_weights(x, weight) | merging()))
 
 
 def fp8(x, weight):
@@ -98,6 +98,24 @@ def fp4(x, weight):
         "nvfp4_kernel": type(kernel).__name__,
         "nvfp4_error": error(found, inputs @ wide.t()),
         "nvfp4_error_if_w4a16": error(found, x.double() @ wide.t()),
+    }
+
+
+def fp4_weights(x, weight):
+    kernel = init_nvfp4_linear_kernel(use_a16=True)
+    layer = torch.nn.Module()
+    weight_scale_2 = weight.abs().max().double() / 2688
+    codes, block_scale = nvfp4(weight, weight_scale_2)
+    layer.weight = pack(codes)
+    layer.weight_scale = e4m3(block_scale.float())
+    layer.weight_global_scale = weight_scale_2.float()
+    kernel.process_weights_after_loading(layer)
+    bias = torch.linspace(-1, 1, ROWS, dtype=torch.bfloat16)
+    found = kernel.apply_weights(layer, x, bias)
+    wide = (codes * (block_scale * weight_scale_2)[..., None]).reshape(ROWS, COLUMNS)
+    return {
+        "weight_only_kernel": type(kernel).__name__,
+        "weight_only_error": error(found, x.double() @ wide.t() + bias.double()),
     }
 
 
