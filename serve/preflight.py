@@ -207,7 +207,7 @@ def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) ->
         yield Fault(where, what, f"install {major}.{minor} or newer")
     device = environment.device
     if device.kind == "cpu" and environment.plugin is None:
-        remedy = f"{environment.python} -m serve.mend"
+        remedy = f"run hybridquant setup-serve {environment.python}"
         yield Fault(where, f"is {algo}, for which vLLM has no CPU kernel", remedy)
     least = precision.least_capability(environment.vllm)
     if device.kind == "cuda" and device.capability < least:

@@ -42,7 +42,7 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
         return True, None
 
     def input_quant_key(self) -> None:
-        """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only."""
+        """Take activations unquantized: only GPUs have fused norm-and-quantize operators."""
         return None
 
     def get_output_padding(self) -> None:

@@ -126,8 +126,8 @@ def test_a_taken_port_is_named(tiny):
 @pytest.mark.parametrize(
     ("algo", "environment", "message"),
     [
-        ("FP8", dataclasses.replace(ON_CPU, plugin=None), "serve.mend"),
-        ("NVFP4", dataclasses.replace(ON_CPU, plugin=None), "serve.mend"),
+        ("FP8", dataclasses.replace(ON_CPU, plugin=None), "run hybridquant setup-serve python"),
+        ("NVFP4", dataclasses.replace(ON_CPU, plugin=None), "run hybridquant setup-serve python"),
         ("FP8", on("A100", (8, 0), version=(0, 26, 0)), "needs capability 8.9; A100 has 8.0"),
         ("FP8", T4, "needs capability 8.0"),
         ("NVFP4", T4, "needs capability 8.0"),
