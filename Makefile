@@ -30,11 +30,11 @@ setup: .venv/ready-$(DEVICE) .venv-serve/ready-$(DEVICE)
 	$(EXTRA)
 	rm -f .venv/ready-*; touch $@
 
-.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/mend.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
+.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/setup_environment.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
 	$(PYTHON) -m venv .venv-serve
 	.venv-serve/bin/python -m pip install -q --upgrade pip
 	.venv-serve/bin/python -m pip install -q $(INDEX) $(SERVE_PACKAGES)
-	.venv-serve/bin/python -m serve.mend
+	.venv-serve/bin/python -m serve.setup_environment .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@
 
 demo: setup

@@ -30,7 +30,7 @@ from serve.ask import ask, connect
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
 from serve.process import running_server
-from serve.settings import served
+from serve.settings import settings_for
 
 _KERNEL = re.compile(r"(?:Using|Selected) (\w+Kernel) for ")
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
@@ -71,8 +71,8 @@ def measure(
         RequestRefused: It failed to answer.
     """
     directory, backend = parted(name)
-    settings = served(directory, {"port": 0}).settings
     more = [*(["--linear-backend", backend] if backend else []), *flags]
+    settings = settings_for(directory, {"port": 0}, more)
     start = time.monotonic()
     with running_server(directory, settings, more) as server:
         ready, client = time.monotonic() - start, connect(server.url)
@@ -83,7 +83,7 @@ def measure(
         log = server.log.read_text(encoding="utf-8", errors="replace")
     return {
         "seconds_until_ready": round(ready, 1),
-        "video_pruning_rate": settings.video_pruning_rate,
+        "video_pruning_rate": settings.video.pruning_rate,
         **said(log),
         "answers": {title: dataclasses.asdict(answer) for title, answer in answers.items()},
     }

@@ -39,6 +39,7 @@ from benchmarks.serving import said, vllm_version
 from calibrate.samples import Sample
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
+from checkpoint.video import UNPRUNED
 from export.manifest import read_manifest
 from pipeline.inputs import versions
 from pipeline.run import run
@@ -130,7 +131,7 @@ def served_answers(
     """
     form, _, backend = name.partition(":")
     directory = model if form == "bf16" else work / form
-    settings = ServeSettings(port=0, video_pruning_rate=0.0, gpu_memory_utilization=share)
+    settings = ServeSettings(port=0, video=UNPRUNED, gpu_memory_utilization=share)
     with running_server(
         directory, settings, [*(["--linear-backend", backend] if backend else []), *flags]
     ) as server:

@@ -49,15 +49,24 @@ class _Formatter(logging.Formatter):
 
 
 def _handler() -> logging.Handler:
+    handler = None
+    # RichHandler wraps and pads lines to the console's width, 80 where there is none: a file or a
+    # pipe gets them as they are.
+    if sys.stderr.isatty():
+        handler = _rich_handler()
+    if handler is None:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    return handler
+
+
+def _rich_handler() -> logging.Handler | None:
     try:
         from rich.console import Console
         from rich.logging import RichHandler
     except ImportError:  # the serve environment may lack rich
-        handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    else:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        handler = RichHandler(
-            console=console, show_time=False, show_path=False, show_level=False, markup=False
-        )
-    handler.setFormatter(_Formatter())
-    return handler
+        return None
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    return RichHandler(
+        console=console, show_time=False, show_path=False, show_level=False, markup=False
+    )

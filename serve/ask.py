@@ -1,12 +1,12 @@
-"""Asks a served checkpoint one question, with images and videos, and prints answer, token counts
-and time.
+"""Asks a served checkpoint one question, with images and videos.
 
     python -m serve.ask URL --text "What changes?" --video clip.mp4
     python -m serve.ask DIR --image page.png --image chart.png --text "Compare the two."
-    --max-tokens 64
 
-With a URL it asks the server there; with a directory it starts one, asks, and stops it. Images come
-first in the prompt, then videos, then the texts, each in the order given.
+Prints the answer, the token counts and the time. With a URL it asks the server there; with a
+directory it starts a server, asks, and stops it. The options that say how clips are seen apply to
+a server that is started. Images come first in the prompt, then videos, then the texts, each in the
+order given.
 """
 
 from __future__ import annotations
@@ -21,20 +21,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.log import get_logger
+from serve.environment import find_environment
+from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
+from serve.preflight import checked_settings
 from serve.process import ServerDied, running_server
-from serve.settings import served
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-# mimetypes reads the system's table, and a slim container has none.
+logger = get_logger("serve.ask")
+
+TIMEOUT_SECONDS = 3600.0
+
 _TYPES = {
     ".webp": "image/webp",
     ".mkv": "video/x-matroska",
     ".webm": "video/webm",
     ".mp4": "video/mp4",
 }
+"""Media types that mimetypes may not know: it reads the system's table, and a slim container has
+none."""
+
+_URL_SCHEMES = ("http://", "https://", "file://", "data:")
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,8 @@ class Answer:
     seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.text}\n[{self.prompt_tokens} prompt tokens, {self.completion_tokens} completion tokens, "
-            f"{self.seconds:.2f} s]"
-        )
+        counts = f"{self.prompt_tokens} prompt tokens, {self.completion_tokens} completion tokens"
+        return f"{self.text}\n[{counts}, {self.seconds:.2f} s]"
 
 
 class RequestRefused(Exception):
@@ -68,88 +77,86 @@ class RequestRefused(Exception):
 def content_parts(
     texts: Sequence[str] = (), images: Sequence[str | Path] = (), videos: Sequence[str | Path] = ()
 ) -> list[dict[str, Any]]:
-    """OpenAI content parts: files as base64 `data:` URLs, http, https, file and data URLs as they
-    are.
+    """Return OpenAI content parts: images, videos, texts.
+
+    Files become base64 `data:` URLs; http, https, file and data URLs stay as they are.
 
     Raises:
-        BadInput: With every file that is missing, unreadable, or by its name no image or video.
+        BadInput: With every file that is missing, unreadable, or by its name not an image or video.
     """
     faults: list[Fault] = []
-    parts = []
+    parts: list[dict[str, Any]] = []
     for kind, sources in (("image", images), ("video", videos)):
         for source in sources:
             try:
-                parts.append(
-                    {"type": f"{kind}_url", f"{kind}_url": {"url": media_url(source, kind)}}
-                )
+                url = media_url(source, kind)
             except BadInput as bad:
                 faults += bad.faults
+                continue
+            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
     raise_if_any(faults)
-    return [*parts, *({"type": "text", "text": text} for text in texts)]
+    for text in texts:
+        parts.append({"type": "text", "text": text})
+    return parts
 
 
 def media_url(source: str | Path, kind: str) -> str:
-    """URL of an image or a video; `kind` is `image` or `video`.
+    """Return the URL of an image or a video.
+
+    Args:
+        source: A file or a URL.
+        kind: `image` or `video`.
 
     Raises:
-        BadInput: When the file cannot be read, or its name says it is something else.
+        BadInput: The file cannot be read, or by its name it is something else.
     """
-    if isinstance(source, str) and source.startswith(("http://", "https://", "file://", "data:")):
+    if isinstance(source, str) and source.startswith(_URL_SCHEMES):
         return source
     path = Path(source)
-    guessed = _TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
-    if not guessed.startswith(kind + "/"):
-        raise BadInput(
-            Fault(str(path), f"is by its name no {kind}", f"give --{kind} a {kind} file")
-        )
+    media_type = _TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
+    if not media_type.startswith(kind + "/"):
+        what = f"the suffix {path.suffix!r} is not a known {kind} type"
+        raise BadInput(Fault(str(path), what, f"give --{kind} another file"))
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadInput(
-            Fault(str(path), error.strerror or "cannot be read", "check the path")
-        ) from None
-    return f"data:{guessed};base64,{base64.b64encode(data).decode()}"
+        what = error.strerror or "cannot be read"
+        raise BadInput(Fault(str(path), what, "check the path")) from None
+    encoded = base64.b64encode(data).decode()
+    return f"data:{media_type};base64,{encoded}"
 
 
 def connect(url: str) -> OpenAI:
-    """An OpenAI client for a server at `url`, with or without `/v1`.
+    """Return an OpenAI client for a server at `url`, with or without `/v1`.
 
     Raises:
-        BadInput: When the openai package is missing.
+        BadInput: The openai package is missing.
     """
     try:
         from openai import OpenAI
     except ImportError:
-        raise BadInput(
-            Fault("openai", "is not installed here", f"{sys.executable} -m pip install openai")
-        ) from None
+        remedy = f"{sys.executable} -m pip install openai"
+        raise BadInput(Fault("openai", "is not installed here", remedy)) from None
     root = url.rstrip("/")
-    return OpenAI(
-        base_url=root if root.endswith("/v1") else f"{root}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=3600,
-    )
+    if not root.endswith("/v1"):
+        root += "/v1"
+    return OpenAI(base_url=root, api_key="none", max_retries=0, timeout=TIMEOUT_SECONDS)
 
 
 def first_model(client: OpenAI) -> str:
-    """The name of the model that the server lists first.
+    """Return the name of the model that the server lists first.
 
     Raises:
-        BadInput: When nobody answers there.
+        BadInput: No server answers there.
     """
     from openai import OpenAIError
 
     try:
         return client.models.list().data[0].id
     except OpenAIError as error:
-        raise BadInput(
-            Fault(
-                str(client.base_url),
-                f"no server answers: {error}",
-                "start one: python -m serve DIR",
-            )
-        ) from None
+        what = f"no server answers: {error!s:.200}"
+        remedy = "start one: python -m serve DIR"
+        raise BadInput(Fault(str(client.base_url), what, remedy)) from None
 
 
 def ask(
@@ -172,9 +179,8 @@ def ask(
             `/no_think`).
 
     Raises:
-        BadInput: When the server calls the request bad: too long, too many images, media it cannot
-            read.
-        RequestRefused: When the server fails or goes away.
+        BadInput: The server calls the request bad: too long, too many images, media it cannot read.
+        RequestRefused: The server fails or goes away.
     """
     from openai import APIError, APIStatusError
 
@@ -188,83 +194,82 @@ def ask(
             model=model, messages=messages, max_tokens=max_tokens, temperature=temperature
         )
     except APIStatusError as error:
-        text = _server_text(error.body) or error.message
-        if error.status_code < 500:
-            raise BadInput(
-                Fault("request", text, "change the prompt or the server's settings")
-            ) from None
-        raise RequestRefused(text) from None
+        text = _server_message(error.body) or error.message
+        if error.status_code >= 500:
+            raise RequestRefused(text) from None
+        remedy = "change the prompt or the server's settings"
+        raise BadInput(Fault("request", f"{text:.200}", remedy)) from None
     except APIError as error:
         raise RequestRefused(f"the server went away: {error}") from None
     seconds = time.monotonic() - started
     usage = reply.usage
-    assert usage is not None  # vLLM always counts a request that is not streamed
-    return Answer(
-        reply.choices[0].message.content or "",
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        seconds,
-    )
+    assert usage is not None  # vLLM counts every request that is not streamed
+    text = reply.choices[0].message.content or ""
+    return Answer(text, usage.prompt_tokens, usage.completion_tokens, seconds)
 
 
-def _server_text(body: object) -> str:
+def _server_message(body: object) -> str:
     if isinstance(body, dict):
         return str(body.get("message") or "")
     return ""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m serve.ask", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "target", metavar="DIR|URL", help="checkpoint directory, or the URL of a running server"
-    )
+    parser = command_parser("serve.ask", __doc__)
+    target_help = "checkpoint directory, or the URL of a running server"
+    parser.add_argument("target", metavar="DIR|URL", help=target_help)
     parser.add_argument("--text", action="append", default=[], help="question; may be repeated")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="file or URL; may be repeated"
-    )
-    parser.add_argument(
-        "--video", action="append", default=[], metavar="FILE", help="file or URL; may be repeated"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=128, help="most tokens of the answer (128)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    for kind in ("--image", "--video"):
+        media_help = "file or URL; may be repeated"
+        parser.add_argument(kind, action="append", default=[], metavar="FILE", help=media_help)
+    tokens_help = "most tokens of the answer (default: 128)"
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help=tokens_help)
+    temperature_help = "0 is greedy (default: 0)"
+    parser.add_argument("--temperature", type=float, default=0.0, help=temperature_help)
     parser.add_argument("--think", action="store_true", help="let the model reason first")
-    parser.add_argument("--model", help="served name (the first that the server lists)")
-    parser.add_argument(
-        "--video-pruning-rate", metavar="Q", type=float, help="EVS rate, when a server is started"
-    )
+    parser.add_argument("--model", help="served name (default: the first that the server lists)")
+    add_setting_options(parser, VIDEO_SETTINGS)
     return parser
 
 
-def _run(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+def _run() -> int:
+    options = parse_command(_parser())
     if not (options.text or options.image or options.video):
-        raise BadInput(
-            Fault("--text", "there is nothing to ask", "give --text, --image or --video")
-        )
+        remedy = "give --text, --image or --video"
+        raise BadInput(Fault("--text", "there is nothing to ask", remedy))
     parts = content_parts(options.text, options.image, options.video)
-    rest = (options.max_tokens, options.temperature, options.think)
     try:
         if options.target.startswith(("http://", "https://")):
-            if options.video_pruning_rate is not None:
-                remedy = "start it with python -m serve DIR --video-pruning-rate Q"
-                raise BadInput(
-                    Fault("--video-pruning-rate", "cannot be changed on a running server", remedy)
-                )
-            client = connect(options.target)
-            print(ask(client, options.model or first_model(client), parts, *rest))
-            return 0
-        overrides = {"port": 0, "video_pruning_rate": options.video_pruning_rate}
-        settings = served(Path(options.target), overrides).settings
-        with running_server(options.target, settings) as server:
-            print(ask(connect(server.url), server.model, parts, *rest))
-        return 0
+            print(_ask_server(options, parts))
+        else:
+            print(_serve_and_ask(options, parts))
     except (ServerDied, RequestRefused) as failed:
-        print(f"error: {failed}", file=sys.stderr)
+        logger.error("%s", failed)
         return 1
+    return 0
+
+
+def _ask_server(options: argparse.Namespace, parts: list[dict[str, Any]]) -> Answer:
+    """Ask the server whose URL is given."""
+    remedy = "start it with python -m serve DIR and the option"
+    fixed = given_settings(options)
+    raise_if_any(Fault(name, "cannot be changed on a running server", remedy) for name in fixed)
+    client = connect(options.target)
+    model = options.model or first_model(client)
+    return ask(client, model, parts, options.max_tokens, options.temperature, options.think)
+
+
+def _serve_and_ask(options: argparse.Namespace, parts: list[dict[str, Any]]) -> Answer:
+    """Ask a server that is started for the question, on the directory that is given."""
+    directory = Path(options.target)
+    environment = find_environment()
+    overrides = given_settings(options) | {"port": 0}
+    settings = checked_settings(directory, overrides, (), environment)
+    with running_server(directory, settings, environment=environment) as server:
+        client = connect(server.url)
+        return ask(
+            client, server.model, parts, options.max_tokens, options.temperature, options.think
+        )
 
 
 if __name__ == "__main__":

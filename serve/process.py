@@ -1,9 +1,8 @@
-"""Starts vLLM, waits until it answers, and takes it down again with everything it started."""
+"""Starts vLLM, waits until it answers, and stops it with everything it started."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -12,25 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from serve.command import adopt, build_command, build_environment
+from checkpoint.log import get_logger
+from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
 from serve.preflight import free_port, preflight
-from serve.settings import ServeSettings
+from serve.settings import ServeSettings, override
+from serve.vllm_flags import setting_values
+
+logger = get_logger(__name__)
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_SECONDS = 10.0
 READY_SECONDS = 1800.0
 LAST_LINES = 12
+REPORT_SECONDS = 30.0
+"""Seconds after which the stage of a starting vLLM is logged again."""
 
-# What of vLLM's log shows how far it is, oldest first.
 _STAGES = (
     ("Resolved architecture", "reading config"),
     ("Starting to load model", "loading weights"),
@@ -38,9 +40,14 @@ _STAGES = (
     ("KV cache size", "preparing the engine"),
     ("init engine", "warming up"),
 )
+"""Text of vLLM's log by which its stages are told apart, oldest first."""
+
 _ERROR = re.compile(
     r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$"
 )
+
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+"""Where to reach a server that listens on all addresses."""
 
 
 class ServerDied(Exception):
@@ -77,6 +84,7 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], variables: dict[str, str], log: Path) -> None:
         self.log = log
+        # The guard stops vLLM when our end of this pipe closes.
         lifeline, self._held = os.pipe()
         arguments = [sys.executable, str(GUARD), str(lifeline), str(GRACE_SECONDS), *command]
         try:
@@ -88,7 +96,8 @@ class ServerProcess:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     pass_fds=(lifeline,),
-                    start_new_session=True,  # a Ctrl-C in the terminal comes to us alone, and we stop it in order
+                    # A Ctrl-C in the terminal reaches this process alone, which then stops vLLM.
+                    start_new_session=True,
                 )
         except BaseException:
             os.close(self._held)
@@ -102,15 +111,19 @@ class ServerProcess:
         return self._guard.pid
 
     def poll(self) -> int | None:
-        """Exit status of vLLM, or None while it runs."""
+        """Return the exit status of vLLM, or None while it runs."""
         return self._guard.poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for vLLM to end; raises `subprocess.TimeoutExpired`."""
+        """Wait for vLLM to end and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs after `timeout` seconds.
+        """
         return self._guard.wait(timeout)
 
     def stop(self) -> int:
-        """Stop vLLM: SIGTERM, a grace period, SIGKILL to the group. Returns when nothing is left of
+        """Stop vLLM: SIGTERM, a grace period, SIGKILL to the group. Return when nothing is left of
         it.
         """
         if self._held >= 0:
@@ -122,8 +135,8 @@ class ServerProcess:
             self._guard.kill()
             return self._guard.wait()
         finally:
-            # Whoever kills the guard itself takes the API server with it, and leaves EngineCore
-            # holding the GPU.
+            # A kill of the guard itself ends the API server too, but leaves EngineCore, which
+            # holds the GPU.
             _kill_session(self._guard.pid)
 
     def __enter__(self) -> ServerProcess:
@@ -139,15 +152,15 @@ class ServerProcess:
 
 
 def _kill_session(leader: int) -> None:
-    """SIGKILL to every process of the session that the guard led (Linux; elsewhere nothing is left
-    to find).
+    """Send SIGKILL to every process of the session that the guard led (on Linux; without /proc it
+    finds none).
     """
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = (
-                stat.read_text().rpartition(")")[2].split()
-            )  # the name before it may hold spaces
-            if int(fields[3]) == leader:
+            # The name in parentheses may contain spaces.
+            after_name = stat.read_text().rpartition(")")[2]
+            session = int(after_name.split()[3])
+            if session == leader:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
@@ -163,7 +176,8 @@ def running_server(
 
     Args:
         directory: A checkpoint, BF16 or quantized.
-        settings: How to serve it; the defaults on a free port when None.
+        settings: How to serve it; the defaults on a free port when None. The manifest is not read
+            here: see `serve.settings.settings_for`.
         extra: More vLLM flags.
         log: Where vLLM's output goes; a file in the temporary directory when None.
         environment: Where vLLM is; found when None.
@@ -172,19 +186,19 @@ def running_server(
         The server, which answers.
 
     Raises:
-        BadInput: When the preflight finds faults.
-        ServerDied: When vLLM ends before it answers.
+        BadInput: The preflight finds faults.
+        ServerDied: vLLM ends before it answers.
     """
-    settings = adopt(settings or ServeSettings(port=0), extra)
+    # The port to wait at is the one that vLLM will use.
+    settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
     config = preflight(Path(directory), settings, environment)
     if settings.port == 0:
-        settings = dataclasses.replace(settings, port=free_port(settings.host))
+        settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
-    with ServerProcess(
-        command, build_environment(config, environment.device), log or new_log(settings)
-    ) as process:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    variables = build_environment(config, environment.device)
+    with ServerProcess(command, variables, log or new_log(settings)) as process:
+        host = _ANY_ADDRESS.get(settings.host, settings.host)
         url = f"http://{host}:{settings.port}"
         wait_until_ready(process, url, READY_SECONDS)
         yield Server(f"{url}/v1", served_name(url), process.log, settings, process)
@@ -196,98 +210,103 @@ def full_command(
     environment: ServeEnvironment,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """`build_command`'s line with the interpreter in place of `vllm`: a script's first line may not
-    move with it.
+    """Return `build_command`'s line with the interpreter in place of `vllm`: the first line of the
+    script `vllm` names a path that may be wrong after its environment was moved.
     """
     command = build_command(directory, settings, environment.vllm, environment.device, extra)
     return [str(environment.python), "-m", "vllm.entrypoints.cli.main", *command[1:]]
 
 
 def new_log(settings: ServeSettings) -> Path:
-    """An empty log file in the temporary directory."""
+    """Create an empty log file in the temporary directory."""
     handle, name = tempfile.mkstemp(prefix=f"hybridquant-serve-{settings.port}-", suffix=".log")
     os.close(handle)
     return Path(name)
 
 
 def wait_until_ready(process: ServerProcess, url: str, seconds: float) -> None:
-    """Wait for `url`/health, showing how far vLLM is.
+    """Wait for `url`/health, and log how far vLLM is.
 
     Raises:
-        ServerDied: When vLLM ends, or does not answer within `seconds`.
+        ServerDied: vLLM ends, or does not answer within `seconds`.
     """
     started = time.monotonic()
-    with _Progress() as progress:
-        while not _get(f"{url}/health"):
-            waited = time.monotonic() - started
-            if (status := process.poll()) is not None:
-                raise ServerDied(
-                    death_message(
-                        process.log, f"vLLM ended with status {status} after {waited:.0f} s"
-                    )
-                )
-            if waited > seconds:
-                raise ServerDied(
-                    death_message(process.log, f"vLLM did not answer within {seconds:.0f} s")
-                )
-            progress.show(waited, process.log)
-            time.sleep(0.5)
+    progress = _Progress()
+    while not _is_healthy(url):
+        waited = time.monotonic() - started
+        status = process.poll()
+        if status is not None:
+            what = f"vLLM ended with status {status} after {waited:.0f} s"
+            raise ServerDied(death_message(process.log, what))
+        if waited > seconds:
+            what = f"vLLM did not answer within {seconds:.0f} s"
+            raise ServerDied(death_message(process.log, what))
+        progress.report(waited, process.log)
+        time.sleep(0.5)
 
 
 def served_name(url: str) -> str:
-    """The first model name that a server at `url` (without /v1) lists.
+    """Return the first model name that a server at `url` (without /v1) lists.
 
     Raises:
-        OSError: When it does not answer.
+        OSError: It does not answer.
     """
     with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
         return str(json.load(response)["data"][0]["id"])
 
 
 def death_message(log: Path, what: str) -> str:
-    """`what`, the first error in the log and its end; vLLM's last error only says "see root cause
-    above".
+    """Return `what`, the first error in the log and the log's end.
+
+    The first error is the cause; vLLM's last one only refers to a "root cause above".
     """
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [match[1] for line in lines if (match := _ERROR.match(line.rstrip()))]
-    parts = [what + (f": {errors[0]}" if errors else "")]
+    lines = _read_log(log).splitlines()
+    error = _first_error(lines)
+    parts = [f"{what}: {error}" if error else what]
     if lines:
-        parts += [f"last lines of {log}:", *("  " + line for line in lines[-LAST_LINES:])]
+        parts.append(f"last lines of {log}:")
+        parts += ["  " + line for line in lines[-LAST_LINES:]]
     return "\n".join(parts)
 
 
-def _get(url: str) -> Any:
+def _first_error(lines: Sequence[str]) -> str | None:
+    for line in lines:
+        match = _ERROR.match(line.rstrip())
+        if match:
+            return match[1]
+    return None
+
+
+def _read_log(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (OSError, urllib.error.URLError):
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:  # refused, reset, or an error status
         return False
 
 
 class _Progress:
-    """One line, rewritten in place on a terminal, and written once a stage elsewhere."""
+    """Logs the stage of a starting vLLM: when it changes, and again after a while."""
 
     def __init__(self) -> None:
         self._stage = ""
-        self._terminal = sys.stderr.isatty()
+        self._reported = 0.0
 
-    def __enter__(self) -> _Progress:
-        return self
+    def report(self, seconds: float, log: Path) -> None:
+        stage = _stage(_read_log(log))
+        if stage != self._stage or seconds - self._reported >= REPORT_SECONDS:
+            logger.info("starting vLLM: %s, %.0f s", stage, seconds)
+            self._stage = stage
+            self._reported = seconds
 
-    def show(self, seconds: float, log: Path) -> None:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        stage = next((name for mark, name in reversed(_STAGES) if mark in text), "importing")
-        if self._terminal:
-            print(
-                f"\r\033[Kstarting vLLM: {stage}, {seconds:.0f} s",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-        elif stage != self._stage:
-            print(f"starting vLLM: {stage}, {seconds:.0f} s", file=sys.stderr, flush=True)
-        self._stage = stage
 
-    def __exit__(self, *_: object) -> None:
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def _stage(log: str) -> str:
+    """Return the latest stage that vLLM's log shows."""
+    for mark, name in reversed(_STAGES):
+        if mark in log:
+            return name
+    return "importing"

@@ -1,149 +1,209 @@
-"""How a checkpoint is served: defaults, what the checkpoint's own manifest says, what the command
-line says.
+"""How a checkpoint is served: defaults, the checkpoint's manifest, the command line, vLLM's flags.
+
+Later ones win. A setting is declared here once, with its range, default and description; the recipe
+(its `serve` section) and the options of the commands use the declaration.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
 
 from checkpoint.config import read_json
-from checkpoint.faults import BadInput, Fault, raise_if_any
+from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
+from checkpoint.log import get_logger
+from checkpoint.settings import Section
+from checkpoint.video import Video
+from serve.vllm_flags import setting_values
+
+logger = get_logger(__name__)
 
 MANIFEST = "hybridquant.json"
 
-# What a recipe may fix for its checkpoint; host, port and the like belong to the machine.
-MANIFEST_KEYS = (
-    "video_pruning_rate",
-    "max_model_len",
-    "max_frames",
-    "fps",
-    "max_images",
-    "max_videos",
-)
+_OLD_RATE = "video_pruning_rate"
+"""Key of `serve` in manifests of version 0.1."""
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
-@dataclass(frozen=True)
-class ServeSettings:
-    """Settings of one server.
+class Serve(Section):
+    """What a recipe may fix about serving its checkpoint."""
 
-    Attributes:
-        video_pruning_rate: EVS rate q in [0, 1): the share of a clip's visual tokens that is
-            dropped. 0 is off.
-        max_model_len: Longest sequence in tokens; the checkpoint's own limit when None.
-        max_frames: Most frames sampled of a clip (128 in the technical report, section 3).
-        fps: Frames sampled a second, uniformly over the clip when that would exceed `max_frames`.
-        max_images: Most images of a prompt.
-        max_videos: Most videos of a prompt. One, because one prefill step must hold a whole clip.
-        host: Address to listen on; 0.0.0.0 for all.
-        port: TCP port; 0 takes a free one.
-        gpu_memory_utilization: Share of GPU memory vLLM may take; its own default when None.
-        tensor_parallel_size: Number of GPUs the weights are split over.
-        allowed_local_media_path: Directory that requests may name with file:// URLs; none when
-            None.
-        dtype: Activation type of what is not quantized; float32 on a CPU is for comparisons.
-    """
+    max_model_len: Annotated[int, Field(ge=256)] | None = None
+    """Longest sequence in tokens; without it, the checkpoint's own limit."""
+    max_images: Annotated[int, Field(ge=0)] = 16
+    """Most images per prompt."""
+    max_videos: Annotated[int, Field(ge=0)] = 1
+    """Most videos per prompt; by default one, because one prefill step must hold all clips of a
+    prompt."""
 
-    video_pruning_rate: float = 0.75
-    max_model_len: int | None = None
-    max_frames: int = 128
-    fps: float = 2.0
-    max_images: int = 16
-    max_videos: int = 1
+
+class ServeSettings(Serve):
+    """All settings of one server: the recipe's, how video is seen, and those of the machine."""
+
+    video: Video = Video()
+    """How clips are sampled and pruned."""
     host: str = "127.0.0.1"
-    port: int = 8000
-    gpu_memory_utilization: float | None = None
-    tensor_parallel_size: int = 1
+    """Address to listen on; 0.0.0.0 for all."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port; 0 takes a free one."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of the GPU's memory that vLLM may take; without it, vLLM's own default."""
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Number of GPUs that the weights are split over."""
     allowed_local_media_path: Path | None = None
-    dtype: str = "bfloat16"
-
-    def faults(self) -> list[Fault]:
-        """Everything that is out of its range."""
-        checks = [
-            (
-                0 <= self.video_pruning_rate < 1,
-                "video_pruning_rate",
-                "0 (off) up to, but without, 1",
-            ),
-            (
-                self.max_model_len is None or self.max_model_len >= 256,
-                "max_model_len",
-                "256 or more tokens",
-            ),
-            (self.max_frames >= 1, "max_frames", "1 or more"),
-            (self.fps > 0, "fps", "above 0"),
-            (self.max_images >= 0, "max_images", "0 or more"),
-            (self.max_videos >= 0, "max_videos", "0 or more"),
-            (0 <= self.port < 65536, "port", "0 (any free one) to 65535"),
-            (
-                self.gpu_memory_utilization is None or 0 < self.gpu_memory_utilization <= 1,
-                "gpu_memory_utilization",
-                "above 0 up to 1",
-            ),
-            (self.tensor_parallel_size >= 1, "tensor_parallel_size", "1 or more"),
-            (
-                self.dtype in ("bfloat16", "float16", "float32"),
-                "dtype",
-                "bfloat16, float16 or float32",
-            ),
-        ]
-        return [
-            Fault(name, f"is {getattr(self, name)}", f"allowed: {allowed}")
-            for good, name, allowed in checks
-            if not good
-        ]
+    """Directory that requests may name with file:// URLs; without it, none."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the activations of what is not quantized; float32 on a CPU is for comparisons."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """What hybridquant.json says about serving a directory.
+def settings_for(
+    directory: Path, overrides: Mapping[str, Any] | None = None, flags: Sequence[str] = ()
+) -> ServeSettings:
+    """Return how to serve a directory.
 
-    Attributes:
-        settings: The manifest's serve section, laid over the defaults.
-        gate_passed: Whether the accuracy gate passed; None when it was not measured or there is no
-            manifest.
-    """
-
-    settings: ServeSettings
-    gate_passed: bool | None
-
-
-def served(directory: Path, overrides: Mapping[str, Any] | None = None) -> Served:
-    """Settings for `directory`: the defaults, over them the manifest's `serve` section, over that
-    `overrides`.
+    Logs a warning when clips will be seen otherwise than the manifest says.
 
     Args:
-        directory: A checkpoint, with or without hybridquant.json.
-        overrides: Field names and values of `ServeSettings`; a None means "not given".
+        directory: A checkpoint, with or without a manifest.
+        overrides: New values by dotted name, as `video.fps` or `port`; None means "not given".
+        flags: Flags of `vllm serve` that will be added; those that mean a setting win.
 
     Raises:
-        BadInput: When the manifest cannot be read, or has settings that it may not have.
+        BadInput: With every fault of the manifest, the overrides and the flags.
+    """
+    manifest = _read_manifest(directory)
+    values = _given(overrides or {}) | setting_values(flags)
+    if manifest is None:
+        return override(ServeSettings(), values)
+    faults: list[Fault] = []
+    recorded = _recorded_settings(manifest, str(directory / MANIFEST), faults)
+    try:
+        settings = override(recorded, values)
+    except BadInput as bad:
+        faults += bad.faults
+    raise_if_any(faults)
+    if "video" not in manifest:
+        logger.warning("%s has no video section: served with %s", MANIFEST, settings.video)
+    elif settings.video != recorded.video:
+        made_for = f"{directory} was made for {recorded.video}"
+        logger.warning("%s, and is served with %s", made_for, settings.video)
+    return settings
+
+
+def gate_passed(directory: Path) -> bool | None:
+    """Return whether the checkpoint passed its accuracy gate; None when the manifest does not say
+    so, or there is none.
+
+    Raises:
+        BadInput: The manifest cannot be read.
+    """
+    manifest = _read_manifest(directory) or {}
+    gate = manifest.get("gate") or {}
+    return gate.get("passed")
+
+
+def override(settings: ServeSettings, values: Mapping[str, Any]) -> ServeSettings:
+    """Return `settings` with other values.
+
+    Args:
+        settings: What applies where `values` gives nothing.
+        values: New values by dotted name, as `video.fps` or `port`; None means "not given".
+
+    Raises:
+        BadInput: With every value that is out of range or of the wrong type.
+    """
+    changed = settings.model_dump()
+    for name, value in _given(values).items():
+        section, _, field = name.rpartition(".")
+        if section:
+            changed[section][field] = value
+        else:
+            changed[field] = value
+    try:
+        return ServeSettings.model_validate(changed)
+    except ValidationError as error:
+        raise BadInput(*validation_faults(error, ServeSettings)) from None
+
+
+def validation_faults(
+    error: ValidationError, section: type[Section], prefix: str = ""
+) -> list[Fault]:
+    """Return pydantic's errors as faults that name the setting, the value and what is allowed.
+
+    Args:
+        error: What pydantic raised.
+        section: The section that was validated.
+        prefix: Put before the setting's name.
+    """
+    faults = []
+    for detail in error.errors():
+        name = prefix + ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            *parents, last = detail["loc"]
+            known = Video.model_fields if parents else section.model_fields
+            faults.append(Fault(name, "is not a setting", nearest(str(last), known)))
+            continue
+        allowed = detail["msg"].removeprefix("Input should be ")
+        what = f"is {detail['input']!r:.80}"
+        faults.append(Fault(name, what, f"allowed: {allowed}"))
+    return faults
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest; None when the directory has none.
+
+    Raises:
+        BadInput: It cannot be read.
     """
     path = directory / MANIFEST
     if not path.exists():
-        return Served(_with(ServeSettings(), overrides or {}), None)
+        return None
     manifest = read_json(path)
-    section, gate = manifest.get("serve") or {}, manifest.get("gate") or {}
-    if not isinstance(section, dict) or not isinstance(gate, dict):
-        raise BadInput(
-            Fault(str(path), "serve and gate must be JSON objects", "write the manifest again")
-        )
-    raise_if_any(
-        Fault(
-            str(path),
-            f"serve.{key} is {value!r}",
-            f"a number for one of {', '.join(MANIFEST_KEYS)}",
-        )
-        for key, value in section.items()
-        if key not in MANIFEST_KEYS or not isinstance(value, int | float | None)
-    )
-    return Served(_with(_with(ServeSettings(), section), overrides or {}), gate.get("passed"))
+    gate = manifest.get("gate")
+    if gate is not None and not isinstance(gate, dict):
+        raise BadInput(_not_an_object(f"{path}: gate"))
+    return manifest
 
 
-def _with(settings: ServeSettings, values: Mapping[str, Any]) -> ServeSettings:
-    return dataclasses.replace(
-        settings, **{key: value for key, value in values.items() if value is not None}
-    )
+def _recorded_settings(
+    manifest: Mapping[str, Any], where: str, faults: list[Fault]
+) -> ServeSettings:
+    """Return the manifest's settings over the defaults; what is wrong is added to `faults`."""
+    serve = manifest.get("serve")
+    if isinstance(serve, dict) and _OLD_RATE in serve:
+        what = "is from version 0.1, whose manifests are not read"
+        section = f'"video": {{"pruning_rate": {serve[_OLD_RATE]!r:.40}}}'
+        remedy = f"remove it, and write {section} beside serve"
+        faults.append(Fault(f"{where}: serve.{_OLD_RATE}", what, remedy))
+        serve = None
+    recorded = _read_section(Serve, serve, f"{where}: serve", faults)
+    video = _read_section(Video, manifest.get("video"), f"{where}: video", faults)
+    return ServeSettings(video=video, **recorded.model_dump())
+
+
+def _read_section(
+    section: type[SectionType], value: Any, where: str, faults: list[Fault]
+) -> SectionType:
+    """Return a section of the manifest; the defaults when it is absent or wrong."""
+    if value is None:
+        return section()
+    if not isinstance(value, dict):
+        faults.append(_not_an_object(where))
+        return section()
+    try:
+        return section.model_validate(value, strict=True)
+    except ValidationError as error:
+        faults += validation_faults(error, section, f"{where}.")
+        return section()
+
+
+def _not_an_object(where: str) -> Fault:
+    return Fault(where, "is not a JSON object", "write the manifest again")

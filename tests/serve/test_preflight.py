@@ -1,18 +1,19 @@
+"""What is checked before vLLM starts, and what `python -m serve` says of it."""
+
 import dataclasses
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_module
 from editing import edit_json, truncate
 
 from checkpoint.faults import BadInput
 from serve.environment import CPU, Device, ServeEnvironment
-from serve.preflight import preflight
-from serve.settings import ServeSettings, served
+from serve.preflight import checked_settings, preflight
+from serve.settings import ServeSettings
 
 ANY_PORT = ServeSettings(port=0)
 ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.1.0")
@@ -48,7 +49,10 @@ def test_all_faults_come_at_once(tiny_copy):
         (tiny_copy / name).unlink()
     edit_json(tiny_copy / "tokenizer_config.json", lambda raw: raw.pop("chat_template"))
     edit_json(tiny_copy / "config.json", lambda raw: raw.pop("ps_version"))
-    text = faults(tiny_copy, dataclasses.replace(ANY_PORT, video_pruning_rate=1.0, fps=0))
+    overrides = {"video.pruning_rate": 1.0, "video.fps": 0, "port": 0}
+    with pytest.raises(BadInput) as caught:
+        checked_settings(tiny_copy, overrides, ["--max-model-len", "8"], ON_CPU)
+    text = str(caught.value)
     for part in (
         "tokenizer.json",
         "configuration.py",
@@ -56,8 +60,24 @@ def test_all_faults_come_at_once(tiny_copy):
         "chat_template.jinja",
     ):
         assert part in text
-    for part in ("ps_version", "video_pruning_rate: is 1.0", "fps: is 0"):
+    for part in ("ps_version", "video.pruning_rate: is 1.0", "video.fps: is 0"):
         assert part in text
+    assert "max_model_len: is 8 " in text
+    assert len(caught.value.faults) == 8
+
+
+def test_faults_of_precision_and_device_come_with_those_of_the_settings(tiny_copy):
+    quantize(tiny_copy, "FP8")
+    nothing = dataclasses.replace(T4, device=Device("none", "no GPU"))
+    for environment, message in ((T4, "needs capability"), (nothing, "there is no GPU")):
+        with pytest.raises(BadInput, match=message) as caught:
+            checked_settings(tiny_copy, {"port": -1}, (), environment)
+        assert "port: is -1" in str(caught.value)
+
+
+def test_settings_that_are_right_leave_the_directory_to_the_preflight(tmp_path):
+    settings = checked_settings(tmp_path, {"port": 0}, ["--video-pruning-rate=0"], ON_CPU)
+    assert settings.video.pruning_rate == 0
 
 
 def test_no_such_directory(tmp_path):
@@ -106,14 +126,16 @@ def test_a_taken_port_is_named(tiny):
 @pytest.mark.parametrize(
     ("algo", "environment", "message"),
     [
-        ("FP8", dataclasses.replace(ON_CPU, plugin=None), "serve.mend"),
-        ("NVFP4", dataclasses.replace(ON_CPU, plugin=None), "serve.mend"),
+        ("FP8", dataclasses.replace(ON_CPU, plugin=None), "run hybridquant setup-serve python"),
+        ("NVFP4", dataclasses.replace(ON_CPU, plugin=None), "run hybridquant setup-serve python"),
         ("FP8", on("A100", (8, 0), version=(0, 26, 0)), "needs capability 8.9; A100 has 8.0"),
         ("FP8", T4, "needs capability 8.0"),
         ("NVFP4", T4, "needs capability 8.0"),
         ("MIXED_PRECISION", on("H100", (9, 0), version=(0, 11, 0)), "vLLM 0.11.0 cannot load"),
         ("INT4_AWQ", H100, "quant_algo is INT4_AWQ"),
         ("", H100, "quant_algo is unnamed"),
+        ("W4A16_NVFP4", T4, "needs capability 8.0; T4 has 7.5"),
+        ("W4A16_NVFP4", on("H100", (9, 0), version=(0, 20, 2)), "vLLM 0.20.2 cannot load"),
     ],
 )
 def test_precisions_that_cannot_run(tiny_copy, algo, environment, message):
@@ -129,6 +151,9 @@ def test_precisions_that_cannot_run(tiny_copy, algo, environment, message):
         ("FP8", A100),
         ("NVFP4", A100),
         ("MIXED_PRECISION", H100),
+        ("W4A16_NVFP4", H100),
+        ("W4A16_NVFP4", A100),
+        ("W4A16_NVFP4", ON_CPU),
     ],
 )
 def test_precisions_that_can_run(tiny_copy, algo, environment):
@@ -136,44 +161,30 @@ def test_precisions_that_can_run(tiny_copy, algo, environment):
     preflight(tiny_copy, ANY_PORT, environment)
 
 
+@pytest.mark.parametrize(
+    ("algo", "read"),
+    [("FP8", True), ("NVFP4", True), ("MIXED_PRECISION", False), ("W4A16_NVFP4", False)],
+)
+def test_some_precisions_are_not_read_from_hf_quant_config_alone(tiny_copy, algo, read):
+    """test_quantized.py holds vLLM to both."""
+    old = tiny_copy / "hf_quant_config.json"
+    old.write_text(json.dumps({"quantization": {"quant_algo": algo}}))
+    if read:
+        preflight(tiny_copy, ANY_PORT, H100)
+    else:
+        assert f"hf_quant_config.json: vLLM does not read {algo}" in faults(tiny_copy)
+
+
 def test_devices_that_are_not_there(tiny):
     nothing = dataclasses.replace(H100, device=Device("none", "no GPU"))
     assert "there is no GPU" in faults(tiny, environment=nothing)
-    assert "there are 1 GPUs" in faults(
-        tiny, dataclasses.replace(ANY_PORT, tensor_parallel_size=2), H100
-    )
-
-
-def test_the_manifest_sets_the_rate_and_the_flag_wins(tiny_copy):
-    assert served(tiny_copy).settings.video_pruning_rate == 0.75
-    manifest = {
-        "serve": {"video_pruning_rate": 0.9, "max_model_len": None},
-        "gate": {"passed": None},
-    }
-    (tiny_copy / "hybridquant.json").write_text(json.dumps(manifest))
-    assert served(tiny_copy).settings.video_pruning_rate == 0.9
-    assert served(tiny_copy, {"video_pruning_rate": None}).settings.video_pruning_rate == 0.9
-    assert served(tiny_copy, {"video_pruning_rate": 0.0}).settings.video_pruning_rate == 0.0
-    assert served(tiny_copy).gate_passed is None
-
-
-@pytest.mark.parametrize(
-    "section", [{"pruning_rate": 0.9}, {"video_pruning_rate": "0.9"}, {"port": 1}, []]
-)
-def test_a_manifest_that_says_something_else_is_refused(tiny_copy, section):
-    (tiny_copy / "hybridquant.json").write_text(json.dumps({"serve": section or ["x"]}))
-    with pytest.raises(BadInput, match=r"hybridquant\.json"):
-        served(tiny_copy)
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "serve", *map(str, arguments)], capture_output=True, text=True
-    )
+    two = ServeSettings(port=0, tensor_parallel_size=2)
+    assert "there are 1 GPUs" in faults(tiny, two, H100)
 
 
 def test_dry_run_prints_a_line_a_shell_can_run(tiny):
-    done = run(tiny, "--dry-run", "--video-pruning-rate", "0.5", "--", "--max-num-seqs", "4")
+    options = ["--dry-run", "--video-pruning-rate", "0.5"]
+    done = run_module("serve", tiny, *options, "--", "--max-num-seqs", "4")
     assert done.returncode == 0, done.stderr
     assert "vllm.entrypoints.cli.main serve" in done.stdout
     assert "--video-pruning-rate 0.5" in done.stdout
@@ -183,14 +194,41 @@ def test_dry_run_prints_a_line_a_shell_can_run(tiny):
 
 def test_a_failed_gate_is_said_and_does_not_stop(tiny_copy):
     (tiny_copy / "hybridquant.json").write_text(json.dumps({"gate": {"passed": False}}))
-    done = run(tiny_copy, "--dry-run")
+    done = run_module("serve", tiny_copy, "--dry-run")
     assert done.returncode == 0
-    assert "failed its accuracy gate" in done.stderr
+    assert f"warning: {tiny_copy} failed its accuracy gate" in done.stderr
+
+
+def test_another_video_than_the_manifests_is_one_warning_line(tiny_copy):
+    manifest = {"video": {"pruning_rate": 0.9}, "gate": {"passed": True}}
+    (tiny_copy / "hybridquant.json").write_text(json.dumps(manifest))
+    assert run_module("serve", tiny_copy, "--dry-run").stderr == ""
+    done = run_module("serve", tiny_copy, "--dry-run", "--", "--video-pruning-rate", "0.5")
+    assert done.returncode == 0
+    assert done.stdout.count("--video-pruning-rate") == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: ")
+    assert "EVS rate 0.9" in line
+    assert "EVS rate 0.5" in line
+
+
+def test_quiet_and_verbose(tiny_copy):
+    (tiny_copy / "hybridquant.json").write_text(json.dumps({"gate": {"passed": False}}))
+    assert run_module("serve", tiny_copy, "--dry-run", "-qq").stderr == ""
+    done = run_module("serve", tiny_copy, "--dry-run", "-v", "--", "--max-model-len", "8k")
+    assert "--max-model-len 8k is left to vLLM" in done.stderr
+
+
+def test_help_names_every_setting_once():
+    done = run_module("serve", "--help")
+    assert done.returncode == 0
+    for option in ("--video-pruning-rate", "--fps", "--port", "--dtype", "--verbose"):
+        assert done.stdout.count(f"  {option} ") + done.stdout.count(f", {option} ") == 1
 
 
 def test_bad_input_ends_with_status_2_and_no_traceback(tiny_copy):
     (tiny_copy / "tokenizer.json").unlink()
-    done = run(tiny_copy, "--port", "0", "--video-pruning-rate", "1.5")
+    done = run_module("serve", tiny_copy, "--port", "0", "--video-pruning-rate", "1.5")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
     assert len(done.stderr.splitlines()) == 2

@@ -1,5 +1,5 @@
-"""The guard and the waiting, on a stub; then one real vLLM that dies and one whose parent is
-killed.
+"""The guard and the waiting, on a stub of vLLM; then one real vLLM that ends by itself, and one
+whose parent is killed.
 """
 
 import os
@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOMS, run_module
 from editing import edit_tensors
 
+from checkpoint.faults import BadInput
 from serve import process
-from serve.environment import CPU, VARIABLE, ServeEnvironment
+from serve.environment import CPU, ServeEnvironment
+from serve.preflight import free_port
 from serve.process import ServerDied, death_message, running_server
 from serve.settings import ServeSettings
 
@@ -106,7 +109,7 @@ def test_a_dying_server_is_reported_with_its_first_error_and_the_end_of_its_log(
     assert rest[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
 
-def test_a_server_that_never_answers_is_given_up(tiny, stub, monkeypatch):
+def test_waiting_for_a_server_that_never_answers_ends(tiny, stub, monkeypatch):
     monkeypatch.setattr(process, "READY_SECONDS", 1.5)
     with pytest.raises(ServerDied, match="did not answer within"):
         with running_server(tiny, ANY_PORT, environment=stub("silent")):
@@ -114,7 +117,22 @@ def test_a_server_that_never_answers_is_given_up(tiny, stub, monkeypatch):
     assert gone(stub.pids())
 
 
-def test_an_empty_log_makes_no_message_worse(tmp_path):
+def test_a_flag_of_vllm_for_the_port_is_where_we_wait(tiny, stub):
+    port = free_port("127.0.0.1")
+    flags = ["--port", str(port)]
+    with running_server(tiny, ANY_PORT, flags, environment=stub("serve")) as server:
+        assert server.settings.port == port
+        assert server.url == f"http://127.0.0.1:{port}/v1"
+
+
+def test_flags_out_of_range_are_bad_input(tiny, stub):
+    flags = ["--video-pruning-rate", "1.5"]
+    with pytest.raises(BadInput, match=r"video\.pruning_rate: is 1\.5"):
+        with running_server(tiny, ANY_PORT, flags, environment=stub("serve")):
+            pass
+
+
+def test_a_message_without_a_log_is_what_happened_alone(tmp_path):
     (tmp_path / "log").touch()
     assert death_message(tmp_path / "log", "vLLM ended") == "vLLM ended"
 
@@ -124,35 +142,45 @@ def test_an_empty_log_makes_no_message_worse(tmp_path):
     [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, -1), (signal.SIGKILL, -9)],
 )
 def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status):
-    environment = stub("serve")
-    # The query of the environment runs `python -c`, which the stub is not: so the command is built
-    # in here.
+    # The stub cannot answer the probe that finds an environment, so the command is given one.
     code = (
-        "import sys; from pathlib import Path; import serve.__main__ as m; from serve.environment import *;"
-        f"m.find_environment = lambda: ServeEnvironment(Path({str(environment.python)!r}), (0, 32, 0), CPU, 'x');"
-        f"sys.exit(m._run([{str(tiny)!r}, '--port', '0']))"
+        "import sys; from pathlib import Path; from serve.__main__ import run;"
+        "from serve.environment import CPU, ServeEnvironment;"
+        f"python = Path({str(stub('serve').python)!r});"
+        "environment = ServeEnvironment(python, (0, 32, 0), CPU, 'x');"
+        f"sys.exit(run([{str(tiny)!r}, '--port', '0'], environment))"
     )
     # Under nohup, SIGHUP would be ignored here and so in every child.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOMS,
+    )
     signal.signal(signal.SIGHUP, before)
     assert parent.stdout is not None
     assert "stub (BF16, EVS drops 75%" in parent.stdout.readline()
     pids = stub.pids()
     parent.send_signal(number)
-    assert parent.wait(20) == status
+    _, logged = parent.communicate(timeout=20)
+    assert parent.returncode == status
+    assert logged.startswith("starting vLLM: ")
+    if status == 0:
+        assert logged.splitlines()[-1] == "stopped"
     assert gone(pids)
 
 
-def test_real_vllm_dying_says_why(tiny_copy):
-    """A tensor of the wrong shape passes every cheap check and kills vLLM half a minute later."""
+@pytest.mark.server
+def test_a_real_vllm_that_ends_is_reported_with_its_error(tiny_copy):
+    """A tensor of the wrong shape passes every cheap check and ends vLLM half a minute later."""
 
     def shorten(tensors):
         tensors["language_model.backbone.norm_f.weight"] = torch.ones(128, dtype=torch.bfloat16)
 
     edit_tensors(tiny_copy, shorten)
-    command = [sys.executable, "-m", "serve", str(tiny_copy), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_module("serve", tiny_copy, "--port", "0", timeout=180)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Error: " in error.removeprefix("error: ")
@@ -161,11 +189,11 @@ def test_real_vllm_dying_says_why(tiny_copy):
     assert "Traceback" not in done.stderr.split("last lines of")[0]
 
 
-def test_real_vllm_does_not_outlive_a_killed_parent(tiny):
-    environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
+@pytest.mark.server
+def test_a_real_vllm_does_not_outlive_a_killed_parent(tiny):
     command = [sys.executable, "-m", "serve", str(tiny), "--port", "0"]
     parent = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=ROOMS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     tree: list[int] = []
 
@@ -187,10 +215,11 @@ def descendants(root):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except (OSError, IndexError):
             continue
-    found, edge = [], [root]
-    while edge:
-        edge = [pid for pid, parent in parents.items() if parent in edge]
-        found += edge
+    found = []
+    generation = [root]
+    while generation:
+        generation = [pid for pid, parent in parents.items() if parent in generation]
+        found += generation
     return found
 
 

@@ -3,24 +3,35 @@
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import run_module
 
 from serve.ask import ask, connect, content_parts
 from serve.environment import find_python
+from serve.precision import PRECISIONS
 from serve.process import running_server
 
-KERNEL_VALUES = Path(__file__).with_name("kernel_values.py")
+PRECISION_BY_VLLM = Path(__file__).with_name("precision_by_vllm.py")
+METHODS = {
+    "FP8": "modelopt",
+    "NVFP4": "modelopt_fp4",
+    "W4A16_NVFP4": "modelopt_fp4",
+    "MIXED_PRECISION": "modelopt_mixed",
+}
+MIXED = (
+    "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention}]"
+)
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory):
+def read_by_vllm(tiny, tmp_path_factory):
+    """What vLLM reads of each precision, in config.json and in hf_quant_config.json alone."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
-        [find_python(), KERNEL_VALUES],
+        [find_python(), PRECISION_BY_VLLM, tiny, *PRECISIONS],
         env=environment,
         cwd=tmp_path_factory.mktemp("x"),
         capture_output=True,
@@ -30,53 +41,32 @@ def values(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_fp8_is_w8a8_to_bf16_rounding(values):
-    assert values["fp8_kernel"] == "ReferenceFp8Kernel"
-    assert values["fp8_error"] < 2**-8
-    # Unquantized activations, as in vLLM's own AMX kernel, would be further off than that.
-    assert values["fp8_error_if_w8a16"] > 2 * 2**-8
-
-
-def test_nvfp4_is_w4a4_to_bf16_rounding(values):
-    # Both sides are rounded to BF16 before the product, as in vLLM's emulation.
-    assert values["nvfp4_kernel"] == "ReferenceNvFp4Kernel"
-    assert values["nvfp4_error"] < 2 * 2**-8
-    assert values["nvfp4_error_if_w4a16"] > 0.1
-
-
-def test_fused_weights_get_one_scale(values):
-    # CPU builds declare `static_scaled_fp8_quant() -> ()`; without the stand-in, loading FP8 q/k/v
-    # dies on it.
-    assert values["merged_error"] == 0
+@pytest.mark.parametrize("algo", PRECISIONS)
+def test_vllm_reads_the_precision_without_being_told(read_by_vllm, algo):
+    assert read_by_vllm[f"{algo} in config.json"] == METHODS[algo]
+    old = read_by_vllm[f"{algo} in hf_quant_config.json"]
+    if PRECISIONS[algo].in_old_config:
+        assert old == METHODS[algo]
+    else:
+        assert old.startswith("error: ")
+        assert algo in old
 
 
 def generate(directory):
     with running_server(directory) as server:
-        answer = ask(
-            connect(server.url), server.model, content_parts(["What is it?"]), max_tokens=8
-        )
+        parts = content_parts(["What is it?"])
+        answer = ask(connect(server.url), server.model, parts, max_tokens=8)
         return answer, server.log.read_text()
 
 
 def ask_directory(directory):
-    command = [
-        sys.executable,
-        "-m",
-        "serve.ask",
-        str(directory),
-        "--text",
-        "What is it?",
-        "--max-tokens",
-        "8",
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_module("serve.ask", directory, "--text", "What is it?", "--max-tokens", "8")
 
 
 @pytest.fixture(scope="module")
 def served(fp8, nvfp4_export):
-    """Three servers at once: starting one is importing vLLM three times, and uses one core."""
-    layers = "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention}]"
-    mixed = nvfp4_export(layers)
+    """Three servers at once: starting one imports vLLM three times, and uses one core."""
+    mixed = nvfp4_export(MIXED)
     nvfp4 = nvfp4_export()
     with ThreadPoolExecutor() as pool:
         started = {
@@ -87,6 +77,7 @@ def served(fp8, nvfp4_export):
     return started
 
 
+@pytest.mark.server
 def test_our_fp8_export_generates(served):
     answer, log = served["fp8"].result()
     assert answer.completion_tokens >= 1
@@ -94,6 +85,7 @@ def test_our_fp8_export_generates(served):
     assert log.count("FP8 (W8A8) layers run on a REFERENCE kernel") == 1
 
 
+@pytest.mark.server
 def test_our_mixed_export_generates(served):
     answer, log = served["mixed"].result()
     assert answer.completion_tokens >= 1
@@ -102,8 +94,10 @@ def test_our_mixed_export_generates(served):
     assert "Selected ReferenceFp8Kernel" in log
 
 
+@pytest.mark.server
 def test_our_nvfp4_export_is_served_for_one_question(served):
-    """The whole of `python -m serve.ask DIR`: start, ask, stop."""
+    """The whole of `python -m serve.ask DIR`: start, ask, stop; clips as its manifest says."""
     done = served["nvfp4"].result()
     assert done.returncode == 0, done.stderr
     assert "prompt tokens, " in done.stdout.splitlines()[-1]
+    assert "warning: " not in done.stderr

@@ -1,0 +1,93 @@
+"""What each precision of a quantized checkpoint needs from vLLM and from the GPU.
+
+vLLM finds the precision by itself, in `quantization_config` of config.json, so no `--quantization`
+is given (tests/serve/test_quantized.py holds vLLM to it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from checkpoint.config import CheckpointConfig, read_json
+
+Version = tuple[int, int, int]
+Capability = tuple[int, int]
+
+OLD_CONFIG = "hf_quant_config.json"
+"""Where ModelOpt up to 0.29 wrote what is in config.json today; vLLM reads it when config.json has
+no `quantization_config`."""
+
+BF16_CAPABILITY = (8, 0)
+"""Least CUDA compute capability for activations in BF16."""
+
+
+UNNAMED = "unnamed"
+"""Stands for the `quant_algo` of a checkpoint that is quantized and names none."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What one `quant_algo` needs.
+
+    Attributes:
+        native: Least CUDA compute capability that multiplies in this precision.
+        loaded_since: First vLLM version that loads it.
+        weight_only_since: First vLLM version that runs it on lesser GPUs, with activations in BF16.
+        in_old_config: Whether vLLM also finds it in hf_quant_config.json alone.
+    """
+
+    native: Capability
+    loaded_since: Version = (0, 11, 0)
+    weight_only_since: Version = (0, 11, 0)
+    in_old_config: bool = True
+
+    def least_capability(self, vllm: Version) -> Capability:
+        """Return the least CUDA compute capability on which a version of vLLM runs it."""
+        if vllm < self.weight_only_since:
+            return self.native
+        return BF16_CAPABILITY
+
+
+PRECISIONS = {
+    # FP8 matrix units came with Ada.
+    "FP8": Precision(native=(8, 9), weight_only_since=(0, 32, 0)),
+    "NVFP4": Precision(native=(10, 0)),
+    # vLLM's pull request 41769.
+    "W4A16_NVFP4": Precision(native=BF16_CAPABILITY, loaded_since=(0, 21, 0), in_old_config=False),
+    # vLLM's pull request 35047. Its layers may be of any precision above.
+    "MIXED_PRECISION": Precision(native=(10, 0), loaded_since=(0, 18, 0), in_old_config=False),
+}
+"""By config.json's `quant_algo`. What is not here cannot be served."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How config.json, or hf_quant_config.json, says that a checkpoint is quantized.
+
+    Attributes:
+        algo: Its `quant_algo` in capitals, or `UNNAMED`.
+        file: The file that says so.
+    """
+
+    algo: str
+    file: str
+
+
+def read_quantization(config: CheckpointConfig) -> Quantization | None:
+    """Return how a checkpoint is quantized, found where vLLM looks; None for BF16.
+
+    Raises:
+        BadInput: hf_quant_config.json cannot be read.
+    """
+    section = config.raw.get("quantization_config")
+    file = "config.json"
+    old = config.directory / OLD_CONFIG
+    if section is None and old.exists():
+        section = read_json(old).get("quantization")
+        file = OLD_CONFIG
+    if not isinstance(section, dict):
+        return None
+    algo = section.get("quant_algo")
+    if not algo:
+        return Quantization(UNNAMED, file)
+    return Quantization(str(algo).upper(), file)

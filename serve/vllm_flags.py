@@ -1,0 +1,150 @@
+"""Reads flags of `vllm serve`: their spellings, and which of them mean a setting of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from checkpoint.log import get_logger
+
+logger = get_logger(__name__)
+
+SHORT_FORMS = {"-tp": "--tensor-parallel-size"}
+"""Short forms of those flags that `serve.command` gives."""
+
+MEDIA_OPTIONS = "--media-io-kwargs"
+"""vLLM's flag for how media are read; its value is a JSON object by modality."""
+
+DEFAULT_FRAMES = 32
+"""Frames that vLLM takes of any clip when its flag gives no number
+(vllm/multimodal/media/video.py)."""
+
+
+def _length(text: str) -> int:
+    """Parse a length; vLLM's other forms (`128k`, `-1`, `auto`) raise ValueError."""
+    length = int(text)
+    if length < 0:
+        raise ValueError(f"{text} lets vLLM choose")
+    return length
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "--host": ("host", str),
+    "--port": ("port", int),
+    "--dtype": ("dtype", str),
+    "--video-pruning-rate": ("video.pruning_rate", float),
+    "--max-model-len": ("max_model_len", _length),
+    "--tensor-parallel-size": ("tensor_parallel_size", int),
+}
+"""Flags that mean a setting of ours: its dotted name, and what parses the value."""
+
+
+def canonical(flag: str) -> str:
+    """Return the one name of a flag that vLLM takes in several spellings.
+
+    `--no-enable_prefix_caching` is `--enable-prefix-caching`, `-tp` is `--tensor-parallel-size`,
+    and `--media-io-kwargs.video.fps=4` is `--media-io-kwargs`.
+    """
+    name = flag.split("=", 1)[0]
+    name = name.split(".", 1)[0]
+    name = name.replace("_", "-")
+    name = SHORT_FORMS.get(name, name)
+    if name.startswith("--no-"):
+        return "--" + name.removeprefix("--no-")
+    return name
+
+
+def named_flags(arguments: Sequence[str]) -> set[str]:
+    """Return the canonical names of all flags on a command line."""
+    return {canonical(part) for part in arguments if is_flag(part)}
+
+
+def is_flag(text: str) -> bool:
+    """Return whether a part of a command line is a flag, not a value such as `-1`."""
+    if not text.startswith("-"):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def setting_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what flags of vLLM say about settings of ours.
+
+    A value that does not parse (`--max-model-len 128k`) is for vLLM to read and is left out.
+
+    Args:
+        arguments: Flags of `vllm serve`.
+
+    Returns:
+        Values by the setting's dotted name, as `port` or `video.fps`.
+    """
+    values: dict[str, Any] = {}
+    media: dict[str, Any] = {}
+    for flag, text in _flags_with_values(arguments):
+        name = canonical(flag)
+        if name == MEDIA_OPTIONS:
+            media |= _video_media_options(flag, text)
+        if name not in _SETTINGS:
+            continue
+        setting, parse = _SETTINGS[name]
+        try:
+            values[setting] = parse(text)
+        except ValueError:
+            logger.debug("%s %s is left to vLLM", flag, text)
+    if media:
+        values |= _sampling(media)
+    return values
+
+
+def _flags_with_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each flag without `=VALUE`, and its value: "" when there is none."""
+    for position, part in enumerate(arguments):
+        if not is_flag(part):
+            continue
+        flag, equals, value = part.partition("=")
+        if not equals and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        yield flag, value
+
+
+def _video_media_options(flag: str, text: str) -> dict[str, Any]:
+    """Return what `--media-io-kwargs` says about videos.
+
+    Args:
+        flag: `--media-io-kwargs`, or with a dotted key behind it.
+        text: The JSON value.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    _, *keys = flag.split(".")
+    for key in reversed(keys):
+        value = {key: value}
+    if not isinstance(value, dict):
+        return {}
+    video = value.get("video")
+    if not isinstance(video, dict):
+        return {}
+    return video
+
+
+def _sampling(media: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that mean the same sampling of frames.
+
+    Our own flag is left out where vLLM's is given, so vLLM's defaults apply to what it lacks.
+    """
+    values = {"video.max_frames": media.get("num_frames", DEFAULT_FRAMES)}
+    if "fps" in media:
+        values["video.fps"] = media["fps"]
+    else:
+        logger.warning(
+            "%s gives no fps for videos: vLLM takes %s frames of every clip, however short",
+            MEDIA_OPTIONS,
+            values["video.max_frames"],
+        )
+    return values
