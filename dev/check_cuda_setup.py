@@ -26,9 +26,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 
-# mamba_ssm is installed without its dependencies: its Triton kernels for Mamba-2 import none of
-# these, and they would bring a second torch build or a CUDA compiler along.
-NOT_NEEDED_BY_MAMBA: tuple[str, ...] = ()
+# mamba_ssm is installed without its dependencies. These three serve its Mamba-3 kernels alone; the
+# Triton kernels for Mamba-2 import none of them.
+NOT_NEEDED_BY_MAMBA = ("apache-tvm-ffi", "quack-kernels", "tilelang")
 
 IMPORT_OURS = """
 import importlib, pathlib
