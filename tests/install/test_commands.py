@@ -1,0 +1,105 @@
+import importlib.util
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybridquant
+from checkpoint.faults import BadInput
+
+ROOT = Path(hybridquant.__file__).parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m hybridquant` in the folder of the modules."""
+    command = [sys.executable, "-m", "hybridquant", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_fits_one_screen_and_names_every_command():
+    lines = hybridquant.help_text().splitlines()
+    assert len(lines) <= 24
+    assert max(len(line) for line in lines) <= 80
+    shown = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert shown == list(hybridquant.COMMANDS)
+
+
+def test_every_command_has_a_module_that_python_can_run():
+    for name, command in hybridquant.COMMANDS.items():
+        for variant in command.variants or ("",):
+            module, rest = hybridquant.find_module([name, *filter(None, [variant]), "a", "b=c"])
+            assert rest == ["a", "b=c"]
+            spec = importlib.util.find_spec(module)
+            if spec.submodule_search_locations:
+                spec = importlib.util.find_spec(f"{module}.__main__")
+            assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8")
+
+
+def test_help_answers_in_under_a_second():
+    # Processor time, not the clock's: other tests may be running.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout) == (0, hybridquant.help_text() + "\n")
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import hybridquant, sys; hybridquant.run_command(['--help']);"
+        "hybridquant.run_command(['--version']);"
+        "print(sorted({'torch', 'transformers', 'modelopt', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verfy", "DIR"], "verfy: is not a command (did you mean verify?)"),
+        (["quantize", "nvfp"], "quantize nvfp: is not a command (did you mean nvfp4?)"),
+        (["quantize"], "quantize: is half of a command (add one of fp8, nvfp4, qad)"),
+        (["fp8"], "fp8: is not a command (choose from accuracy, ask,"),
+    ],
+)
+def test_an_unknown_command_is_one_sentence_with_the_nearest_one(arguments, message):
+    with pytest.raises(BadInput) as caught:
+        hybridquant.run_command(arguments)
+    assert str(caught.value).startswith(message)
+    assert len(caught.value.faults) == 1
+
+
+def test_an_unknown_command_exits_with_2():
+    done = run("serv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: serv: is not a command (did you mean serve?)\n"
+
+
+def test_no_command_shows_the_help_and_exits_with_2(capsys):
+    assert hybridquant.run_command([]) == 2
+    assert capsys.readouterr().err == hybridquant.help_text() + "\n"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["quantize", "--help"]])
+def test_the_overview_is_shown_for(arguments, capsys):
+    assert hybridquant.run_command(arguments) == 0
+    assert capsys.readouterr().out == hybridquant.help_text() + "\n"
+
+
+def test_a_commands_own_help_and_exit_status_are_its_modules():
+    done = run("verify", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m export.verify")
+    done = run("quantize", "fp8", "nowhere.yaml")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere.yaml")
+
+
+def test_the_version_is_shown_with_those_of_what_it_runs_on(capsys):
+    assert hybridquant.run_command(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"hybridquant {hybridquant.__version__} (python 3.")
+    assert all(f"{name} " in shown for name in hybridquant.REPORTED_PACKAGES)
