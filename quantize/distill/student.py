@@ -6,33 +6,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
-from checkpoint.classes import NemotronH_Omni_Reasoning_V3, NemotronHMamba2Mixer
-from quantize.distill.state import weight_of
+from quantize.distill.weights import Linears, weight_of
 
 
 @contextlib.contextmanager
-def trainable(student: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+def trainable(student: nn.Module, linears: Linears) -> Iterator[None]:
     """Freeze everything but the weights of `linears`, hold those in float32, and keep Mamba's path
     unfused.
     """
     student.requires_grad_(False)
     hooks = []
     for linear in linears.values():
-        weight: Any = weight_of(linear)
+        weight = weight_of(linear)
         dtype = weight.dtype
-        # A step of 2e-6 is lost in BF16, whose numbers near 0.02 lie 1e-4 apart.
+        # A step of 2e-6 is lost in BF16, whose numbers near 0.02 are 1e-4 apart.
         weight.data = weight.data.float()
         weight.requires_grad_(True)
-        # So the matmul is PTQ's own, and the first loss is PTQ's KL; autocast would change every
-        # other layer as well.
+        # With the quantized weight in BF16 the matmul is PTQ's own, and the first loss is that of
+        # PTQ. Autocast would change every other layer as well.
         quantizer: Any = linear.weight_quantizer
-        hooks.append(quantizer.register_forward_hook(lambda _, __, out, dtype=dtype: out.to(dtype)))
+        hooks.append(quantizer.register_forward_hook(partial(_cast_output, dtype=dtype)))
     mixers = unfuse_mamba(student)
     try:
         yield
@@ -44,20 +46,29 @@ def trainable(student: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[
         student.requires_grad_(False).eval()
 
 
+def _cast_output(
+    module: nn.Module, inputs: Any, output: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return output.to(dtype)
+
+
 def unfuse_mamba(language_model: nn.Module) -> list[Any]:
     """Keep every Mamba mixer in `eval()` whatever mode the model is put in, until its `train` is
     deleted.
 
-    In `train()` with mamba_ssm installed, transformers calls a kernel that takes `out_proj.weight`
-    as it is: ModelOpt's quantizers of `out_proj` are never called, and the model learns as if that
-    layer were in BF16. Nothing else in the mixer asks for the mode.
+    Trap: in `train()` with mamba_ssm installed, transformers calls a kernel that takes
+    `out_proj.weight` as it is. ModelOpt's quantizers of `out_proj` are then never called, and the
+    model learns as if that layer were in BF16. Nothing else in the mixer depends on the mode.
+
+    Returns:
+        The mixers.
     """
-    mixers: list[Any] = [
-        module for module in language_model.modules() if isinstance(module, NemotronHMamba2Mixer)
-    ]
-    for mixer in mixers:
-        mixer.train(False)
-        mixer.train = partial(_stay, mixer)
+    mixers: list[Any] = []
+    for module in language_model.modules():
+        if isinstance(module, NemotronHMamba2Mixer):
+            mixer: Any = module.eval()
+            mixer.train = partial(_stay, mixer)
+            mixers.append(mixer)
     return mixers
 
 
@@ -67,8 +78,10 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 @contextlib.contextmanager
 def embedding_only(model: NemotronH_Omni_Reasoning_V3) -> Iterator[None]:
-    """Leave the model only what `calibrate.forward.embed` needs, so that FSDP can shard the rest
-    under other hands.
+    """Leave the model only what `calibrate.forward.embed` needs.
+
+    Samples are embedded while the language model trains, and FSDP shards the language model's own
+    embeddings.
     """
     student = model.language_model
     embeddings = nn.Embedding.from_pretrained(student.get_input_embeddings().weight.detach())
@@ -88,21 +101,9 @@ class _Embeddings(nn.Module):
         return self.embeddings
 
 
-def training_bytes(model: int, weights: int, taught: bool, shards: int) -> int:
-    """Bytes of device memory that one process needs for training at the least; activations come on
-    top.
-
-    Args:
-        model: Bytes of the language model in BF16.
-        weights: Number of weights that train: float32 in BF16's place, a gradient and AdamW's two
-            moments as well.
-        taught: Whether the teacher lies beside it.
-        shards: Processes that FSDP divides both models among; each holds them whole before.
-    """
-    loaded = model * (2 if taught else 1) + 2 * weights
-    return max(loaded, (loaded + 12 * weights) // shards)
-
-
 def frozen_copy(language_model: nn.Module) -> nn.Module:
-    """The teacher: a copy that shares no storage with the student; take it before quantization."""
+    """Return the teacher: a copy that shares no storage with the student.
+
+    Call it before the language model is quantized.
+    """
     return copy.deepcopy(language_model).requires_grad_(False).eval()

@@ -1,384 +1,388 @@
 """ModelOpt's QADTrainer for this model: embeddings in, a loss that fits at 16,384 tokens, guards,
-safe checkpoints.
+checkpoints that a kill leaves whole.
 
-Everything else is ModelOpt's and transformers' own: forward KL, optimizer, schedule, accumulation,
-FSDP2, resuming. Without a teacher the loss is cross-entropy, so that QAT can be compared with QAD
-under the same guards.
+Everything else is ModelOpt's and transformers' own: forward KL divergence, optimizer, schedule,
+accumulation, FSDP2, resuming. Without a teacher the loss is cross-entropy, so that QAT can be
+compared with QAD under the same guards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import modelopt.torch.opt.plugins.transformers as modelopt_transformers
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.plugins.transformers_trainer import QADTrainer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
-
-from checkpoint.faults import BadInput, Fault
-from quantize.distill.batches import IGNORE, Batch, TrainingStream
-from quantize.distill.progress import Progress
-from quantize.distill.state import (
-    BEST,
-    WEIGHTS,
-    checkpoints,
-    flush,
-    load_weights,
-    save_weights,
-    whole,
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    modeling_utils,
 )
 
-POSITIONS = 512
-"""Positions whose logits exist at once: 2 × 0.27 GB at the 12B's vocabulary, where ModelOpt's own
-loss would hold several tensors of 8.7 GB at 16,384 tokens."""
+from checkpoint.faults import BadInput, Fault
+from checkpoint.log import get_logger
+from quantize.distill.checkpoints import (
+    BEST,
+    PARTIAL,
+    WEIGHTS,
+    Progress,
+    finish_checkpoint,
+    last_checkpoint,
+    read_progress,
+)
+from quantize.distill.dataset import IGNORE, Batch, TrainingDataset
+from quantize.distill.guards import GradientCheck, watched_quantizers
+from quantize.distill.loss import hidden_states, loss_sum, replaced_head
+from quantize.distill.plan import DistillationPlan
+from quantize.distill.step_log import StepLog
+from quantize.distill.weights import Linears, load_weights, save_weights
 
-_PROGRESS = "progress.json"
-_ADVICE = "lower distill.learning_rate first, tenfold; 2e-6 is right for the 12B, 2e-5 ends below PTQ there"
+logger = get_logger(__name__)
+
+_ADVICE = (
+    "lower distill.learning_rate first, tenfold; "
+    "2e-6 is right for the 12B, 2e-5 ends below PTQ there"
+)
+
+
+class DistillationArguments(TrainingArguments):
+    """TrainingArguments of one GPU per process."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: with several GPUs and no launcher, transformers would take DataParallel."""
+        return min(super().n_gpu, 1)
+
+
+def training_arguments(plan: DistillationPlan) -> DistillationArguments:
+    """Return a plan's schedule as transformers' arguments."""
+    settings = plan.settings
+    return DistillationArguments(
+        output_dir=str(plan.directory / PARTIAL),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.batch // plan.processes.count,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(settings.warmup * settings.steps),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log the last finite loss in place of a NaN
+        eval_strategy="steps",
+        eval_steps=settings.save_every,
+        eval_on_start=last_checkpoint(plan.directory) is None,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        ignore_data_skip=True,  # the dataset itself begins where the checkpoint ends
+        remove_unused_columns=False,
+        use_cpu=plan.device == "cpu",
+        disable_tqdm=True,
+        report_to=[],
+        log_level="error",
+    )
 
 
 class DistillationTrainer(QADTrainer):
     """QADTrainer with this model's inputs and loss.
 
     Attributes:
-        history: Held-out loss in nats a token of the answers by step; step 0 is the PTQ model's.
+        history: Held-out loss in nats per token of the answers by step; step 0 is the PTQ model's.
         loss_name: `KL`, or `cross-entropy` without a teacher.
+        tokens: Tokens that this process has trained on, visual ones included.
     """
 
     control: Any
-    _teacher_prepared: bool
 
     def __init__(
         self,
+        plan: DistillationPlan,
         student: nn.Module,
         teacher: nn.Module | None,
-        trained: Mapping[str, nn.Module],
-        stream: TrainingStream,
+        linears: Linears,
+        dataset: TrainingDataset,
         held_out: Sequence[Batch],
-        patience: int,
-        arguments: TrainingArguments,
     ) -> None:
         """Set up; nothing is run yet.
 
         Args:
-            student: The quantized language model, `trained` its only trainable weights.
+            plan: Checked.
+            student: The quantized language model, the weights of `linears` its only trainable ones.
             teacher: The BF16 language model; without it, the samples' own tokens are learnt by
                 cross-entropy.
-            trained: Quantized linears by checkpoint name.
-            stream: Training batches.
-            held_out: Held-out batches, the same on every process.
-            patience: Evaluations in a row above the PTQ start before the run stops.
-            arguments: The schedule; `output_dir` is where checkpoints go.
+            linears: The linears that train, by checkpoint name.
+            dataset: Training batches.
+            held_out: Held-out batches, the same in every process.
         """
-        # ModelOpt's trainer would patch from_pretrained for the whole process; checkpoint.native,
-        # which gives it no path, then fails with "stat: path should be string". Our checkpoints do
-        # not need the patch.
-        with mock.patch.object(modelopt_transformers, "enable_huggingface_checkpointing"):
+        callbacks: list[TrainerCallback] = [
+            GradientCheck(linears),
+            _CheckpointFinisher(self),
+            StepLog(self),
+        ]
+        with _prints_logged(), _restored(PreTrainedModel, modeling_utils):
             super().__init__(
                 model=student,
-                args=arguments,
-                train_dataset=stream,
+                args=training_arguments(plan),
+                train_dataset=dataset,
                 eval_dataset=list(held_out),
                 distill_args={"teacher_model": teacher or nn.Identity(), "temperature": 1.0},
-                callbacks=[_Gradients(trained), Progress(self)],
+                callbacks=callbacks,
             )
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        # KDTrainer's path for Liger hands over final hidden states, which the loss below turns into
-        # logits piece by piece. Liger's own kernel is Triton only.
-        self.use_liger_kernel = True
+        self._keep_callbacks(callbacks)
         self.history: dict[int, float] = {}
         self.loss_name = "KL" if teacher else "cross-entropy"
         self.tokens = 0
-        self._last_teacher_outputs: Any = None
-        self._trained, self._stream, self._patience = dict(trained), stream, patience
-        self._called: set[str] | None = None
-        self._saving: str | None = None
-        self._next = stream.start
+        self._plan = plan
+        self._linears = linears
+        self._dataset = dataset
+        self._teacher = teacher
+        self._teacher_is_ready = False
+        self._quantizers_are_checked = False
+        self._next_position = dataset.start
 
-    # Data: a batch is embedded when it is fetched, on the CPU until its turn.
+    def _keep_callbacks(self, ours: Sequence[TrainerCallback]) -> None:
+        """Remove what prints to stdout: transformers' log and ModelOpt's report of GPU memory."""
+        for callback in list(self.callback_handler.callbacks):
+            if callback not in ours and not isinstance(callback, DefaultFlowCallback):
+                self.remove_callback(callback)
+
+    # Data: a batch is embedded when it is fetched, and stays on the CPU until its turn.
 
     def get_train_dataloader(self) -> DataLoader:
-        """The stream as it is: it shards itself, and accelerate would broadcast batches from one
-        process.
+        """Return the dataset as it is.
+
+        It shards itself; accelerate would broadcast the batches of one process.
         """
-        return DataLoader(self._stream, batch_size=None)
+        return DataLoader(self._dataset, batch_size=None)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: transformers counts `input_ids`, and there are none."""
+        """Return 0: transformers estimates it from `input_ids`, and there are none."""
         return 0
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = super()._prepare_inputs(
-            {key: inputs[key] for key in ("inputs_embeds", "labels")}
-        )
-        return prepared | {"use_cache": False}
-
-    def _ensure_teacher_prepared(self) -> None:
-        # Only sharding needs accelerate: on CPU processes it would wrap the teacher in DDP, which
-        # refuses a model without gradients.
-        if self.loss_name != "KL":
-            return
-        if self.is_fsdp_enabled:
-            super()._ensure_teacher_prepared()
-        elif not self._teacher_prepared:
-            self._teacher_prepared = True
-            self._teacher_model.to(self.args.device)
 
     # Loss.
 
-    def _compute_kd_loss(
-        self, outputs: Any, labels: torch.Tensor, inputs: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if self.loss_name == "KL":
-            return super()._compute_kd_loss(outputs, labels, inputs, **kwargs)
-        return self._liger_kd_loss(outputs, labels, **kwargs)
-
-    def _liger_kd_loss(
+    def compute_loss(
         self,
-        outputs: Any,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int = 1,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Sum of the loss over this batch's positions, divided by the positions of the whole step
-        on all processes.
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss summed over this batch, divided by the positions of the whole step.
 
         KDTrainer averages each batch by itself, and transformers, seeing labels, does not divide by
-        the accumulation: gradients would be as many times too large as batches are accumulated, and
+        the accumulation: gradients would be too large by the number of accumulated batches, and
         short samples would weigh most.
+
+        Args:
+            model: The student, wrapped as transformers trains it.
+            inputs: `inputs_embeds` and `labels` on this process's device.
+            return_outputs: Whether to return the model's outputs as well.
+            num_items_in_batch: Positions that count in the step, over all processes.
         """
-        teacher_outputs: Any = self._last_teacher_outputs
-        self._last_teacher_outputs = None
-        student, teacher = outputs.logits, teacher_outputs.logits if teacher_outputs else None
-        total = self._sharded_liger_compute(lambda: self._loss_sum(student, teacher, labels))
-        return (
-            total * self.accelerator.num_processes / num_items_in_batch
-        )  # FSDP and DDP average over processes
+        embeds = inputs["inputs_embeds"]
+        theirs = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                theirs = hidden_states(self._ready_teacher(self._teacher), embeds)
+        student: Any = self.accelerator.unwrap_model(self.model)
+        head = partial(self._head_loss, student.lm_head, theirs, inputs["labels"])
+        with replaced_head(student, head):
+            outputs = model(inputs_embeds=embeds, use_cache=False)
+        # FSDP and DDP average gradients over processes.
+        loss = outputs.logits * self.accelerator.num_processes / (num_items_in_batch or 1)
+        return (loss, outputs) if return_outputs else loss
 
-    def _loss_sum(
-        self, student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor
+    @staticmethod
+    def _head_loss(
+        head: nn.Linear, theirs: torch.Tensor | None, labels: torch.Tensor, ours: torch.Tensor
     ) -> torch.Tensor:
-        """The loss, in nats, summed over the positions whose next token counts: ModelOpt's forward
-        KL from the teacher, or the cross-entropy of the tokens themselves."""
-        # The heads are one: it is not quantized and not trained.
-        head = self._get_lm_head(self.accelerator.unwrap_model(self.model)).weight
-        counted = labels[:, 1:] != IGNORE
-        ours = student[:, :-1][counted].to(head.dtype)
-        target = (
-            labels[:, 1:][counted] if teacher is None else teacher[:, :-1][counted].to(head.dtype)
-        )
+        return loss_sum(ours, theirs, labels, head.weight)
 
-        def piece(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            logits = F.linear(ours, head).float()
-            if teacher is None:
-                return F.cross_entropy(logits, target, reduction="sum")
-            return self._kd_criterion(logits, F.linear(target, head).float()).sum()
+    def _ready_teacher(self, teacher: nn.Module) -> nn.Module:
+        """Shard the teacher like the student, or bring it to this process's device, once."""
+        if self._teacher_is_ready:
+            return teacher
+        self._teacher_is_ready = True
+        if self.is_fsdp_enabled:
+            # accelerate shards a model under FSDP2, in place, only together with an optimizer.
+            optimizer = torch.optim.SGD([next(teacher.parameters())], lr=0.0)
+            self.accelerator.prepare(teacher, optimizer)
+            return teacher
+        # Not prepared: on CPU processes accelerate would wrap it in DDP, which refuses a model
+        # without gradients.
+        return teacher.to(self.args.device)
 
-        pieces = zip(ours.split(POSITIONS), target.split(POSITIONS), strict=True)
-        return torch.stack([checkpoint(piece, *pair, use_reentrant=False) for pair in pieces]).sum()
-
-    # Guards.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train as transformers does; QATTrainer only adds a message that does not hold here."""
+        return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One forward and backward; the first one proves that every enabled quantizer is called.
+        """Run one forward and backward; the first one must call every enabled quantizer.
 
         Raises:
             BadInput: The loss is not finite.
-            RuntimeError: A quantizer was passed by.
+            RuntimeError: A quantizer was not called.
         """
-        watch = (
-            contextlib.nullcontext() if self._called is not None else self._watch_quantizers(model)
-        )
-        with watch:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        given = {"inputs_embeds": inputs["inputs_embeds"], "labels": inputs["labels"]}
+        with contextlib.ExitStack() as stack:
+            if not self._quantizers_are_checked:
+                self._quantizers_are_checked = True
+                stack.enter_context(watched_quantizers(model))
+            loss = super().training_step(model, given, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
-            raise BadInput(
-                Fault(
-                    "distill",
-                    f"the loss is {float(loss)} after {self.state.global_step} steps",
-                    _ADVICE,
-                )
-            )
-        self._next = int(inputs["next"])
+            what = f"the loss is {float(loss)} after {self.state.global_step} steps"
+            raise BadInput(Fault("distill", what, _ADVICE))
+        self._next_position = inputs["next_position"]
         self.tokens += inputs["labels"].numel()
         return loss
 
-    @contextlib.contextmanager
-    def _watch_quantizers(self, model: nn.Module) -> Iterator[None]:
-        self._called = called = set[str]()
-        enabled = {
-            n: m
-            for n, m in model.named_modules()
-            if isinstance(m, TensorQuantizer) and m.is_enabled
-        }
-        hooks = [
-            m.register_forward_hook(lambda *_, name=n: called.add(name)) for n, m in enabled.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if missed := sorted(set(enabled) - called):
-            # Seen with mamba_ssm: the fused Mamba kernel takes out_proj.weight as it is, and the
-            # model trains as if out_proj were not quantized.
-            raise RuntimeError(
-                f"a training step did not call {len(missed)} enabled quantizers: {', '.join(missed)}"
-            )
+    # Held-out loss.
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of the held-out batches, over the answers' tokens where there are answers;
-        keeps the best weights.
+        """Compute the mean loss of the held-out batches and keep the best weights.
 
         Raises:
             BadInput: It is not finite, or has been above the PTQ start `patience` times in a row.
         """
-        self._ensure_teacher_prepared()
-        model = self.model_wrapped.eval()
-        rank, ranks = self.args.process_index, self.args.world_size
-        sums = torch.zeros(2, device=self.args.device)
-        # Sharded models run in step: every process takes as many batches, the surplus ones count
-        # nothing.
-        for index in range(rank, math.ceil(len(self.eval_dataset) / ranks) * ranks, ranks):
-            inputs = self._prepare_inputs(self.eval_dataset[index % len(self.eval_dataset)])
-            labels = inputs.pop("labels")
-            with self._liger_identity_lm_head():
-                outputs = model(**inputs)
-            loss = self._compute_kd_loss(outputs, labels, inputs, num_items_in_batch=ranks)
-            if index < len(self.eval_dataset):
-                sums += torch.stack([loss, (labels[:, 1:] != IGNORE).sum().to(loss)])
-        total, count = self.accelerator.reduce(sums).tolist()
-        self.history[self.state.global_step] = total / count
-        self.log({"eval_loss": total / count})
-        # Without this the request stands, and transformers evaluates the last step twice.
+        loss = self._held_out_loss()
+        step = self.state.global_step
+        is_best = all(loss < earlier for at, earlier in self.history.items() if at != step)
+        self.history[step] = loss
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        # Trap: without this the request stands, and transformers evaluates the last step twice.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
-        self._judge()
-        if all(
-            loss > total / count
-            for step, loss in self.history.items()
-            if step != self.state.global_step
-        ):
-            self._write_weights(Path(self.args.output_dir) / BEST)
-        return {"eval_loss": total / count}
+        self._check_history()
+        if is_best:
+            self._save_weights(self._plan.directory / BEST)
+        return metrics
 
-    def _judge(self) -> None:
+    def _held_out_loss(self) -> float:
+        """Mean loss per token of the answers in nats, over all processes."""
+        model = self.model_wrapped.eval()
+        processes = self._plan.processes
+        batches: Any = self.eval_dataset
+        sums = torch.zeros(2, device=self.args.device)
+        # Sharded models run in step: every process takes as many batches, and those beyond the
+        # last count nothing.
+        rounds = math.ceil(len(batches) / processes.count)
+        for number in range(rounds):
+            index = number * processes.count + processes.index
+            batch = batches[index % len(batches)]
+            labels = batch["labels"].to(self.args.device)
+            inputs = {"inputs_embeds": batch["inputs_embeds"].to(sums.device), "labels": labels}
+            loss = self.compute_loss(model, inputs, num_items_in_batch=processes.count)
+            if index < len(batches):
+                sums[0] += loss
+                sums[1] += (labels[:, 1:] != IGNORE).sum()
+        total, count = self.accelerator.reduce(sums).tolist()
+        return total / count
+
+    def _check_history(self) -> None:
         start, *later = self.history.values()
-        recent = later[-self._patience :]
-        if not math.isfinite([start, *later][-1]):
-            raise BadInput(
-                Fault(
-                    "distill",
-                    f"held-out {self.loss_name} is {later[-1] if later else start}",
-                    _ADVICE,
-                )
-            )
-        if len(recent) == self._patience and min(recent) > start:
-            above = (
-                f"above PTQ's {start:.5f} nats {len(recent)} times in a row, now {recent[-1]:.5f}"
-            )
-            raise BadInput(Fault("distill", f"held-out {self.loss_name} has been {above}", _ADVICE))
+        recent = later[-self._plan.settings.patience :]
+        newest = later[-1] if later else start
+        if not math.isfinite(newest):
+            raise BadInput(Fault("distill", f"held-out {self.loss_name} is {newest}", _ADVICE))
+        if len(recent) == self._plan.settings.patience and min(recent) > start:
+            what = f"held-out {self.loss_name} has been above PTQ's {start:.5f} nats"
+            what += f" {len(recent)} times in a row, now {newest:.5f}"
+            raise BadInput(Fault("distill", what, _ADVICE))
 
-    # Checkpoints: written beside their name and renamed, so that a kill leaves whole ones only.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._saving or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        directory = Path(self.args.output_dir)
-        partial = directory / ".partial"
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._barrier()
-        self._saving = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = None
-        positions: list[Any] = [None] * self.args.world_size
-        if self.args.world_size > 1:
-            dist.all_gather_object(positions, (self._next, self.tokens))
-        else:
-            positions = [(self._next, self.tokens)]
-        self._barrier()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            progress = {"positions": positions, "history": list(self.history.items())}
-            (partial / name / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-            flush(partial)
-            shutil.rmtree(directory / name, ignore_errors=True)
-            os.rename(partial / name, directory / name)
-            for older in checkpoints(directory)[:-1]:
-                shutil.rmtree(older)
-        self._barrier()
+    # Checkpoints.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights and all ranges; the rest is in the source."""
+        """Write the trained weights and all ranges; everything else is in the source."""
         assert output_dir is not None
-        self._write_weights(Path(output_dir) / WEIGHTS)
+        self._save_weights(Path(output_dir) / WEIGHTS)
 
-    def _write_weights(self, path: Path) -> None:
-        save_weights(self._trained, path, self.state.global_step, self.args.should_save)
-        self._barrier()
+    def _save_weights(self, path: Path) -> None:
+        save_weights(self._linears, path, self.state.global_step, self._plan.processes)
+
+    def finish_checkpoint(self) -> None:
+        """Complete the checkpoint that transformers has written and give it its name."""
+        progress = Progress(self._next_position, self.tokens, self.history)
+        finish_checkpoint(self._plan, self.state.global_step, progress)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load the weights and the progress of a checkpoint."""
+        load_weights(self._linears, checkpoint / WEIGHTS)
+        progress = read_progress(checkpoint, self._plan.processes.index)
+        self.history = dict(progress.history)
+        self.tokens = progress.tokens
+        self._next_position = progress.position
+        self._dataset.start = progress.position
+
+    def restore_finished(self, checkpoint: Path) -> None:
+        """Load the checkpoint of the last step, after which nothing is trained."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.restore(checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        # transformers would load its own file with strict=False, under names that save_pretrained
-        # has changed.
-        directory = Path(resume_from_checkpoint)
-        load_weights(self._trained, directory / WEIGHTS)
-        progress = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-        self._next, self.tokens = progress["positions"][self.args.process_index]
-        self._stream.start = self._next
-        self.history = {int(step): loss for step, loss in progress["history"]}
-
-    def _barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+        # transformers' private hook, since there is no public one: its own method raises "Can't
+        # find a valid checkpoint" at a directory without its weight file, and loads that file with
+        # strict=False, under names that save_pretrained has changed. The tests of resuming fail
+        # without this.
+        self.restore(Path(resume_from_checkpoint))
 
 
-class _Gradients(TrainerCallback):
-    """Proves at the first optimizer step that gradients reach every weight that trains, and no
-    other.
+class _CheckpointFinisher(TrainerCallback):
+    """Has the trainer finish each checkpoint that transformers has written."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._trainer.finish_checkpoint()
+
+
+@contextlib.contextmanager
+def _restored(*owners: type | ModuleType) -> Iterator[None]:
+    """Undo what the body replaces in classes or modules.
+
+    Trap of ModelOpt 0.47: its trainer replaces `PreTrainedModel.from_pretrained` for the whole
+    process (`enable_huggingface_checkpointing`). `checkpoint.native`, which gives it no path, then
+    fails with "stat: path should be string, bytes, os.PathLike or integer, not NoneType". Our
+    checkpoints do not need the replacement.
     """
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, attributes in zip(owners, before, strict=True):
+            for name, value in attributes.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
 
-    def __init__(self, trained: Mapping[str, nn.Module]) -> None:
-        self._names = {id(module): name for name, module in trained.items()}
-        self._done = False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._done:
-            return
-        self._done, without, strangers = True, dict(self._names), []
-        for name, module in kwargs["model"].named_modules():
-            for key, parameter in module._parameters.items():
-                if (
-                    parameter is None
-                    or parameter.grad is None
-                    or not bool(whole(parameter.grad.norm()))
-                ):
-                    continue
-                if id(module) in self._names and key == "weight":
-                    del without[id(module)]
-                else:
-                    strangers.append(f"{name}.{key}")
-        if without or strangers:
-            raise RuntimeError(
-                f"no gradient at {sorted(without.values())}, and one too many at {strangers}"
-            )
+@contextlib.contextmanager
+def _prints_logged() -> Iterator[None]:
+    """Send what the body prints to the log: ModelOpt's trainer prints twice when it is made, and
+    there is no switch.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    for line in printed.getvalue().splitlines():
+        logger.debug(line)

@@ -1,4 +1,4 @@
-"""What a distillation says while it runs: loss, held-out loss, tokens a second, GPU memory."""
+"""Logs the steps of a distillation: loss, held-out loss, tokens per second, GPU memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from checkpoint.log import get_logger
+
 if TYPE_CHECKING:
     from quantize.distill.trainer import DistillationTrainer
 
+logger = get_logger(__name__)
 
-class Progress(TrainerCallback):
-    """A bar of steps where there is a terminal; a line at every evaluation everywhere, for the logs
-    of long jobs.
+
+class StepLog(TrainerCallback):
+    """Shows a bar of steps on a terminal, and logs a line at every evaluation.
+
+    `benchmarks.training` reads these lines.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
@@ -24,17 +29,18 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar."""
-        off = None if state.is_world_process_zero else True
         if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # loading, which held both models whole, is over
+            # Loading, which held both models whole, does not count.
+            torch.cuda.reset_peak_memory_stats()
+        is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc="distil",
+            desc="distill",
             unit="step",
-            disable=off,
+            disable=not (is_terminal and state.is_world_process_zero),
         )
-        self._resume_clock()
+        self._restart_clock()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Move the bar."""
@@ -49,25 +55,30 @@ class Progress(TrainerCallback):
             self._bar.set_postfix_str(f"{self._trainer.loss_name} {self._loss:.5f}", refresh=False)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say a line, and leave the evaluation out of the clock."""
-        said = f"step {state.global_step} of {state.max_steps}: held-out {self._trainer.loss_name} "
-        said += f"{self._trainer.history[state.global_step]:.5f} nats"
-        if tokens := self._trainer.tokens - self._tokens:
+        """Log a line, and leave the evaluation out of the clock."""
+        held_out = self._trainer.history[state.global_step]
+        line = f"step {state.global_step} of {state.max_steps}: "
+        line += f"held-out {self._trainer.loss_name} {held_out:.5f} nats"
+        tokens = self._trainer.tokens - self._tokens
+        if tokens:
             rate = tokens * args.world_size / (self._ended - self._started)
-            said += f", step's {self._loss:.5f}, {rate:,.0f} tokens/s"
+            line += f", step's {self._loss:.5f}, {rate:,.0f} tokens/s"
         if args.device.type == "cuda":
-            said += f", GPU memory at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            memory = torch.cuda.max_memory_allocated() / 1e9
+            line += f", GPU memory at most {memory:.1f} GB"
         if state.is_world_process_zero:
-            self._bar.write(said, file=sys.stderr)
-        self._resume_clock()
+            with tqdm.external_write_mode(file=sys.stderr):  # clears the bar for the line
+                logger.info(line)
+        self._restart_clock()
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Leave the checkpoint out of the clock."""
-        self._resume_clock()
+        self._restart_clock()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the bar."""
         self._bar.close()
 
-    def _resume_clock(self) -> None:
-        self._started, self._tokens = time.monotonic(), self._trainer.tokens
+    def _restart_clock(self) -> None:
+        self._started = time.monotonic()
+        self._tokens = self._trainer.tokens

@@ -1,0 +1,237 @@
+"""The samples that a distillation trains on, embedded one by one: an endless dataset that can begin
+at any position.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
+
+from calibrate.forward import embed
+from calibrate.prompts import answer_length, build_prompt
+from calibrate.samples import Sample, Skipped
+from checkpoint.faults import BadInput, Fault
+from checkpoint.opened import Checkpoint
+from checkpoint.processes import ALONE, Processes
+from checkpoint.video import Video
+
+IGNORE = -100
+"""Label of a token that does not count in the loss, as in torch and ModelOpt."""
+
+Batch = dict[str, Any]
+"""One sample: `inputs_embeds` [1, length, hidden] and int64 `labels` [1, length], both on the CPU;
+`answer_length`, how many of its last tokens are the answer. From the dataset also `position`, the
+sample's position, and `next_position`, where the next optimizer step begins.
+"""
+
+
+def with_answer(sample: Sample) -> Sample:
+    """Return the conversation with the expected answer as its last turn.
+
+    A sample without an expected answer, or whose last turn is the assistant's, is returned as it
+    is.
+    """
+    if sample.answer is None or not sample.messages:
+        return sample
+    if sample.messages[-1]["role"] == "assistant":
+        return sample
+    answer = {"role": "assistant", "content": sample.answer}
+    return replace(sample, messages=[*sample.messages, answer])
+
+
+def batch_of(
+    model: NemotronH_Omni_Reasoning_V3,
+    sample: Sample,
+    checkpoint: Checkpoint,
+    video: Video,
+    max_length: int,
+) -> Batch:
+    """Embed one sample; teacher and student are both given these embeddings.
+
+    A batch is one sample. The plain Mamba path has no padding mask and would carry its state from
+    one packed sample into the next; with one sample there is nothing to pad, and clips that EVS
+    shortens need no common length.
+
+    Every token counts in the loss, prompt and answer alike (arXiv 2511.03929), except visual
+    placeholders: what the model predicts for one is never read. So the loss is the KL divergence
+    of `accuracy.agreement`.
+
+    Args:
+        model: Embeds tokens, tiles and frames.
+        sample: An image, video or text conversation.
+        checkpoint: The model's.
+        video: How clips are sampled and pruned.
+        max_length: Most tokens after EVS.
+
+    Raises:
+        BadInput: The sample cannot be used, as in `calibrate.prompts.build_prompt`.
+    """
+    config = checkpoint.config
+    sample = with_answer(sample)
+    limit = min(max_length, config.max_length)
+    prompt = build_prompt(sample, config, checkpoint.tokenizer, video, max_length=limit)
+    embedded = embed(model, prompt, config)
+    is_visual = embedded.token_ids == config.image_token_id
+    labels = embedded.token_ids.masked_fill(is_visual, IGNORE)
+    if not bool((labels[1:] != IGNORE).any()):
+        raise BadInput(Fault(sample.where, "has no token to learn from", "give it some text"))
+    return {
+        "inputs_embeds": embedded.inputs_embeds[None].cpu(),
+        "labels": labels[None].cpu(),
+        "answer_length": answer_length(sample, config, checkpoint.tokenizer),
+    }
+
+
+def answer_only(batch: Batch) -> Batch:
+    """Return a batch in which only the answer counts; the whole sample if it has none.
+
+    A learning rate that is too high learns prompts best of all and answers worse than PTQ: over all
+    tokens, of which answers are a few in a hundred, it has the lowest KL divergence
+    (benchmarks/results/qad_learning_rates.json).
+    """
+    length = batch["answer_length"]
+    labels = batch["labels"].clone()
+    if length:
+        labels[:, :-length] = IGNORE
+    return batch | {"labels": labels}
+
+
+def longest_first(batches: list[Batch]) -> list[Batch]:
+    """Sort batches by length, the longest first.
+
+    Sharded processes run in step, so each waits for the longest sample among them. When each
+    process sorts its own share of an optimizer step, samples of similar length meet. Of synthetic
+    pictures, clips and texts in steps of 128, two processes then wait 6% of the time instead of
+    26%, four 15% instead of 45%, eight 28% instead of 57%
+    (tests/quantize/distill/test_dataset.py).
+    """
+    return sorted(batches, key=_length, reverse=True)
+
+
+def _length(batch: Batch) -> int:
+    return int(batch["labels"].numel())
+
+
+class TrainingDataset(IterableDataset):
+    """Batches in a fixed order, repeated when the samples run out.
+
+    The first `held_out` samples are never trained on.
+
+    Attributes:
+        start: Position of the first sample to use. Those before it are not read, so resuming costs
+            nothing.
+        skipped: Samples that could not be used, each counted once however often it comes.
+    """
+
+    def __init__(
+        self,
+        samples: Callable[[], Iterator[Sample]],
+        embed_sample: Callable[[Sample, float], Batch],
+        rates: Sequence[float],
+        held_out: int,
+        seed: int,
+        max_skipped: int,
+        processes: Processes = ALONE,
+        step_batches: int = 1,
+    ) -> None:
+        """Describe the dataset; nothing is read yet.
+
+        Args:
+            samples: Opens one pass over the samples, the same at every call.
+            embed_sample: Makes the batch of a sample at an EVS rate.
+            rates: EVS rates. Each batch draws one by `seed` and its position, in whatever process.
+            held_out: Samples at the head of every pass that are not trained on.
+            seed: Draws the EVS rates.
+            max_skipped: Bad samples before the run stops.
+            processes: Each of n processes takes every n-th sample, so that an optimizer step has
+                the same samples for any n.
+            step_batches: Batches of this process per optimizer step; each such group comes longest
+                first.
+        """
+        self.start = 0
+        self.skipped = Skipped(max_skipped)
+        self._samples = samples
+        self._embed_sample = embed_sample
+        self._rates = list(rates)
+        self._held_out = held_out
+        self._seed = seed
+        self._processes = processes
+        self._step_batches = step_batches
+        self._bad: set[str] = set()
+
+    def held_out(self) -> list[Batch]:
+        """Return the held-out batches, in which only answers count; the EVS rates take turns.
+
+        Raises:
+            BadInput: None of them can be used.
+        """
+        batches = []
+        for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
+            batch = self._batch(sample, self._rates[number % len(self._rates)])
+            if batch is not None:
+                batches.append(answer_only(batch))
+        if not batches:
+            what = "hold no usable held-out sample"
+            raise BadInput(Fault("distill.sources", what, "give more samples"))
+        return longest_first(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's batches from `start` on; never ends."""
+        batches = self._in_order()
+        while True:
+            group = list(itertools.islice(batches, self._step_batches))
+            next_position = group[-1]["position"] + 1
+            for batch in longest_first(group):
+                yield batch | {"next_position": next_position}
+
+    def _in_order(self) -> Iterator[Batch]:
+        unusable = 0
+        for position, sample in enumerate(self._repeated()):
+            if position < self.start:
+                continue
+            if position % self._processes.count != self._processes.index:
+                continue
+            rate = random.Random(f"{self._seed} {position}").choice(self._rates)
+            batch = self._batch(sample, rate)
+            if batch is None:
+                unusable += 1
+                self._check_any_usable(unusable)
+            else:
+                unusable = 0
+                yield batch | {"position": position}
+
+    def _check_any_usable(self, unusable: int) -> None:
+        """Raise when so many samples in a row were unusable that this process has tried all that
+        it ever gets: each comes once in as many passes as there are processes.
+        """
+        if unusable > len(self._bad) * self._processes.count:
+            what = "hold no usable sample to train on"
+            raise BadInput(Fault("distill.sources", what, "give more samples"))
+
+    def _repeated(self) -> Iterator[Sample]:
+        while True:
+            found = False
+            for sample in itertools.islice(self._samples(), self._held_out, None):
+                found = True
+                yield sample
+            if not found:
+                what = f"hold no sample beyond the {self._held_out} held out"
+                remedy = "give more samples, or lower distill.held_out"
+                raise BadInput(Fault("distill.sources", what, remedy))
+
+    def _batch(self, sample: Sample, rate: float) -> Batch | None:
+        """The batch of a sample; None if the sample cannot be used."""
+        if sample.where in self._bad:
+            return None
+        try:
+            return self._embed_sample(sample, rate)
+        except BadInput as bad:
+            self._bad.add(sample.where)
+            self.skipped.add(*bad.faults)
+            return None

@@ -1,0 +1,206 @@
+"""What a distillation will need: checked and counted before any weight is loaded."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate.utils import parse_flag_from_env
+
+from calibrate.samples import Sample
+from checkpoint.atomic import space_faults
+from checkpoint.faults import Fault, raise_if_any
+from checkpoint.layout import select_prefix, spec_bytes
+from checkpoint.opened import Checkpoint
+from checkpoint.processes import Processes
+from checkpoint.video import Video
+from quantize.distill.settings import Distill
+from quantize.policy import Policy
+
+# accelerate's launcher passes its FSDP options through the environment only; the object that holds
+# them exists from the trainer's construction on, which is after the weights are loaded.
+_FSDP = "ACCELERATE_USE_FSDP"
+_FSDP_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@dataclass(frozen=True)
+class DistillationPlan:
+    """A checked distillation; made by `plan_distillation`.
+
+    Attributes:
+        settings: The recipe's section.
+        trained: Checkpoint names of the linears whose weights train.
+        directory: Where checkpoints are kept while it runs, and resumed from.
+        samples: Opens one pass over the training samples, the same at every call.
+        checkpoint: The BF16 checkpoint.
+        policy: Format by linear.
+        video: How clips are sampled; their EVS rates are `rates`.
+        processes: The processes that train.
+        device: `cpu` or `cuda`, under a launcher with the number of the process's GPU.
+        record: Called on the first process with the number of the step after each checkpoint that
+            is whole on disk.
+    """
+
+    settings: Distill
+    trained: tuple[str, ...]
+    directory: Path
+    samples: Callable[[], Iterator[Sample]]
+    checkpoint: Checkpoint
+    policy: Policy
+    video: Video
+    processes: Processes
+    device: str
+    record: Callable[[int], None]
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether BF16 is the teacher; without it, the run is QAT."""
+        return self.settings.loss == "kl"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP divides the models among the processes."""
+        return parse_flag_from_env(_FSDP)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """EVS rates of the clips; each sample draws one."""
+        return self.settings.video_pruning_rates or (self.video.pruning_rate,)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that train."""
+        trained = set(self.trained)
+        return sum(
+            math.prod(linear.shape) for linear in self.checkpoint.linears if linear.name in trained
+        )
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory that the language model and its training take on each process's device, without
+        activations.
+        """
+        shards = self.processes.count if self.is_sharded else 1
+        return training_bytes(self._language_model_bytes, self.weights, self.is_taught, shards)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of `directory` at its largest."""
+        sharded = self._language_model_bytes if self.is_sharded else 0
+        return state_bytes(self.weights, sharded)
+
+    @property
+    def _language_model_bytes(self) -> int:
+        prefix = self.checkpoint.config.family.language_model
+        return spec_bytes(select_prefix(self.checkpoint.layout, prefix))
+
+
+def plan_distillation(
+    settings: Distill,
+    samples: Callable[[], Iterator[Sample]],
+    checkpoint: Checkpoint,
+    policy: Policy,
+    video: Video,
+    directory: Path,
+    processes: Processes,
+    device: str,
+    record: Callable[[int], None],
+) -> DistillationPlan:
+    """Check a distillation against its model, its processes and its disk.
+
+    Args:
+        settings: The recipe's section.
+        samples: Opens one pass over the training samples, the same at every call.
+        checkpoint: The BF16 checkpoint.
+        policy: Format by linear.
+        video: How clips are sampled; its rate is the default of the settings' rates.
+        directory: Where checkpoints will be kept while it runs.
+        processes: The processes that will train.
+        device: A torch device.
+        record: As in `DistillationPlan`.
+
+    Raises:
+        BadInput: With every fault: no linear to train, a batch that the processes cannot share, a
+            device that the trainer would not use, a launcher that would empty the weights, or a
+            disk too small for the checkpoints.
+    """
+    plan = DistillationPlan(
+        settings=settings,
+        trained=_trained(settings.train, policy),
+        directory=directory,
+        samples=samples,
+        checkpoint=checkpoint,
+        policy=policy,
+        video=video,
+        processes=processes,
+        device=device,
+        record=record,
+    )
+    raise_if_any(_faults(plan))
+    return plan
+
+
+def _trained(pattern: str, policy: Policy) -> tuple[str, ...]:
+    """The quantized linears whose full name or last part matches."""
+    names = []
+    for name in policy.quantized:
+        short = name.rpartition(".")[2]
+        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(short, pattern):
+            names.append(name)
+    return tuple(names)
+
+
+def _faults(plan: DistillationPlan) -> Iterator[Fault]:
+    settings = plan.settings
+    count = plan.processes.count
+    if not plan.trained:
+        short = sorted({name.rpartition(".")[2] for name in plan.policy.quantized})
+        what = f"{settings.train!r} matches no quantized linear"
+        yield Fault("distill.train", what, f"choose from {', '.join(short)}")
+    if settings.batch % count:
+        what = f"{settings.batch} is not a multiple of {count} processes"
+        yield Fault("distill.batch", what, "change either")
+    if count == 1 and plan.device not in ("cpu", "cuda", "cuda:0"):
+        what = f"{plan.device!r}: training takes the first GPU"
+        yield Fault("device", what, "set CUDA_VISIBLE_DEVICES instead")
+    if parse_flag_from_env(_FSDP_EMPTY_WEIGHTS):
+        # Trap: transformers then loads empty tensors on every process but the first, and each
+        # process calibrates its own noise.
+        what = "cpu_ram_efficient_loading leaves processes without weights"
+        remedy = "launch with --fsdp_cpu_ram_efficient_loading false"
+        yield Fault("accelerate", what, remedy)
+    yield from space_faults(plan.directory, plan.state_bytes, " for checkpoints of the training")
+
+
+def training_bytes(model: int, weights: int, is_taught: bool, shards: int) -> int:
+    """Bytes of device memory that one process needs for training, without activations.
+
+    Args:
+        model: Bytes of the language model in BF16.
+        weights: Number of weights that train: each is float32 instead of BF16, and has a gradient
+            and AdamW's two moments.
+        is_taught: Whether there is a teacher besides.
+        shards: Processes that FSDP divides both models among; each holds them whole at first.
+    """
+    models = 2 if is_taught else 1
+    loaded = model * models + 2 * weights
+    return max(loaded, (loaded + 12 * weights) // shards)
+
+
+def state_bytes(weights: int, sharded: int = 0) -> int:
+    """Bytes on disk while a checkpoint is written beside the one before it.
+
+    Args:
+        weights: Number of weights that train. A checkpoint contains them and AdamW's two moments
+            in float32; the best weights are kept apart.
+        sharded: Bytes of the BF16 language model where FSDP divides it among processes: its
+            checkpoints contain all of it as well, the trained weights in float32.
+    """
+    checkpoint = 12 * weights
+    if sharded:
+        checkpoint += sharded + 2 * weights
+    best = 4 * weights
+    return 2 * checkpoint + best

@@ -1,0 +1,196 @@
+"""Quantization-aware distillation: the quantized language model learns the BF16 model's next-token
+distributions.
+
+For comparison it can learn the samples' own tokens instead (QAT): no teacher, cross-entropy,
+everything else the same.
+
+Weights train in float32 under ModelOpt's fake quantization; ranges stay as calibrated (NVFP4's
+block scales follow the weights).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
+
+from calibrate.samples import Sample
+from checkpoint.memory import memory_advice
+from quantize.distill.checkpoints import (
+    BEST,
+    WEIGHTS,
+    last_checkpoint,
+    remove_partial,
+    step_of,
+)
+from quantize.distill.dataset import Batch, TrainingDataset, batch_of
+from quantize.distill.guards import check_ranges, copied_ranges
+from quantize.distill.plan import DistillationPlan
+from quantize.distill.student import embedding_only, trainable
+from quantize.distill.trainer import DistillationTrainer
+from quantize.distill.weights import (
+    Linears,
+    gather_model,
+    load_ranges,
+    load_weights,
+    share_ranges,
+)
+from quantize.ptq import share_fused_scales
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of a distillation.
+
+    Attributes:
+        trained: Checkpoint names of the linears whose weights are no longer the source's.
+        loss: What was learnt, and by what the best step was chosen: `KL` from BF16, or
+            `cross-entropy`.
+        steps: Optimizer steps made.
+        best_step: The step whose weights were kept, by the held-out loss; 0 when no step was better
+            than PTQ.
+        tokens: Tokens trained on by this process, visual ones included.
+        held_out: (step, mean loss in nats per token) of the held-out samples' answers; step 0 is
+            the PTQ model.
+        losses: (step, mean loss in nats per token) of the training samples.
+    """
+
+    trained: tuple[str, ...]
+    loss: str
+    steps: int
+    best_step: int
+    tokens: int
+    held_out: tuple[tuple[int, float], ...]
+    losses: tuple[tuple[int, float], ...]
+
+    def __str__(self) -> str:
+        held_out = dict(self.held_out)
+        gain = f"held-out {self.loss} {held_out[0]:.5f} → {held_out[self.best_step]:.5f} nats"
+        if self.best_step:
+            return f"{gain} at step {self.best_step} of {self.steps}"
+        return f"{gain}: PTQ's weights kept"
+
+
+@memory_advice(
+    lambda: "distillation ran out of memory",
+    "start more processes under FSDP2, give distill.gradient_checkpointing=true "
+    "or lower distill.max_length",
+)
+def distill(
+    plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, teacher: nn.Module | None
+) -> Distilled:
+    """Train the quantized language model in place, from the newest checkpoint in the plan's
+    directory on.
+
+    Args:
+        plan: Checked.
+        model: Its language model quantized and calibrated. Afterwards the trained weights are
+            float32, and on the first process the whole model is there, on the CPU if it was
+            sharded.
+        teacher: `frozen_copy` of the language model from before its quantization; None when the
+            plan has none.
+
+    Raises:
+        BadInput: Too many bad samples, a loss that is not finite, or one that stays above the PTQ
+            model's.
+        RuntimeError: A guard found a defect: a quantizer that is not called, a gradient that is
+            missing or in excess, a range that changed.
+    """
+    student = model.language_model
+    # The export will share them: what is trained must be what is served.
+    share_fused_scales(student, plan.policy)
+    linears = _trained_linears(plan, student)
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    remove_partial(plan)
+    with trainable(student, linears), embedding_only(model):
+        trainer = _make_trainer(plan, model, student, teacher, linears)
+        share_ranges(student, plan.processes)
+        last = last_checkpoint(plan.directory)
+        if last is not None:
+            # A GPU may have calibrated another bit this time.
+            load_ranges(linears, last / WEIGHTS)
+        ranges = copied_ranges(linears)
+        if last is not None and step_of(last) == plan.settings.steps:
+            trainer.restore_finished(last)  # the run was killed during the export
+        else:
+            with _frozen_garbage():
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+        gather_model(student, plan.processes)
+    check_ranges(linears, ranges)
+    best = 0
+    if plan.processes.is_first:
+        best = load_weights(linears, plan.directory / BEST)
+    result = _result(plan, trainer, best)
+    del trainer
+    # It refers to itself, and holds gradients and moments whose memory the export needs.
+    gc.collect()
+    return result
+
+
+def _trained_linears(plan: DistillationPlan, student: nn.Module) -> Linears:
+    family = plan.checkpoint.config.family
+    return {name: student.get_submodule(family.native_module(name)) for name in plan.trained}
+
+
+def _make_trainer(
+    plan: DistillationPlan,
+    model: NemotronH_Omni_Reasoning_V3,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    linears: Linears,
+) -> DistillationTrainer:
+    settings = plan.settings
+    dataset = TrainingDataset(
+        plan.samples,
+        partial(_embed_sample, plan, model),
+        plan.rates,
+        settings.held_out,
+        settings.seed,
+        settings.max_skipped,
+        plan.processes,
+        step_batches=settings.batch // plan.processes.count,
+    )
+    return DistillationTrainer(plan, student, teacher, linears, dataset, dataset.held_out())
+
+
+def _embed_sample(
+    plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, sample: Sample, rate: float
+) -> Batch:
+    video = plan.video.with_rate(rate)
+    return batch_of(model, sample, plan.checkpoint, video, plan.settings.max_length)
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Keep the objects that exist now out of garbage collection: QADTrainer collects before every
+    batch.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _result(plan: DistillationPlan, trainer: DistillationTrainer, best_step: int) -> Distilled:
+    losses: list[tuple[int, float]] = []
+    for entry in trainer.state.log_history:
+        values: dict[str, Any] = entry
+        if "loss" in values:
+            losses.append((values["step"], values["loss"]))
+    return Distilled(
+        trained=plan.trained if best_step else (),
+        loss=trainer.loss_name,
+        steps=trainer.state.global_step,
+        best_step=best_step,
+        tokens=trainer.tokens,
+        held_out=tuple(trainer.history.items()),
+        losses=tuple(losses),
+    )
