@@ -24,7 +24,7 @@ from pipeline.inputs import (
     versions,
 )
 from quantize.algorithms import algorithm_faults
-from quantize.distill.distillation import DistillationPlan, plan_distillation
+from quantize.distill.plan import DistillationPlan, plan_distillation
 from quantize.layerwise import FinishedLayer
 from quantize.policy import Policy, make_policy
 from quantize.sensitivity import Search, search_faults

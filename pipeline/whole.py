@@ -17,7 +17,7 @@ from checkpoint.opened import open_checkpoint
 from export.load import load_exported
 from pipeline.job import Job, Record
 from quantize.algorithms import ALGORITHMS
-from quantize.distill.distillation import distill
+from quantize.distill.training import distill
 from quantize.distill.student import frozen_copy
 from quantize.layerwise import FinishedLayer, layer_policy
 from quantize.ptq import packed_linears, quantize_model

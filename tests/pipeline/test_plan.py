@@ -14,7 +14,7 @@ from checkpoint.layout import (
 )
 from pipeline import plan
 from pipeline.run import run
-from quantize.distill.student import training_bytes
+from quantize.distill.plan import training_bytes
 from recipes.loading import SHIPPED, load_recipe
 
 
