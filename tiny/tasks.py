@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibrate.samples import Sample
-from calibrate.sources.synthetic.drawing import stream
+from calibrate.sources.synthetic.drawing import random_state
 from calibrate.sources.synthetic.kinds import compose, messages
 from calibrate.sources.synthetic.lists import order, recall
 from calibrate.sources.synthetic.scenes import Scene
@@ -61,7 +61,7 @@ def scene(task: str, name: str, index: int) -> Scene:
     Every eighth item of `text` is a list of over 2,000 tokens, however few are asked for.
     """
     if task == "text":
-        random = stream("text", name, index)
+        random = random_state("text", name, index)
         return (
             recall(random, pairs=int(random.randint(300, 361))) if index % 8 == 7 else order(random)
         )

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from calibrate.sources.synthetic.clips import FPS
-from calibrate.sources.synthetic.drawing import BAR_END, COLORS, SHAPES, mp4_bytes, stream
+from calibrate.sources.synthetic.drawing import BAR_END, COLORS, SHAPES, mp4_bytes, random_state
 from calibrate.sources.synthetic.kinds import KINDS
 from calibrate.sources.synthetic.lists import code_list, frequent, image_list, recall
 from calibrate.sources.synthetic.scenes import Picture, Scene, form
@@ -380,10 +380,10 @@ class Batches(IterableDataset[Batch]):
         waiting: dict[tuple[int, bool, int], list[Item]] = defaultdict(list)
         index = number
         while True:
-            random, ease = stream("item", name, index), self.done.value / _EASY
+            random, ease = random_state("item", name, index), self.done.value / _EASY
             shares = early if ease < 1 else late
             kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
-            scene = _MAKERS[kind](stream(kind, name, index))
+            scene = _MAKERS[kind](random_state(kind, name, index))
             index += workers
             # Lists of up to 360 pairs and clips of up to 16 frames, in proportion to how far the
             # run is.
