@@ -12,14 +12,13 @@ from calibrate.sources.synthetic.scenes import finished
 from checkpoint.files import check_weights
 from checkpoint.native import load_model, load_tokenizer
 from tiny.tasks import TASKS, items, scene
-from tiny.training.data import (
+from tiny.training.data import collate
+from tiny.training.items import PromptBuilder, make_item
+from tiny.training.labels import (
     GLYPH_CLASSES,
     LABEL_SIZES,
     LINK_CLASSES,
     NAMES,
-    PromptBuilder,
-    collate,
-    make_item,
     patch_labels,
 )
 from tiny.training.model import (

@@ -1,12 +1,14 @@
-"""Accuracy on the test items in training's own batches: minutes of single answers become seconds of
-whole batches.
+"""Measures the accuracy on the test items in batches as in training.
+
+Answering one item after another takes minutes; one pass over whole batches takes seconds.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,21 +16,29 @@ import torch
 from checkpoint.config import read_config
 from checkpoint.native import load_tokenizer
 from tiny.tasks import TASKS, TEST_ITEMS, scene, series
-from tiny.training.data import Batch, Item, PromptBuilder, collate, make_item, padded_length
+from tiny.training.data import Batch, collate, padded_length
+from tiny.training.items import Item, PromptBuilder, make_item
 
 PRUNING_RATES = (0.0, 0.5, 0.75, 0.9)
+"""EVS rates that clips are evaluated at."""
 _TOKENS = 16384
+"""Tokens per batch at most."""
+
+Losses = Callable[[Batch, float], tuple[torch.Tensor, torch.Tensor]]
 
 
 def drawn_items(directory: Path, workers: int, count: int = TEST_ITEMS) -> list[Item]:
-    """The first `count` test items of every task.
+    """Return the first test items of every task.
 
     Args:
-        directory: A checkpoint with the tokenizer and the configuration.
-        workers: Processes that draw items; 0 for none.
-        count: Items of a task.
+        directory: A checkpoint with tokenizer and configuration.
+        workers: Number of processes that draw items; 0 draws them in this one.
+        count: Items per task.
     """
-    jobs = [(task, index, str(directory)) for task in TASKS for index in range(count)]
+    jobs = []
+    for task in TASKS:
+        for index in range(count):
+            jobs.append((task, index, str(directory)))
     if not workers:
         return [_item(job) for job in jobs]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -36,45 +46,52 @@ def drawn_items(directory: Path, workers: int, count: int = TEST_ITEMS) -> list[
 
 
 @torch.no_grad()
-def evaluated(
-    losses: Callable[[Batch, float], tuple[torch.Tensor, torch.Tensor]],
-    items: list[Item],
-    visual_id: int,
-) -> dict[str, float]:
-    """Share of right answers by task, clips at every pruning rate as `task@rate`.
+def evaluated(losses: Losses, items: list[Item], visual_id: int) -> dict[str, float]:
+    """Return the accuracy per task; clips at every pruning rate, as `task@rate`.
 
     Args:
-        losses: Of a batch at a pruning rate, whose second result says which questions would be
-            answered exactly.
-        items: As `drawn_items` gives them.
-        visual_id: The token that stands for a visual one.
+        losses: Called with a batch and a pruning rate; its second result tells which questions are
+            answered exactly, in the order of `Batch.kinds`.
+        items: As `drawn_items` returns them.
+        visual_id: The token that every visual token has.
+
+    Returns:
+        Shares of right answers, from 0 to 1.
     """
     results = {}
     for task in TASKS:
-        groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
-        for item in items:
-            if item.kind == task:
-                groups[len(item.tiles), padded_length(item)].append(item)
-        for rate in PRUNING_RATES if task.startswith("video") else (0.0,):
+        rates = PRUNING_RATES if task.startswith("video") else (0.0,)
+        for rate in rates:
             right: list[bool] = []
-            for (_, length), group in groups.items():
-                size = max(1, _TOKENS // length)
-                for start in range(0, len(group), size):
-                    batch = collate(group[start : start + size], visual_id, length)
-                    right += losses(batch, rate)[1][: len(batch.kinds)].tolist()
-            results[task if rate == 0 else f"{task}@{rate}"] = round(sum(right) / len(right), 4)
+            for batch in _batches(task, items, visual_id):
+                _, exact = losses(batch, rate)
+                right += exact[: len(batch.kinds)].tolist()
+            name = task if rate == 0 else f"{task}@{rate}"
+            results[name] = round(sum(right) / len(right), 4)
     return results
 
 
-_builders: dict[str, PromptBuilder] = {}
+def _batches(task: str, items: list[Item], visual_id: int) -> Iterator[Batch]:
+    """Yield the items of a task in batches of equal length and equally many tiles."""
+    groups: dict[tuple[int, int], list[Item]] = defaultdict(list)
+    for item in items:
+        if item.kind == task:
+            groups[len(item.tiles), padded_length(item)].append(item)
+    for (_, length), group in groups.items():
+        size = max(1, _TOKENS // length)
+        for start in range(0, len(group), size):
+            yield collate(group[start : start + size], visual_id, length)
 
 
 def _item(job: tuple[str, int, str]) -> Item:
     task, index, directory = job
-    if directory not in _builders:
-        torch.set_num_threads(1)
-        config = read_config(directory)
-        _builders[directory] = PromptBuilder(config, load_tokenizer(config))
-    return make_item(
-        scene(task, series("test", 0), index), task, _builders[directory], compressed=True
-    )
+    drawn = scene(task, series("test", 0), index)
+    return make_item(drawn, task, _builder(directory), compressed=True)
+
+
+@lru_cache
+def _builder(directory: str) -> PromptBuilder:
+    """Return the builder of a checkpoint; each process makes it once."""
+    torch.set_num_threads(1)
+    config = read_config(directory)
+    return PromptBuilder(config, load_tokenizer(config))

@@ -1,9 +1,9 @@
-"""Runs a training step as one CUDA graph for every shape of batch: a small model otherwise waits
-for kernel launches.
+"""Runs training steps as CUDA graphs, and draws batches in a thread.
 
-On an H100 a step of the tiny checkpoint is 13 ms of kernels in 100 ms of launches. Forward,
-backward and optimizers are captured together, after one step without a graph has compiled and tuned
-everything that the shape needs.
+A small model spends most of its time waiting for kernel launches: on an H100, a step of the tiny
+checkpoint is 13 ms of kernels in 100 ms of launches. So forward pass, backward pass and optimizers
+are captured together as one graph per shape of batch. The first step of a shape runs without a
+graph, because it compiles and tunes everything that the shape needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,77 +24,101 @@ from tiny.training.data import Batch
 Step = Callable[[Batch, float], tuple[torch.Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """A captured step.
+
+    Attributes:
+        graph: The graph.
+        batch: The batch that the graph reads; a new batch is copied into its tensors.
+        outputs: The tensors that the graph writes.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    outputs: tuple[torch.Tensor, ...]
+
+
 class GraphedSteps:
-    """Calls `step(batch, rate)` through a graph for each shape and rate; without CUDA as it is.
+    """Calls `step(batch, rate)` through one CUDA graph per shape and rate; on a CPU, directly.
 
     `step` must read what changes from one call to the next (learning rates, weights of losses) from
-    tensors on the device, must not wait for the device, and must leave no gradient that the next
+    tensors on the device. It must not wait for the device, and must leave no gradient that the next
     call needs.
     """
 
     def __init__(self, step: Step, device: str) -> None:
-        self.step, self.cuda = step, device == "cuda"
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Batch, tuple[torch.Tensor, ...]]] = {}
+        self.step = step
+        self.cuda = device == "cuda"
+        self.graphs: dict[Any, _Captured] = {}
         if self.cuda:
-            # cuDNN's attention plans every shape anew, which takes longer than it wins.
+            # cuDNN's attention makes a plan for every new shape, which costs more time than it
+            # saves here.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self.side = torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
 
     def stream(self) -> AbstractContextManager[Any]:
-        """The stream that steps run on."""
+        """Return a context in which work goes to the CUDA stream of the steps."""
         return torch.cuda.stream(self.side) if self.cuda else nullcontext()
 
     def wait(self) -> None:
-        """Until every step is done."""
+        """Wait until all steps are finished."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def __call__(self, batch: Batch, rate: float) -> tuple[torch.Tensor, ...]:
-        """The step's outputs, copied out of the graph."""
+        """Run one step and return copies of its outputs."""
         if not self.cuda:
             return self.step(batch, rate)
-        key = (rate, *(tuple(part.shape) for part in batch.tensors))
+        shapes = tuple(tuple(tensor.shape) for tensor in batch.tensors)
+        key = (rate, shapes)
         with self.stream():
-            for part in batch.tensors:
-                part.record_stream(self.side)
+            for tensor in batch.tensors:
+                tensor.record_stream(self.side)
             if key not in self.graphs:
-                outputs = tuple(output.detach().clone() for output in self.step(batch, rate))
-                self.graphs[key] = self._captured(batch, rate)
-                return outputs
-            graph, still, held = self.graphs[key]
-            for own, new in zip(still.tensors, batch.tensors, strict=True):
+                outputs = self.step(batch, rate)
+                copies = tuple(output.detach().clone() for output in outputs)
+                self.graphs[key] = self._capture(batch, rate)
+                return copies
+            captured = self.graphs[key]
+            for own, new in zip(captured.batch.tensors, batch.tensors, strict=True):
                 own.copy_(new)
-            graph.replay()
-            return tuple(output.clone() for output in held)
+            captured.graph.replay()
+            return tuple(output.clone() for output in captured.outputs)
 
-    def _captured(
-        self, batch: Batch, rate: float
-    ) -> tuple[torch.cuda.CUDAGraph, Batch, tuple[torch.Tensor, ...]]:
-        still = batch.with_tensors([part.clone() for part in batch.tensors])
+    def _capture(self, batch: Batch, rate: float) -> _Captured:
+        own = batch.with_tensors([tensor.clone() for tensor in batch.tensors])
         graph = torch.cuda.CUDAGraph()
-        # Another thread copies batches meanwhile, which the default mode would take for a part of
-        # the capture.
+        # "thread_local", because the thread of `Pool` copies batches meanwhile. The default mode
+        # ends the capture with an error when another thread calls CUDA.
         with torch.cuda.graph(
             graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"
         ):
-            outputs = tuple(output.detach() for output in self.step(still, rate))
-        return graph, still, outputs
+            outputs = tuple(output.detach() for output in self.step(own, rate))
+        return _Captured(graph, own, outputs)
 
 
 class Pool:
-    """Batches on the device: new ones as a thread brings them, else one of the last `size` again.
+    """Yields new batches as a thread brings them to the device, and earlier ones in between.
 
     Drawing pages takes sixteen processors longer than training on them takes the GPU. Iterating
-    gives (batch, new).
+    yields pairs of a batch and whether it is new.
+
+    Args:
+        batches: The new batches.
+        device: Device that they are moved to.
+        size: Number of batches kept for repetition; the oldest is replaced first.
+        first: Number of batches before any is repeated, because batches of some kinds come late.
     """
 
     def __init__(
         self, batches: Iterator[Batch], device: str, size: int = 300, first: int = 60
     ) -> None:
-        """Nothing is repeated before there are `first` batches to choose from: some kinds come
-        late.
-        """
-        self.batches, self.device, self.size, self.first = batches, device, size, first
+        self.batches = batches
+        self.device = device
+        self.size = size
+        self.first = first
         self.held: list[Batch] = []
         self.place = 0
         self.random = random.Random(0)
@@ -103,8 +128,9 @@ class Pool:
         self.thread.start()
 
     def _bring(self) -> None:
-        # One stream for good: PyTorch hands out the same few in turn, and one that is being
-        # captured takes no copy.
+        """Fill the queue until the pool is closed; an error of the loader goes into the queue."""
+        # The thread keeps one stream. PyTorch returns the same few streams in turn, and nothing can
+        # be copied on one whose work is being captured.
         copies = torch.cuda.Stream() if self.device == "cuda" else None
         try:
             while not self.stopped.is_set():
@@ -116,32 +142,35 @@ class Pool:
         if copies is None:
             return batch
         with torch.cuda.stream(copies):
-            moved = batch.with_tensors(
-                [part.to(self.device, non_blocking=True) for part in batch.tensors]
-            )
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in batch.tensors]
         copies.synchronize()
-        return moved
+        return batch.with_tensors(tensors)
 
     def close(self) -> None:
-        """End the thread, and let go of the loader, which then ends its workers."""
+        """Stop the thread, and release the loader, which then ends its workers."""
         self.stopped.set()
         while self.thread.is_alive():
+            # The thread may be waiting for a place in the queue.
             with contextlib.suppress(queue.Empty):
                 self.fresh.get(timeout=0.1)
         self.batches = iter(())
 
     def __iter__(self) -> Iterator[tuple[Batch, bool]]:
         while True:
+            must_wait = len(self.held) < self.first
             try:
-                brought = self.fresh.get(block=len(self.held) < self.first)
+                brought = self.fresh.get(block=must_wait)
             except queue.Empty:
                 yield self.random.choice(self.held), False
                 continue
             if isinstance(brought, BaseException):
                 raise brought
-            if len(self.held) < self.size:
-                self.held.append(brought)
-            else:
-                self.held[self.place % self.size] = brought
-                self.place += 1
+            self._hold(brought)
             yield brought, True
+
+    def _hold(self, batch: Batch) -> None:
+        if len(self.held) < self.size:
+            self.held.append(batch)
+        else:
+            self.held[self.place % self.size] = batch
+            self.place += 1

@@ -1,1 +1,1 @@
-"""Draws documents, tables, charts, clips and lists with known answers from a seed."""
+"""Draws documents, tables, charts, pictures, clips and lists with known answers from a seed."""

@@ -1,7 +1,7 @@
-"""Draws on pages and frames from an explicit seed, and turns them into PNG, MP4 and data URLs.
+"""Draws text and shapes on RGB pages, and encodes pages as PNG, MP4 and data URLs.
 
-The typefaces are Pillow's own and those of three packages, so a page looks the same on every
-machine.
+The typefaces are Pillow's default and those of three font packages, never those of the system, so
+a page has the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
-# Colours that stay apart under 4:2:0 chroma and 16-pixel patches; each has a name of one token.
+# Colours that remain distinct after 4:2:0 chroma subsampling and in patches of 16 pixels. The name
+# of each is one token of the tiny tokenizer.
 COLORS: dict[str, Color] = {
     "red": (215, 35, 40),
     "green": (40, 160, 60),
@@ -34,9 +35,10 @@ COLORS: dict[str, Color] = {
     "pink": (245, 150, 190),
     "cyan": (60, 200, 215),
 }
-BAR_END = "bar end"
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-# Pillow's own, two without serifs and one with; all but the first also bold.
+BAR_END = "bar end"
+"""Name of the mark at the right end of a chart's bar."""
+# Pillow's default typeface, two sans serif ones and a serif one, each of the three also in bold.
 FACES = (
     None,
     font_roboto.Roboto,
@@ -46,33 +48,42 @@ FACES = (
     font_source_serif_pro.SourceSerifPro,
     font_source_serif_pro.SourceSerifProBold,
 )
-# Without I, O, 0 and 1, which typefaces draw too much alike.
+# Without I, O, 0 and 1, which look too similar to each other in some typefaces.
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+CAP_HEIGHT = 0.7
+"""Height of a capital letter as a share of the font size, to a few hundredths in all `FACES`."""
 
 
-def stream(*parts: str | int) -> np.random.RandomState:
-    """A random stream of its own for `parts`. RandomState's streams are frozen by NumPy's policy."""
-    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+def random_state(*parts: str | int) -> np.random.RandomState:
+    """Return a random generator that is seeded by `parts`, such as a kind, a seed and an index.
+
+    NumPy guarantees that the numbers of `RandomState` never change, so items drawn from it are the
+    same with every version of NumPy.
+    """
+    name = "\x1f".join(str(part) for part in parts)
+    digest = hashlib.sha256(name.encode()).digest()
     return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 @lru_cache(maxsize=512)
 def font(size: int, face: int = 0) -> Any:
-    """A typeface of `FACES` at `size` pixels."""
+    """Return the font of a typeface at `size` pixels; `face` is its index in `FACES`."""
     path = FACES[face]
-    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+    if path is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(path, size)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where one glyph or shape stands: what training can supervise densely, tile by tile.
+    """The position of one drawn glyph or shape. Training uses marks as labels of image patches.
 
     Attributes:
-        name: The character, or the shape's name.
+        name: The character, the name of the shape, or `BAR_END`.
         x: Centre, in pixels of the page.
         y: Centre, in pixels of the page.
-        index: Place in its word, from 1; 0 for running text.
-        link: What it belongs to: the label of a bar's value, the colour of a shape; empty when
+        index: Position in its word, from 1; 0 for running text and shapes.
+        link: What it belongs to: the label of a row or bar, or the colour of a shape; empty for
             nothing.
     """
 
@@ -83,9 +94,24 @@ class Mark:
     link: str = ""
 
 
+@dataclass(frozen=True)
+class Lettering:
+    """How a word that is to be read is written, one character per cell.
+
+    Attributes:
+        size: Font size in pixels.
+        pitch: Width of a cell in pixels.
+        face: Index in `FACES`.
+    """
+
+    size: int
+    pitch: float
+    face: int
+
+
 @dataclass
 class Page:
-    """An RGB page under a pen, and the marks of what was drawn on it."""
+    """An RGB image, and the marks of what was drawn on it."""
 
     image: Image.Image
     marks: list[Mark] = field(default_factory=list)
@@ -109,27 +135,28 @@ class Page:
         word: bool = False,
         link: str = "",
     ) -> None:
-        """Write `string` with its left end at `x`, centred on the line `y`.
+        """Write `string` with its left end at `x`, vertically centred on `y`.
 
         Args:
             x: Left end in pixels.
-            y: Middle of the capitals in pixels.
+            y: Middle of the capital letters in pixels.
             string: What to write.
             size: Font size in pixels.
             ink: Colour.
-            face: Place in `FACES`.
-            word: Mark its characters as a word to be read (codes, values, labels), numbered from 1.
+            face: Index in `FACES`.
+            word: Number the marks of its characters from 1, as a word that is to be read (a code, a
+                value or a label); otherwise they get index 0, as running text.
             link: What the word belongs to.
         """
-        self.pen.text(
-            (x, y + CAP_HEIGHT * size / 2), string, font=font(size, face), fill=ink, anchor="ls"
-        )
+        baseline = y + CAP_HEIGHT * size / 2
+        self.pen.text((x, baseline), string, font=font(size, face), fill=ink, anchor="ls")
         place = 0
         for character in string:
             width = _advance(character, size, face)
             if character != " ":
                 place += 1
-                self.marks.append(Mark(character, x + width / 2, y, place if word else 0, link))
+                index = place if word else 0
+                self.marks.append(Mark(character, x + width / 2, y, index, link))
             x += width
 
     def spaced(
@@ -137,28 +164,25 @@ class Page:
         x: float,
         y: float,
         string: str,
-        size: int,
         ink: Color,
-        pitch: float,
-        face: int = 0,
+        lettering: Lettering,
         link: str = "",
     ) -> None:
-        """Write a word to be read, each character in the middle of a cell `pitch` pixels wide.
+        """Write a word that is to be read, each character in the middle of its own cell.
 
         Args:
             x: Left end of the first cell in pixels.
-            y: Middle of the capitals in pixels.
+            y: Middle of the capital letters in pixels.
             string: What to write.
-            size: Font size in pixels.
             ink: Colour.
-            pitch: Width of a cell in pixels.
-            face: Place in `FACES`.
+            lettering: Font size, width of a cell and typeface.
             link: What the word belongs to.
         """
+        baseline = y + CAP_HEIGHT * lettering.size / 2
+        typeface = font(lettering.size, lettering.face)
         for place, character in enumerate(string):
-            middle = x + (place + 0.5) * pitch
-            at = (middle, y + CAP_HEIGHT * size / 2)
-            self.pen.text(at, character, font=font(size, face), fill=ink, anchor="ms")
+            middle = x + (place + 0.5) * lettering.pitch
+            self.pen.text((middle, baseline), character, font=typeface, fill=ink, anchor="ms")
             self.marks.append(Mark(character, middle, y, place + 1, link))
 
     def shape(self, name: str, box: Box, color: str) -> None:
@@ -168,14 +192,10 @@ class Page:
         self.marks.append(Mark(name, (left + right) / 2, (top + bottom) / 2, 0, color))
 
     def bar(self, box: Box, ink: Color, link: str) -> None:
-        """Draw a horizontal bar; its right end is marked, since that is what is read."""
+        """Draw a horizontal bar in `box` and mark its right end, which shows the bar's value."""
         _, top, right, bottom = box
         self.pen.rectangle(box, fill=ink)
         self.marks.append(Mark(BAR_END, right, (top + bottom) / 2, 1, link))
-
-
-# Height of a capital, as a share of the font size, in all of `FACES` to a few hundredths.
-CAP_HEIGHT = 0.7
 
 
 @lru_cache(maxsize=8192)
@@ -184,86 +204,111 @@ def _advance(character: str, size: int, face: int) -> float:
 
 
 def text_width(string: str, size: int, face: int = 0) -> float:
-    """Width in pixels, kerning left out: asking FreeType for whole strings took most of a page's
-    time.
+    """Return the width of a text in pixels, without kerning.
+
+    The cached widths of single characters are summed, because measuring whole strings with FreeType
+    took most of the time of a page.
     """
     return sum(_advance(character, size, face) for character in string)
 
 
 def blank(width: int, height: int, paper: Color) -> Page:
-    """An empty page."""
+    """Return an empty page of `width` x `height` pixels."""
     return Page(Image.new("RGB", (width, height), paper))
 
 
 def draw_shape(pen: ImageDraw.ImageDraw, name: str, box: Box, ink: Color) -> None:
-    """Fill one of `SHAPES`; raises `KeyError` for another name."""
+    """Draw a filled shape.
+
+    Args:
+        pen: Draws on the image.
+        name: One of `SHAPES`.
+        box: Left, top, right and bottom in pixels.
+        ink: Colour.
+
+    Raises:
+        KeyError: If `name` is not one of `SHAPES`.
+    """
     left, top, right, bottom = box
-    width, height = right - left, bottom - top
     if name == "circle":
         pen.ellipse(box, fill=ink)
     elif name == "square":
         pen.rectangle(box, fill=ink)
     else:
-        pen.polygon(
-            [(left + px * width, top + py * height) for px, py in _OUTLINES[name]], fill=ink
-        )
+        width = right - left
+        height = bottom - top
+        corners = [(left + x * width, top + y * height) for x, y in _OUTLINES[name]]
+        pen.polygon(corners, fill=ink)
 
 
 def _star() -> list[tuple[float, float]]:
-    angles = [np.pi * (step / 5 - 0.5) for step in range(10)]
-    radii = [0.5 if step % 2 == 0 else 0.2 for step in range(10)]
-    return [
-        (0.5 + r * float(np.cos(a)), 0.5 + r * float(np.sin(a)))
-        for a, r in zip(angles, radii, strict=True)
-    ]
+    """Return the ten corners of a star in a box of width 1, outer and inner ones in turn."""
+    corners = []
+    for step in range(10):
+        angle = np.pi * (step / 5 - 0.5)
+        radius = 0.5 if step % 2 == 0 else 0.2
+        x = 0.5 + radius * float(np.cos(angle))
+        y = 0.5 + radius * float(np.sin(angle))
+        corners.append((x, y))
+    return corners
 
 
+# Corners of the shapes that are polygons, in a box of width and height 1.
 _OUTLINES = {
     "triangle": [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)],
     "star": _star(),
-    "cross": [(x / 3, y / 3) for x, y in
-              ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))],
-}  # fmt: skip
+    "cross": [
+        (1 / 3, 0.0),
+        (2 / 3, 0.0),
+        (2 / 3, 1 / 3),
+        (1.0, 1 / 3),
+        (1.0, 2 / 3),
+        (2 / 3, 2 / 3),
+        (2 / 3, 1.0),
+        (1 / 3, 1.0),
+        (1 / 3, 2 / 3),
+        (0.0, 2 / 3),
+        (0.0, 1 / 3),
+        (1 / 3, 1 / 3),
+    ],
+}
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """Encode uint8 [height, width, 3] as PNG."""
+    """Return uint8 pixels [height, width, 3] encoded as PNG."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG", compress_level=1)
     return out.getvalue()
 
 
 def mp4_bytes(frames: np.ndarray, fps: int = 2, crf: int = 20) -> bytes:
-    """Encode uint8 [T, height, width, 3] as MP4 (H.264, 4:2:0), the same bytes at every call.
+    """Return frames encoded as MP4 (H.264, 4:2:0); the same frames give the same bytes.
 
     Args:
-        frames: The frames; height and width even.
-        fps: Frames a second.
-        crf: x264's quality, 0 lossless to 51.
+        frames: uint8 [frames, height, width, 3]; height and width are even.
+        fps: Frames per second.
+        crf: Quality setting of x264, from 0 (lossless) to 51.
     """
     import av
 
     out = io.BytesIO()
-    # One thread and the bit-exact muxer: x264's slices and the file's encoder tag would differ
-    # between machines.
+    # One thread and the bit-exact muxer and encoder: otherwise the number of x264's slices and the
+    # encoder tag in the file differ between machines.
     with av.open(out, mode="w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream(
-            "libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "veryfast"}
-        )
+        quality = {"crf": str(crf), "preset": "veryfast"}
+        video = container.add_stream("libx264", rate=Fraction(fps), options=quality)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         video.thread_count = 1
         video.codec_context.flags |= av.codec.context.Flags.bitexact
         for pixels in frames:
-            container.mux(
-                video.encode(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                )
-            )
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(video.encode(frame))
         container.mux(video.encode())
     return out.getvalue()
 
 
 def data_url(media_type: str, content: bytes) -> str:
-    """`data:…;base64,…`, as an OpenAI message carries it."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
+    """Return a `data:…;base64,…` URL, as OpenAI chat messages carry images and video."""
+    encoded = base64.b64encode(content).decode("ascii")
+    return f"data:{media_type};base64,{encoded}"
