@@ -1,7 +1,7 @@
 """Holds README and docs to the project: their links, files, figures and commands.
 
-A fenced block behind `<!-- run -->` is run: shell lines one by one, Python blocks of a page together.
-Of all other commands, the module and the recipe's fields are checked.
+A fenced block behind `<!-- run -->` is run: shell lines one by one, the Python blocks of a page
+together. Of all other commands, the module and the recipe's fields are checked.
 """
 
 import importlib.util
