@@ -43,9 +43,9 @@ class LayerBuilder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._family = checkpoint.config.family
-        self._native: Any = native_config(checkpoint.config).text_config
+        self._native = _text_config(checkpoint)
         self._native.architectures = ["NemotronHForCausalLM"]
-        self._empty: Any = native_config(checkpoint.config).text_config
+        self._empty = _text_config(checkpoint)
         self._empty.layers_block_type = []
 
     def build(self, layer: int, tensors: dict[str, torch.Tensor]) -> NemotronHForCausalLM:
@@ -74,6 +74,11 @@ class LayerBuilder:
         model.model.norm_f = nn.Identity()
         single: NemotronHForCausalLM = model.requires_grad_(False).eval()
         return single
+
+
+def _text_config(checkpoint: Checkpoint) -> Any:
+    """A configuration of transformers' language model, which the caller may change."""
+    return native_config(checkpoint.config).text_config
 
 
 def read_layers(

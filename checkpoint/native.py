@@ -105,6 +105,8 @@ def load_model(
     if not layers:
         native.text_config.layers_block_type = []
         names = [name for name in names if family.layer_of(name) is None]
+    absent = [name for name in names if name not in checkpoint.tensors]
+    _refuse(checkpoint, absent, left_over=[])
     state = {
         family.released_name(name): _Deferred(checkpoint.tensors, name, read) for name in names
     }
@@ -131,8 +133,13 @@ def _check_report(report: dict[str, Any], checkpoint: Checkpoint) -> None:
     for name in sorted(report["missing_keys"]):
         if name != _UNUSED and "layer_scale" not in name:
             missing.append(name)
-    left_over = sorted(report["unexpected_keys"])
-    if missing or left_over or report["mismatched_keys"]:
+    missing += [str(name) for name in report["mismatched_keys"]]
+    _refuse(checkpoint, missing, sorted(report["unexpected_keys"]))
+
+
+def _refuse(checkpoint: Checkpoint, missing: list[str], left_over: list[str]) -> None:
+    """Raise `BadInput` if tensors are missing or left over."""
+    if missing or left_over:
         what = f"tensors missing: {missing[:5]}, left over: {left_over[:5]}"
         remedy = "check it with python -m export.verify"
         raise BadInput(Fault(str(checkpoint.directory), what, remedy))

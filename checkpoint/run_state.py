@@ -51,7 +51,11 @@ class RunState:
     @property
     def is_begun(self) -> bool:
         """Whether an earlier run left something to resume from."""
-        return (self.directory / _RUN).exists() and bool(self.progress())
+        progress = self.progress()
+        if not progress or not (self.directory / _RUN).exists():
+            return False
+        # A finished output that was removed before it was verified leaves nothing.
+        return not progress.get("written") or self.output.exists() or self.checkpoint.exists()
 
     @property
     def is_written(self) -> bool:

@@ -1,8 +1,7 @@
 """Writes a random-weight checkpoint of the released architecture at full or medium size, shard by
 shard.
 
-    python -m checkpoint.synthetic OUT --size full      # 760 tensors, 26.36 GB: the 12B's own
-    configuration
+    python -m checkpoint.synthetic OUT --size full      # 760 tensors, 26.36 GB: the 12B's config
     python -m checkpoint.synthetic OUT --size medium    # the same kinds of layers at about 1.4 GB
 
 For measuring time, memory and disk without the released weights. Activations stay finite through
@@ -97,7 +96,8 @@ def _draw(name: str, spec: TensorSpec, seed: int, device: str) -> torch.Tensor:
     """Draw one tensor; its generator depends on the name, not on the order of writing."""
     if spec.dtype == "I64":
         return torch.arange(spec.shape[0])
-    generator = torch.Generator(device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # torch's generator for CPUs uses the lower 32 bits of a seed only.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
     is_vector = len(spec.shape) == 1
     if last == "A_log":

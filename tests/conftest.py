@@ -1,23 +1,26 @@
-"""Fixtures every room shares: the tiny checkpoint, its config and model, one FP8 export of it."""
+"""Fixtures that every room shares: the tiny checkpoint, its config and model, exports of it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.config import CheckpointConfig, read_config, read_json
-from checkpoint.native import load_model
+from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.libraries import prepare_libraries
+from checkpoint.opened import Checkpoint, open_bf16
 from checkpoint.tokenizer import RELEASED
 from tiny.checkpoint import write_tiny
 
-DATA = Path(__file__).parent / "data"
+# Before any test module imports transformers' model classes; this file must not, at its top.
+prepare_libraries()
 torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """The tiny checkpoint; do not change it, take `tiny_copy`."""
+    """The directory of the tiny checkpoint; do not change it, take `tiny_copy`."""
     out = tmp_path_factory.mktemp("bf16") / "tiny"
     write_tiny(out)
     return out
@@ -25,17 +28,28 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_copy(tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint that a test may change."""
     return Path(shutil.copytree(tiny, tmp_path / "tiny"))
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny) -> CheckpointConfig:
-    return read_config(tiny)
+def tiny_checkpoint(tiny) -> Checkpoint:
+    """The tiny checkpoint, opened."""
+    return open_bf16(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint) -> CheckpointConfig:
+    """The tiny checkpoint's configuration."""
+    return tiny_checkpoint.config
 
 
 @pytest.fixture
-def tiny_model(tiny_config):
-    return load_model(tiny_config)
+def tiny_model(tiny_checkpoint):
+    """The tiny checkpoint as a model of its own, which a test may change."""
+    from checkpoint.native import load_model
+
+    return load_model(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +62,17 @@ def full12b() -> CheckpointConfig:
 def fp8_run(tiny, tmp_path_factory) -> tuple[int, Path]:
     """Exit status and output of the shipped tiny FP8 recipe, run once on few samples."""
     from pipeline.run import run
-    from recipes.schema import load_recipe
+    from recipes.loading import SHIPPED, load_recipe
 
     output = tmp_path_factory.mktemp("fp8") / "tiny-fp8"
-    few = ["calibrate.samples=7", "accuracy.samples=7", f"model={tiny}", f"output={output}"]
-    few += ["accuracy.tasks={names: [document, text], items: 8, max_loss: 30}"]
-    return run(load_recipe(Path("recipes/tiny/fp8.yaml"), few)), output
+    overrides = [
+        "calibrate.samples=7",
+        "accuracy.samples=7",
+        "accuracy.tasks={names: [document, text], items: 8, max_loss: 30}",
+        f"model={tiny}",
+        f"output={output}",
+    ]
+    return run(load_recipe(SHIPPED / "tiny/fp8.yaml", overrides)), output
 
 
 @pytest.fixture(scope="session")
@@ -64,16 +83,18 @@ def fp8(fp8_run) -> Path:
 
 @pytest.fixture
 def fp8_copy(fp8, tmp_path) -> Path:
+    """A copy of the FP8 export that a test may change."""
     return Path(shutil.copytree(fp8, tmp_path / "fp8"))
 
 
 @pytest.fixture(scope="session")
-def nvfp4_export(tiny, tmp_path_factory):
-    """Makes an export of its own by the shipped tiny NVFP4 recipe on few samples; call it with more
-    overrides.
+def nvfp4_export(tiny, tmp_path_factory) -> Callable[..., Path]:
+    """A function that makes an export by the shipped tiny NVFP4 recipe, on few samples.
+
+    Its arguments are further overrides.
     """
     from pipeline.run import run
-    from recipes.schema import load_recipe
+    from recipes.loading import SHIPPED, load_recipe
 
     def export(*overrides: str) -> Path:
         output = tmp_path_factory.mktemp("nvfp4") / "tiny-nvfp4"
@@ -84,7 +105,7 @@ def nvfp4_export(tiny, tmp_path_factory):
             f"model={tiny}",
             f"output={output}",
         ]
-        run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *overrides]))
+        run(load_recipe(SHIPPED / "tiny/nvfp4.yaml", [*few, *overrides]))
         return output
 
     return export
@@ -92,8 +113,8 @@ def nvfp4_export(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tiny):
-    """The tiny checkpoint on a real vLLM, EVS on at the default rate, shared by every test that
-    needs a server.
+    """The tiny checkpoint on a real vLLM, with EVS at the default rate, for every test that needs
+    a server.
     """
     from serve.process import running_server
     from serve.settings import ServeSettings

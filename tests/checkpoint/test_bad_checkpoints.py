@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from checkpoint.config import read_config
 from checkpoint.faults import BadInput
-from checkpoint.files import TensorFiles, check_weights
+from checkpoint.files import TensorFiles
+from checkpoint.opened import check_finite, open_bf16, open_checkpoint
 from tests.editing import edit_json, edit_tensors, truncate
 
 UP = "language_model.backbone.layers.1.mixer.up_proj.weight"
@@ -15,7 +15,7 @@ UP = "language_model.backbone.layers.1.mixer.up_proj.weight"
 
 def faults_of(directory) -> str:
     with pytest.raises(BadInput) as caught:
-        check_weights(read_config(directory))
+        check_finite(open_bf16(directory))
     return str(caught.value)
 
 
@@ -28,7 +28,7 @@ def test_another_architecture(tiny_copy):
     assert "LlamaForCausalLM" in faults_of(tiny_copy)
 
 
-def test_config_that_is_no_json(tiny_copy):
+def test_config_that_is_not_json(tiny_copy):
     (tiny_copy / "config.json").write_text("{")
     assert "cannot be read as JSON" in faults_of(tiny_copy)
 
@@ -52,18 +52,20 @@ def test_llm_config_without_dtype_is_refused_because_vllm_asserts_on_it(tiny_cop
 
 def test_truncated_weights(tiny_copy):
     truncate(tiny_copy / "model.safetensors")
-    assert "truncated or corrupt" in faults_of(tiny_copy)
+    assert "is truncated or not a safetensors file" in faults_of(tiny_copy)
 
 
 def test_corrupt_header(tiny_copy):
     with (tiny_copy / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * 64)
-    assert "truncated or corrupt" in faults_of(tiny_copy)
+    assert "is truncated or not a safetensors file" in faults_of(tiny_copy)
 
 
 def test_no_weights(tiny_copy):
     (tiny_copy / "model.safetensors").unlink()
-    assert "holds neither" in faults_of(tiny_copy)
+    assert "contains neither model.safetensors.index.json nor model.safetensors" in faults_of(
+        tiny_copy
+    )
 
 
 def test_index_that_names_a_missing_shard_and_a_wrong_place(tiny_copy):
@@ -93,33 +95,75 @@ def test_missing_extra_and_misshapen_tensors_are_named_at_once(tiny_copy):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(tiny_copy, value):
     edit_tensors(tiny_copy, lambda tensors: tensors[UP].view(-1)[5:7].fill_(value))
-    assert f"{UP}: holds 2 NaN or infinite values" in faults_of(tiny_copy)
+    assert f"{UP}: contains 2 NaN or infinite values" in faults_of(tiny_copy)
+
+
+def test_all_tensors_that_are_not_finite_are_named_at_once(tiny_copy):
+    def change(tensors):
+        tensors[UP].view(-1)[5] = float("nan")
+        tensors["mlp1.0.weight"][0] = float("inf")
+
+    edit_tensors(tiny_copy, change)
+    found = faults_of(tiny_copy)
+    assert f"{UP}: contains 1 NaN" in found
+    assert "mlp1.0.weight: contains 1 NaN" in found
+
+
+def test_opening_reads_headers_only(tiny_copy):
+    edit_tensors(tiny_copy, lambda tensors: tensors[UP].fill_(float("nan")))
+    open_bf16(tiny_copy)
+
+
+def test_a_quantized_checkpoint_is_opened_but_not_as_bf16(tiny_copy):
+    edit_json(tiny_copy / "config.json", lambda c: c.update(quantization_config={}))
+    assert open_checkpoint(tiny_copy).config.depth > 0
+    assert "is quantized already (give the BF16 checkpoint)" in faults_of(tiny_copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("[]", "is a JSON list, not a JSON object"),
+        ('{"metadata": {}}', "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "values that are not file names"),
+    ],
+)
+def test_an_index_that_is_not_one(tiny_copy, content, what):
+    (tiny_copy / "model.safetensors.index.json").write_text(content)
+    assert what in faults_of(tiny_copy)
 
 
 def test_tokenizer_of_another_release(tiny_copy):
-    from checkpoint.native import load_tokenizer
-
     edit_json(tiny_copy / "config.json", lambda c: c.update(img_context_token_id=5))
-    with pytest.raises(BadInput, match=r"config\.json says 5"):
-        load_tokenizer(read_config(tiny_copy))
+    checkpoint = open_bf16(tiny_copy)
+    with pytest.raises(BadInput, match=r"<image> has id 980, in config\.json it has 5"):
+        _ = checkpoint.tokenizer
+
+
+def test_a_checkpoint_without_a_tokenizer(tiny_copy):
     (tiny_copy / "tokenizer.json").unlink()
+    checkpoint = open_bf16(tiny_copy)
     with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
-        load_tokenizer(read_config(tiny_copy))
+        _ = checkpoint.tokenizer
 
 
-def test_native_load_refuses_what_transformers_would_initialise_at_random(tiny_copy):
+def test_native_load_refuses_what_transformers_would_initialize_at_random(tiny_copy):
     from checkpoint.native import load_model
 
     edit_tensors(tiny_copy, lambda tensors: tensors.pop(UP))
-    with pytest.raises((BadInput, KeyError)):
-        load_model(read_config(tiny_copy))
+    checkpoint = open_checkpoint(tiny_copy)
+    with pytest.raises(BadInput, match=rf"tensors missing: \['{UP}'\]"):
+        load_model(checkpoint)
 
 
-def test_native_load_keeps_every_weight(tiny_config, tiny_model):
-    from checkpoint.native import module_name
-
-    tensors = TensorFiles(tiny_config.directory)
+def test_native_load_keeps_every_weight(tiny_checkpoint, tiny_model):
+    family = tiny_checkpoint.config.family
     state = tiny_model.language_model.state_dict()
+    tensors = tiny_checkpoint.tensors
+    compared = 0
     for name in tensors:
-        if name.startswith("language_model."):
-            assert torch.equal(state[module_name(name)], tensors.read(name)), name
+        if name.startswith(family.language_model):
+            assert torch.equal(state[family.native_module(name)], tensors.read(name)), name
+            compared += 1
+    assert compared == len(state)

@@ -19,11 +19,10 @@ def ending(error: Exception, capsys) -> tuple[int, str]:
 
 
 def test_bad_input_prints_every_fault_and_exits_2(capsys):
-    status, printed = ending(
-        BadInput(Fault("a", "is wrong", "mend it"), Fault("b", "is wrong too")), capsys
-    )
+    bad = BadInput(Fault("a", "is wrong", "fix it"), Fault("b", "is wrong too"))
+    status, printed = ending(bad, capsys)
     assert status == 2
-    assert printed == "error: a: is wrong (mend it)\nerror: b: is wrong too\n"
+    assert printed == "error: a: is wrong (fix it)\nerror: b: is wrong too\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

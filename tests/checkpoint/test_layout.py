@@ -3,25 +3,27 @@ it.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
-from checkpoint.files import TensorFiles, check_weights
+from checkpoint.files import TensorFiles
 from checkpoint.layout import expected_tensors, language_model_linears
-from tests.conftest import DATA
+from checkpoint.opened import open_bf16
 from tiny.checkpoint import write_tiny
 
+RELEASED_LAYOUT = Path(__file__).parents[1] / "data" / "full12b" / "layout.json"
 SAFETENSORS_DTYPES = {"torch.bfloat16": "BF16", "torch.int64": "I64"}
 
 
 def test_the_12b_config_gives_exactly_the_released_760_tensors(full12b):
-    released = json.loads((DATA / "full12b" / "layout.json").read_text())
-    ours = {
-        name: (list(spec.shape), spec.dtype) for name, spec in expected_tensors(full12b).items()
-    }
-    assert ours == {
-        name: (shape, SAFETENSORS_DTYPES[dtype]) for name, (shape, dtype) in released.items()
-    }
+    released = {}
+    for name, (shape, dtype) in json.loads(RELEASED_LAYOUT.read_text()).items():
+        released[name] = (shape, SAFETENSORS_DTYPES[dtype])
+    ours = {}
+    for name, spec in expected_tensors(full12b).items():
+        ours[name] = (list(spec.shape), spec.dtype)
+    assert ours == released
     assert len(ours) == 760
 
 
@@ -32,9 +34,11 @@ def test_the_12b_has_136_quantizable_linears(full12b):
     assert all(specs[f"{linear.name}.weight"].shape == linear.shape for linear in linears)
 
 
-def test_the_tiny_checkpoint_has_the_layout_of_its_config(tiny_config):
-    tensors = check_weights(tiny_config)
-    assert dict(tensors.specs) == expected_tensors(tiny_config)
+def test_the_tiny_checkpoint_has_the_layout_of_its_config(tiny):
+    checkpoint = open_bf16(tiny)
+    assert dict(checkpoint.tensors.specs) == expected_tensors(checkpoint.config)
+    assert checkpoint.layout == expected_tensors(checkpoint.config)
+    assert list(checkpoint.linears) == language_model_linears(checkpoint.config)
 
 
 def test_the_tiny_checkpoint_is_the_same_byte_for_byte(tiny, tmp_path):
@@ -51,23 +55,22 @@ def test_the_tiny_checkpoint_has_the_released_schema(tiny_config, full12b):
     """
 
     def keys(value, prefix=""):
+        found = set()
         if isinstance(value, dict):
-            return {
-                key for k, v in value.items() for key in {f"{prefix}{k}", *keys(v, f"{prefix}{k}.")}
-            }
-        return set()
+            for key, inner in value.items():
+                found.add(f"{prefix}{key}")
+                found |= keys(inner, f"{prefix}{key}.")
+        return found
 
     resized = {
-        "vision_config.args." + key
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        "vision_config.args.hidden_size",
+        "vision_config.args.num_hidden_layers",
+        "vision_config.args.num_attention_heads",
+        "vision_config.args.intermediate_size",
     }
-    resized.add("vision_config.args.intermediate_size")
     assert keys(tiny_config.raw) - resized == keys(full12b.raw)
-    assert {tiny_config.mixer_kind(i) for i in range(len(tiny_config.pattern))} == {
-        "mamba",
-        "mlp",
-        "attention",
-    }
+    kinds = {tiny_config.mixer_kind(layer) for layer in range(tiny_config.depth)}
+    assert kinds == {"mamba", "mlp", "attention"}
     assert tiny_config.pattern.count("*") >= 2
 
 
@@ -82,7 +85,9 @@ def test_sharded_weights_read_like_a_single_file(tiny, tmp_path):
     }
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
-    weight_map = {name: file for file, part in parts.items() for name in part}
+    weight_map = {}
+    for file, part in parts.items():
+        weight_map.update(dict.fromkeys(part, file))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     sharded = TensorFiles(tmp_path)
     assert dict(sharded.specs) == dict(TensorFiles(tiny).specs)

@@ -20,7 +20,7 @@ from calibrate.forward import embed, logits
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from calibrate.sources.synthetic.drawing import mp4_bytes
-from checkpoint.native import load_model, load_tokenizer
+from checkpoint.native import load_model
 from serve.ask import content_parts
 from serve.demo import draw_page
 from serve.process import running_server
@@ -28,13 +28,17 @@ from serve.settings import ServeSettings
 
 
 def post(server, path, request):
-    data = json.dumps(
-        {"model": server.model, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0} | request
-    )
+    """Send a request for the log-probabilities of its own tokens, and one token more."""
+    body = {
+        "model": server.model,
+        "temperature": 0,
+        "max_tokens": 1,
+        "prompt_logprobs": 0,
+        **request,
+    }
     headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{server.url}{path}", data.encode(), headers)
-    ) as response:
+    sent = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(sent) as response:
         return json.load(response)
 
 
@@ -42,7 +46,8 @@ def logprobs(entries):
     """Log-probability of each prompt token but the first; vLLM gives a dictionary by token id for
     each.
     """
-    return torch.tensor([next(iter(entry.values()))["logprob"] for entry in entries[1:]])
+    values = [next(iter(entry.values()))["logprob"] for entry in entries[1:]]
+    return torch.tensor(values)
 
 
 def random_ids(config):
@@ -53,39 +58,37 @@ def random_ids(config):
 
 
 @torch.no_grad()
-def text_log_probabilities(server, config, dtype):
-    ids = random_ids(config)
-    theirs = logprobs(
-        post(server, "/completions", {"prompt": ids})["choices"][0]["prompt_logprobs"]
-    )
+def text_log_probabilities(server, checkpoint, dtype):
+    ids = random_ids(checkpoint.config)
+    answer = post(server, "/completions", {"prompt": ids})
+    theirs = logprobs(answer["choices"][0]["prompt_logprobs"])
+    model = load_model(checkpoint, dtype=dtype)
     given = torch.tensor([ids])
-    ours = (
-        load_model(config, dtype=dtype)
-        .language_model(input_ids=given, use_cache=False)
-        .logits[0, :-1]
-    )
-    return ours.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0], theirs
+    output = model.language_model(input_ids=given, use_cache=False).logits[0, :-1]
+    ours = output.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0]
+    return ours, theirs
 
 
 def assert_bf16_close(ours, theirs):
-    difference, scale = (ours - theirs).abs(), theirs.abs().mean()
+    difference = (ours - theirs).abs()
+    scale = theirs.abs().mean()
     assert difference.mean() < 0.014 * scale
     assert difference.max() < 0.25 * scale
 
 
-def test_text_agrees_in_float32_to_1e_5(tiny, tiny_config):
+def test_text_agrees_in_float32_to_1e_5(tiny, tiny_checkpoint):
     with running_server(tiny, ServeSettings(port=0, dtype="float32")) as server:
-        ours, theirs = text_log_probabilities(server, tiny_config, torch.float32)
+        ours, theirs = text_log_probabilities(server, tiny_checkpoint, torch.float32)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().mean()
 
 
-def test_text_agrees_in_bf16(server, tiny_config):
-    ours, theirs = text_log_probabilities(server, tiny_config, torch.bfloat16)
+def test_text_agrees_in_bf16(server, tiny_checkpoint):
+    ours, theirs = text_log_probabilities(server, tiny_checkpoint, torch.bfloat16)
     assert_bf16_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_config, tmp_path):
+def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_checkpoint, tmp_path):
     question = "What is it, and how does it change? " * 8
     if kind == "image":
         draw_page(tmp_path / "a.png")
@@ -96,14 +99,17 @@ def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_confi
         parts = content_parts([question], videos=[tmp_path / "a.mp4"])
     messages = [{"role": "user", "content": parts}]
     theirs = post(server, "/chat/completions", {"messages": messages})["prompt_logprobs"]
-    prompt = build_prompt(Sample(kind, messages, "test"), tiny_config, load_tokenizer(tiny_config))
-    model = load_model(tiny_config)
-    embedded = embed(model, prompt, tiny_config, server.settings.video_pruning_rate)
-    assert len(theirs) == len(embedded.token_ids)
+    config = tiny_checkpoint.config
+    sample = Sample(kind, messages, "test")
+    video = server.settings.video
+    assert video.pruning_rate > 0
+    prompt = build_prompt(sample, config, tiny_checkpoint.tokenizer, video)
+    model = load_model(tiny_checkpoint)
+    embedded = embed(model, prompt, config)
+    assert len(theirs) == len(embedded.token_ids) == prompt.length
     ours = logits(model, embedded)[:-1].float().log_softmax(-1)
     ours = ours.gather(1, embedded.token_ids[1:, None])[:, 0]
-    after = (
-        len(prompt.token_ids) - prompt.media[-1].span.end
-    )  # the question, and the turn that follows
+    # The question, and the turn that follows.
+    after = len(prompt.token_ids) - prompt.media[-1].span.end
     assert after > 50
     assert_bf16_close(ours[-after:], logprobs(theirs)[-after:])
