@@ -1,4 +1,4 @@
-"""Fixtures every room shares: the tiny checkpoint, its config and model, one FP8 export of it."""
+"""Fixtures that every room shares: the tiny checkpoint, its config and model, exports of it."""
 
 import shutil
 from pathlib import Path
@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.config import CheckpointConfig, read_config, read_json
-from checkpoint.native import load_model
+from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.libraries import prepare_libraries
 from checkpoint.tokenizer import RELEASED
-from tiny.checkpoint import write_tiny
+
+prepare_libraries()  # before a test imports transformers' model classes or ModelOpt
+
+from checkpoint.native import load_model  # noqa: E402
+from checkpoint.opened import Checkpoint, open_checkpoint  # noqa: E402
+from tiny.checkpoint import write_tiny  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 torch.set_num_threads(2)
@@ -29,13 +34,18 @@ def tiny_copy(tiny, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny) -> CheckpointConfig:
-    return read_config(tiny)
+def tiny_checkpoint(tiny) -> Checkpoint:
+    return open_checkpoint(tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint) -> CheckpointConfig:
+    return tiny_checkpoint.config
 
 
 @pytest.fixture
-def tiny_model(tiny_config):
-    return load_model(tiny_config)
+def tiny_model(tiny_checkpoint):
+    return load_model(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +58,12 @@ def full12b() -> CheckpointConfig:
 def fp8_run(tiny, tmp_path_factory) -> tuple[int, Path]:
     """Exit status and output of the shipped tiny FP8 recipe, run once on few samples."""
     from pipeline.run import run
-    from recipes.schema import load_recipe
+    from recipes.loading import SHIPPED, load_recipe
 
     output = tmp_path_factory.mktemp("fp8") / "tiny-fp8"
     few = ["calibrate.samples=7", "accuracy.samples=7", f"model={tiny}", f"output={output}"]
     few += ["accuracy.tasks={names: [document, text], items: 8, max_loss: 30}"]
-    return run(load_recipe(Path("recipes/tiny/fp8.yaml"), few)), output
+    return run(load_recipe(SHIPPED / "tiny" / "fp8.yaml", few)), output
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +83,9 @@ def nvfp4_export(tiny, tmp_path_factory):
     overrides.
     """
     from pipeline.run import run
-    from recipes.schema import load_recipe
+    from recipes.loading import SHIPPED, load_recipe
 
-    def export(*overrides: str) -> Path:
+    def export(*overrides: str, recipe: str = "nvfp4.yaml") -> Path:
         output = tmp_path_factory.mktemp("nvfp4") / "tiny-nvfp4"
         few = [
             "calibrate.samples=2",
@@ -84,10 +94,22 @@ def nvfp4_export(tiny, tmp_path_factory):
             f"model={tiny}",
             f"output={output}",
         ]
-        run(load_recipe(Path("recipes/tiny/nvfp4.yaml"), [*few, *overrides]))
+        run(load_recipe(SHIPPED / "tiny" / recipe, [*few, *overrides]))
         return output
 
     return export
+
+
+@pytest.fixture(scope="session")
+def nvfp4(nvfp4_export) -> Path:
+    """The NVFP4 export; do not change it."""
+    return nvfp4_export()
+
+
+@pytest.fixture(scope="session")
+def nvfp4_weight_only(nvfp4_export) -> Path:
+    """The weight-only NVFP4 export; do not change it, copy it."""
+    return nvfp4_export(recipe="nvfp4_weight_only.yaml")
 
 
 @pytest.fixture(scope="session")
