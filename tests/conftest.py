@@ -96,7 +96,7 @@ def nvfp4_export(tiny, tmp_path_factory) -> Callable[..., Path]:
     from pipeline.run import run
     from recipes.loading import SHIPPED, load_recipe
 
-    def export(*overrides: str) -> Path:
+    def export(*overrides: str, recipe: str = "nvfp4.yaml") -> Path:
         output = tmp_path_factory.mktemp("nvfp4") / "tiny-nvfp4"
         few = [
             "calibrate.samples=2",
@@ -105,10 +105,22 @@ def nvfp4_export(tiny, tmp_path_factory) -> Callable[..., Path]:
             f"model={tiny}",
             f"output={output}",
         ]
-        run(load_recipe(SHIPPED / "tiny/nvfp4.yaml", [*few, *overrides]))
+        run(load_recipe(SHIPPED / "tiny" / recipe, [*few, *overrides]))
         return output
 
     return export
+
+
+@pytest.fixture(scope="session")
+def nvfp4(nvfp4_export) -> Path:
+    """The NVFP4 export; do not change it."""
+    return nvfp4_export()
+
+
+@pytest.fixture(scope="session")
+def nvfp4_weight_only(nvfp4_export) -> Path:
+    """The weight-only NVFP4 export; do not change it, copy it."""
+    return nvfp4_export(recipe="nvfp4_weight_only.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def edit_tensors(
-    directory: Path, change: Callable[[dict], None], file: str = "model.safetensors"
-) -> None:
-    """Load all tensors of a file, let `change` alter the dictionary, write it back."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(directory / file).items()}
+def edit_tensors(directory: Path, change: Callable[[dict], None]) -> None:
+    """Load all tensors of a directory, let `change` alter the dictionary, write them back.
+
+    Each tensor stays in its file; new ones go into the first file. The index follows.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    location = {}
+    tensors = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            location[name] = file
+            tensors[name] = tensor.clone()
     change(tensors)
-    save_file(tensors, directory / file, metadata={"format": "pt"})
+    for file in files:
+        own = {}
+        for name, tensor in tensors.items():
+            if location.get(name, files[0]) == file:
+                own[name] = tensor
+        save_file(own, file, metadata={"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = {name: location.get(name, files[0]).name for name in tensors}
+        edit_json(index, lambda content: content.update(weight_map=weight_map))
 
 
 def edit_json(path: Path, change: Callable[[dict], None]) -> None:

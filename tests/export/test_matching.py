@@ -4,19 +4,21 @@ version.
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from checkpoint.layout import language_model_linears
-from export.matching import exclude_list, is_excluded, vllm_name
+from export.matching import exclude_list, is_excluded
 from quantize.policy import Rule, make_policy
 from serve.environment import find_python
 
 LAYERS = "language_model.model.layers."
+SCRIPT = Path(__file__).with_name("exclusion_by_vllm.py")
 
 
 def modules(config) -> list[str]:
-    names = {vllm_name(linear.name) for linear in language_model_linears(config)}
+    names = {config.family.vllm_module(linear.name) for linear in language_model_linears(config)}
     fused = {name.rpartition(".")[0] + ".qkv_proj" for name in names if name.endswith("q_proj")}
     parts = {name for name in names if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")}
     conv = {name.rpartition(".")[0] + ".conv1d" for name in names if name.endswith("in_proj")}
@@ -30,11 +32,17 @@ def modules(config) -> list[str]:
 
 
 def test_everything_unquantized_is_excluded_and_nothing_else(full12b):
-    rules = [Rule("fp8"), Rule("bf16", layers=(7, 61)), Rule("bf16", name="out_proj")]
+    rules = [
+        Rule(format="fp8"),
+        Rule(format="bf16", layers=(7, 61)),
+        Rule(format="bf16", name="out_proj"),
+    ]
     policy = make_policy(rules, language_model_linears(full12b))
-    entries = exclude_list([name for name, format in policy.formats.items() if format == "bf16"])
-    excluded = {name for name in modules(full12b) if is_excluded(name, entries)}
-    wanted = {vllm_name(name) for name, format in policy.formats.items() if format == "bf16"}
+    unquantized = [name for name, format in policy.formats.items() if format == "bf16"]
+    entries = exclude_list(unquantized, full12b.family)
+    excluded = {name for name in modules(full12b) if is_excluded(name, entries, full12b.family)}
+    vllm_module = full12b.family.vllm_module
+    wanted = {vllm_module(name) for name, format in policy.formats.items() if format == "bf16"}
     parts = {name for name in wanted if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")}
     wanted = (wanted - parts) | {f"{LAYERS}7.mixer.qkv_proj", "language_model.lm_head", "mlp1.1"}
     wanted |= {
@@ -46,24 +54,21 @@ def test_everything_unquantized_is_excluded_and_nothing_else(full12b):
 
 
 def test_no_entry_holds_a_control_character(full12b):
-    assert all(
-        entry.isprintable()
-        for entry in exclude_list([n.name for n in language_model_linears(full12b)])
-    )
+    names = [linear.name for linear in language_model_linears(full12b)]
+    assert all(entry.isprintable() for entry in exclude_list(names, full12b.family))
 
 
 @pytest.mark.parametrize("entry", ["lm_head", "*lm_head*", "language_model.lm_head"])
-def test_spellings_that_reach_lm_head(entry):
-    assert is_excluded("language_model.lm_head", [entry])
+def test_spellings_that_reach_lm_head(full12b, entry):
+    assert is_excluded("language_model.lm_head", [entry], full12b.family)
 
 
 def test_our_rule_is_vllms_on_sound_and_on_strange_lists(full12b):
     attention = [f"language_model.backbone.layers.7.mixer.{part}_proj" for part in "qkv"]
+    mamba = [linear.name for linear in language_model_linears(full12b) if linear.kind == "mamba"]
     lists = [
-        exclude_list(attention),
-        exclude_list(
-            [linear.name for linear in language_model_linears(full12b) if linear.kind == "mamba"]
-        ),
+        exclude_list(attention, full12b.family),
+        exclude_list(mamba, full12b.family),
         ["language_model*"],
         ["backbone.layers.7.mixer.q_proj"],
         ["*.layers.7.*", "lm_head*"],
@@ -74,15 +79,14 @@ def test_our_rule_is_vllms_on_sound_and_on_strange_lists(full12b):
     ]
     answers = ask_vllm({"lists": lists, "modules": modules(full12b)})
     for entries, theirs in zip(lists, answers, strict=True):
-        ours = {name: is_excluded(name, entries) for name in theirs}
+        ours = {name: is_excluded(name, entries, full12b.family) for name in theirs}
         assert ours == theirs, entries
 
 
 def ask_vllm(asked: dict) -> list[dict[str, bool]]:
     """One process for all questions: vLLM takes ten seconds to import."""
-    script = "tests/export/exclusion_by_vllm.py"
     result = subprocess.run(
-        [find_python(), script],
+        [find_python(), SCRIPT],
         input=json.dumps(asked),
         capture_output=True,
         text=True,

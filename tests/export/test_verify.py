@@ -3,15 +3,24 @@ one thing.
 """
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.faults import Fault
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput, Fault
+from checkpoint.files import TensorFiles
+from checkpoint.layout import language_model_linears
+from export.layout import linear_formats
 from export.verify import show_faults, verify
 from tests.editing import edit_json, edit_tensors, truncate
+
+ROOT = Path(__file__).parents[2]
+FIX_SECTION = "fix quantization_config, or export again"
 
 LAYER = "language_model.backbone.layers.{}.mixer.{}"
 IN_PROJ = LAYER.format(0, "in_proj")
@@ -22,12 +31,16 @@ def attention(tiny_config) -> str:
     return f"language_model.backbone.layers.{tiny_config.pattern.index('*')}.mixer"
 
 
+@pytest.fixture(scope="module")
+def mixed_export(nvfp4_export) -> Path:
+    """An export with NVFP4, attention in FP8 and MLPs in BF16; do not change it, take `mixed`."""
+    rules = "{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}"
+    return nvfp4_export(f"quantize.layers=[{rules}]")
+
+
 @pytest.fixture
-def mixed(nvfp4_export):
-    """An export with NVFP4, attention in FP8 and MLPs in BF16."""
-    return nvfp4_export(
-        "quantize.layers=[{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}]"
-    )
+def mixed(mixed_export, tmp_path) -> Path:
+    return Path(shutil.copytree(mixed_export, tmp_path / "mixed"))
 
 
 def messages(directory, source=None) -> str:
@@ -85,12 +98,12 @@ def test_a_scale_that_is_not_finite_and_positive(fp8_copy, value):
 
 def test_nan_in_a_packed_weight(fp8_copy):
     edit_tensors(fp8_copy, lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[0].fill_(0x7F))
-    assert f"{IN_PROJ}.weight: holds NaN" in messages(fp8_copy)
+    assert f"{IN_PROJ}.weight: contains NaN" in messages(fp8_copy)
 
 
 def test_nan_in_an_unquantized_weight(fp8_copy):
     edit_tensors(fp8_copy, lambda t: t["mlp1.1.weight"][0].fill_(float("nan")))
-    assert "mlp1.1.weight: holds NaN" in messages(fp8_copy)
+    assert "mlp1.1.weight: contains NaN" in messages(fp8_copy)
 
 
 def test_qkv_inputs_that_differ_cannot_be_fused(fp8_copy, attention):
@@ -107,12 +120,14 @@ def test_a_quantized_linear_that_the_list_excludes(fp8_copy):
 
 
 def test_a_linear_of_a_mixed_export_that_the_list_excludes(mixed):
-    """Upstream trap: vLLM asks the exclude list first, also where quantized_layers names the
+    """Upstream trap: vLLM consults the exclude list first, also where quantized_layers names the
     linear's format.
     """
     assert messages(mixed) == ""
     edit_both_lists(mixed, lambda entries: entries.append("language_model*"))
-    assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in messages(mixed)
+    found = messages(mixed)
+    assert f"{IN_PROJ}: is quantized, but vLLM's exclude rule leaves it out" in found
+    assert f"quantized_layers names {IN_PROJ}, which vLLM's exclude rule leaves out" in found
 
 
 @pytest.mark.parametrize("module", ["lm_head", "conv1d"])
@@ -132,7 +147,7 @@ def test_a_corrupted_exclude_list(fp8_copy):
 
     edit_both_lists(fp8_copy, corrupt)
     found = messages(fp8_copy)
-    assert "is no module name" in found
+    assert "is not a module name" in found
     assert "lm_head: has no scales, but vLLM takes it for quantized" in found
 
 
@@ -154,9 +169,116 @@ def test_null_quant_algo(fp8_copy):
     assert "quant_algo is None" in messages(fp8_copy)
 
 
-def test_an_algorithm_the_tensors_do_not_have(fp8_copy):
+def test_an_algorithm_the_tensors_do_not_have(fp8_copy, tiny_config):
     edit_json(fp8_copy / "config.json", lambda c: section(c).update(quant_algo="NVFP4"))
-    assert f"{IN_PROJ}: is FP8, config.json says NVFP4" in messages(fp8_copy)
+    found = messages(fp8_copy)
+    assert f"{IN_PROJ}: is FP8, config.json says NVFP4" in found
+    # One fault for each linear, and two of hf_quant_config.json: algorithm and group size.
+    assert len(found.splitlines()) == len(language_model_linears(tiny_config)) + 2
+
+
+@pytest.mark.parametrize("algo", ["W4A8_NVFP4_FP8", "fp9", 8])
+def test_an_unknown_algorithm_is_one_fault_that_names_the_known_ones(fp8_copy, algo):
+    for file, change in (
+        ("config.json", lambda c: section(c).update(quant_algo=algo)),
+        ("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo=algo)),
+    ):
+        edit_json(fp8_copy / file, change)
+    (fault,) = verify(fp8_copy)
+    known = "FP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION"
+    assert fault.what == f"quant_algo is {algo}, not one of {known}"
+    with pytest.raises(BadInput, match=r"quant_algo of .* not one of FP8"):
+        linear_formats(read_config(fp8_copy))
+
+
+def test_the_format_is_read_from_the_config_and_never_from_dtypes(fp8, nvfp4_weight_only, tiny):
+    def used(directory):
+        return set(linear_formats(read_config(directory)).values())
+
+    assert used(fp8) == {"fp8"}
+    assert used(nvfp4_weight_only) == {"nvfp4_weight_only"}
+    assert used(tiny) == set()
+
+
+def test_an_algorithm_in_lower_case_is_read_as_vllm_reads_it(fp8_copy):
+    edit_json(fp8_copy / "config.json", lambda c: section(c).update(quant_algo="fp8"))
+    assert set(linear_formats(read_config(fp8_copy)).values()) == {"fp8"}
+
+
+def change_layers(directory, change):
+    edit_json(directory / "config.json", lambda c: change(section(c)["quantized_layers"]))
+
+
+def test_a_linear_that_quantized_layers_gives_another_format(mixed, attention):
+    def change(layers):
+        layers[IN_PROJ]["quant_algo"] = "W4A16_NVFP4"
+        del layers[f"{attention}.o_proj"]
+
+    change_layers(mixed, change)
+    found = messages(mixed)
+    assert f"{IN_PROJ}: is NVFP4, config.json says W4A16_NVFP4" in found
+    assert f"{attention}.o_proj: is FP8, config.json says BF16" in found
+
+
+def test_a_linear_that_quantized_layers_names_and_has_no_scales(mixed, tiny_config):
+    mlp = LAYER.format(tiny_config.pattern.index("-"), "up_proj")
+    change_layers(mixed, lambda layers: layers.update({mlp: {"quant_algo": "FP8"}}))
+    assert f"quantized_layers names {mlp}, which vLLM's exclude rule leaves out" in messages(mixed)
+    edit_both_lists(mixed, lambda entries: entries.remove(mlp))
+    assert f"{mlp}: has no scales, but vLLM takes it for quantized" in messages(mixed)
+
+
+def test_a_format_that_differs_within_a_fused_layer(mixed, attention):
+    change_layers(
+        mixed, lambda layers: layers.update({f"{attention}.k_proj": {"quant_algo": "NVFP4"}})
+    )
+    found = messages(mixed)
+    assert "q_proj, k_proj, v_proj differ in format, and vLLM fuses them" in found
+    assert f"group_size of {attention}.k_proj is None, NVFP4 has 16" in found
+
+
+def test_a_name_in_quantized_layers_that_is_not_a_linear(mixed):
+    entry = {"quant_algo": "FP8"}
+    change_layers(mixed, lambda layers: layers.update({"language_model.lm_head": entry}))
+    found = messages(mixed)
+    assert "names language_model.lm_head, which is not a linear of this model" in found
+
+
+def test_the_group_size_that_vllm_requires(nvfp4_weight_only, tmp_path):
+    """Upstream trap: without it vLLM refuses NVFP4 checkpoints that come with this file alone."""
+    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    edit_json(copy / "hf_quant_config.json", lambda c: c["quantization"].pop("group_size"))
+    assert "group_size is None, W4A16_NVFP4 has 16" in messages(copy)
+
+
+def test_a_weight_only_directory(nvfp4_weight_only, tiny, tmp_path):
+    assert verify(nvfp4_weight_only, tiny) == []
+    tensors = TensorFiles(nvfp4_weight_only)
+    assert not [name for name in tensors if name.endswith("input_scale")]
+    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    edit_tensors(copy, lambda t: t.update({f"{IN_PROJ}.input_scale": torch.ones(())}))
+    # With an input scale, these are the tensors of another format.
+    assert messages(copy) == str(
+        Fault(IN_PROJ, "is NVFP4, config.json says W4A16_NVFP4", FIX_SECTION)
+    )
+
+
+def test_a_weight_only_directory_whose_q_k_v_scales_differ(nvfp4_weight_only, attention, tmp_path):
+    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    edit_tensors(copy, lambda t: t[f"{attention}.k_proj.weight_scale_2"].mul_(2))
+    assert f"{attention} weight_scale_2: differs" in messages(copy)
+
+
+def test_a_flipped_weight_of_a_weight_only_directory(nvfp4_weight_only, tiny, tmp_path):
+    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+
+    def flip(tensors):
+        codes = tensors[f"{IN_PROJ}.weight"].view(-1)
+        codes[(codes & 0x77).argmax()] ^= 0x88  # the signs of the largest: a zero has none
+
+    edit_tensors(copy, flip)
+    assert f"{IN_PROJ}.weight" in messages(copy, tiny)
+    assert "further from the source than nvfp4_weight_only rounding allows" in messages(copy, tiny)
 
 
 def test_an_unquantized_tensor_that_differs_from_the_source(fp8_copy, tiny):
@@ -201,20 +323,21 @@ def test_a_source_of_another_size_is_one_fault(fp8, tiny_copy):
 
 
 def test_truncated_weights(fp8_copy):
-    truncate(fp8_copy / "model.safetensors", 0.9)
-    assert "truncated or corrupt" in messages(fp8_copy)
+    shard = next(fp8_copy.glob("*.safetensors"))
+    truncate(shard, 0.9)
+    assert f"{shard}: is truncated or not a safetensors file" in messages(fp8_copy)
 
 
 def run_verify(*arguments):
     command = [sys.executable, "-m", "export.verify", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_the_table_shows_every_fault(tmp_path, capsys):
-    show_faults(tmp_path, [Fault("here", "is wrong", "mend it"), Fault("there", "is [wrong] too")])
+    show_faults(tmp_path, [Fault("here", "is wrong", "fix it"), Fault("there", "is [wrong] too")])
     table = " ".join(capsys.readouterr().err.split())
     assert "2 faults" in table
-    assert all(word in table for word in ("here", "is wrong", "mend it", "there", "is [wrong] too"))
+    assert all(word in table for word in ("here", "is wrong", "fix it", "there", "is [wrong] too"))
 
 
 def test_the_command_line_gives_all_faults_and_exits_1(fp8_copy, tiny):

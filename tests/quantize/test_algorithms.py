@@ -177,7 +177,7 @@ def test_gptq_packs_to_the_very_weights_it_found_in_the_bytes_of_modelopts_expor
     tiny_model, tiny_config, tmp_path
 ):
     forward = tiny_model.language_model
-    policy = make_policy([Rule("nvfp4", kind="attention")], language_model_linears(tiny_config))
+    policy = make_policy([Rule(format="nvfp4", kind="attention")], language_model_linears(tiny_config))
     ids = torch.arange(200)[None] % tiny_config.text["vocab_size"]
     quantize_model(forward, policy, lambda: forward(ids, use_cache=False), "gptq")
     ours, shares = list(packed_linears(forward, policy)), []
@@ -203,17 +203,17 @@ def policy_of(config, *rules):
 
 @pytest.mark.parametrize("name", ["awq_clip", "local_hessian"])
 def test_an_algorithm_that_does_nothing_for_the_formats_is_refused(tiny_config, name):
-    (fault,) = algorithm_faults(name, policy_of(tiny_config, Rule("fp8")), distils=False)
+    (fault,) = algorithm_faults(name, policy_of(tiny_config, Rule(format="fp8")), distils=False)
     assert (
         str(fault)
         == f"quantize.algorithm: {name} does nothing for fp8 (choose from max, mse, gptq)"
     )
-    mixed = policy_of(tiny_config, Rule("fp8"), Rule("nvfp4", kind="mlp"))
+    mixed = policy_of(tiny_config, Rule(format="fp8"), Rule(format="nvfp4", kind="mlp"))
     assert list(algorithm_faults(name, mixed, distils=False)) == []
 
 
 def test_distillation_begins_from_absolute_maxima_only(tiny_config):
-    policy = policy_of(tiny_config, Rule("nvfp4"))
+    policy = policy_of(tiny_config, Rule(format="nvfp4"))
     assert list(algorithm_faults("max", policy, distils=True)) == []
     (fault,) = algorithm_faults("gptq", policy, distils=True)
     assert "distillation then changes" in fault.what

@@ -13,7 +13,7 @@ def linears(full12b):
 
 
 def test_one_rule_takes_every_linear_of_the_language_model_and_nothing_else(linears):
-    policy = make_policy([Rule("fp8")], linears)
+    policy = make_policy([Rule(format="fp8")], linears)
     assert policy.counts() == {"fp8": 136}
     assert policy.algo == "FP8"
     assert not [
@@ -25,10 +25,10 @@ def test_one_rule_takes_every_linear_of_the_language_model_and_nothing_else(line
 
 def test_the_last_rule_that_matches_wins(linears):
     rules = [
-        Rule("fp8"),
-        Rule("bf16", kind="attention"),
-        Rule("fp8", name="o_proj"),
-        Rule("bf16", layers=(0, -1)),
+        Rule(format="fp8"),
+        Rule(format="bf16", kind="attention"),
+        Rule(format="fp8", name="o_proj"),
+        Rule(format="bf16", layers=(0, -1)),
     ]
     formats = make_policy(rules, linears).formats
     at = "language_model.backbone.layers.{}.mixer.{}".format
@@ -41,7 +41,7 @@ def test_the_last_rule_that_matches_wins(linears):
 
 def test_two_formats_are_mixed_precision(linears):
     assert (
-        make_policy([Rule("nvfp4"), Rule("fp8", kind="attention")], linears).algo
+        make_policy([Rule(format="nvfp4"), Rule(format="fp8", kind="attention")], linears).algo
         == "MIXED_PRECISION"
     )
 
@@ -49,13 +49,13 @@ def test_two_formats_are_mixed_precision(linears):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([Rule("fp8"), Rule("bf16", name="gate_proj")], "matches no layer"),
-        ([Rule("fp8"), Rule("bf16", layers=(62,))], "matches no layer"),
-        ([Rule("fp8"), Rule("bf16", kind="mlp", name="q_proj")], "matches no layer"),
-        ([Rule("fp9")], "did you mean fp8"),
-        ([Rule("fp8", kind="mamba2")], "did you mean mamba"),
-        ([Rule("fp8"), Rule("bf16")], "no layer is quantized"),
-        ([Rule("fp8"), Rule("bf16", name="q_proj")], "vLLM fuses the three"),
+        ([Rule(format="fp8"), Rule(format="bf16", name="gate_proj")], "matches no layer"),
+        ([Rule(format="fp8"), Rule(format="bf16", layers=(62,))], "matches no layer"),
+        ([Rule(format="fp8"), Rule(format="bf16", kind="mlp", name="q_proj")], "matches no layer"),
+        ([Rule(format="fp9")], "did you mean fp8"),
+        ([Rule(format="fp8", kind="mamba2")], "did you mean mamba"),
+        ([Rule(format="fp8"), Rule(format="bf16")], "no layer is quantized"),
+        ([Rule(format="fp8"), Rule(format="bf16", name="q_proj")], "vLLM fuses the three"),
     ],
 )
 def test_a_wrong_rule_is_an_error(linears, rules, message):
@@ -65,5 +65,5 @@ def test_a_wrong_rule_is_an_error(linears, rules, message):
 
 def test_every_wrong_rule_is_named_at_once(linears):
     with pytest.raises(BadInput) as caught:
-        make_policy([Rule("fp8"), Rule("int4"), Rule("bf16", name="nothing")], linears)
+        make_policy([Rule(format="fp8"), Rule(format="int4"), Rule(format="bf16", name="nothing")], linears)
     assert len(caught.value.faults) == 2

@@ -32,7 +32,7 @@ def enabled(model) -> set[str]:
 
 
 def test_exactly_the_policys_quantizers_are_enabled_out_proj_included(tiny_model, linears):
-    policy = make_policy([Rule("fp8"), Rule("bf16", kind="attention")], linears)
+    policy = make_policy([Rule(format="fp8"), Rule(format="bf16", kind="attention")], linears)
     quantize_model(tiny_model.language_model, policy, calibrate(tiny_model))
     wanted = {
         f"{module_name(n)}.{q}_quantizer" for n in policy.quantized for q in ("weight", "input")
@@ -47,7 +47,7 @@ def test_the_input_scale_is_the_absolute_maximum_over_448(tiny_model, linears):
     hook = first.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].abs().max().float())
     )
-    policy = make_policy([Rule("fp8")], linears)
+    policy = make_policy([Rule(format="fp8")], linears)
     quantize_model(tiny_model.language_model, policy, calibrate(tiny_model))
     hook.remove()
     packed = {p.name: p.tensors for p in packed_linears(tiny_model.language_model, policy)}
@@ -69,7 +69,7 @@ def test_a_quantizer_without_a_finite_positive_range_stops_the_run_by_name(
     with pytest.raises(BadInput) as caught:
         quantize_model(
             tiny_model.language_model,
-            make_policy([Rule("fp8")], linears),
+            make_policy([Rule(format="fp8")], linears),
             calibrate(tiny_model, value),
         )
     assert found in str(caught.value)
@@ -77,7 +77,7 @@ def test_a_quantizer_without_a_finite_positive_range_stops_the_run_by_name(
 
 
 def test_fp8_kv_cache_gives_every_attention_layer_a_scale(tiny_model, linears):
-    policy = make_policy([Rule("fp8")], linears, kv_cache="fp8")
+    policy = make_policy([Rule(format="fp8")], linears, kv_cache="fp8")
     quantize_model(tiny_model.language_model, policy, calibrate(tiny_model))
     scales = {
         p.name.rpartition(".")[2]: p.tensors

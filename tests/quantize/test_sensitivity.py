@@ -113,7 +113,7 @@ def test_a_linears_kl_is_that_of_the_model_with_it_alone_quantized(
     reference = logits()
     quantize_model(
         model.language_model,
-        make_policy([Rule("nvfp4", name=name)], language_model_linears(tiny_config)),
+        make_policy([Rule(format="nvfp4", name=name)], language_model_linears(tiny_config)),
         logits,
     )
     expected = float((reference.exp() * (reference - logits())).sum())
