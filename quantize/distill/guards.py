@@ -35,10 +35,8 @@ def watched_quantizers(model: nn.Module) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     if missed:
-        names = ", ".join(sorted(missed))
-        raise RuntimeError(
-            f"a training step did not call {len(missed)} enabled quantizers: {names}"
-        )
+        what = f"a training step did not call {len(missed)} enabled quantizers"
+        raise RuntimeError(f"{what}: {', '.join(sorted(missed))}")
 
 
 def _called(missed: set[str], name: str, *_: Any) -> None:

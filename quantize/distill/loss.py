@@ -66,6 +66,7 @@ def loss_sum(
     next_tokens = labels[:, 1:]
     counted = next_tokens != IGNORE
     ours = student[:, :-1][counted].to(head.dtype)
+    piece: Callable[..., torch.Tensor]
     if teacher is None:
         piece = _cross_entropy
         targets = next_tokens[counted]

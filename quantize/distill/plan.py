@@ -42,6 +42,7 @@ class DistillationPlan:
         device: `cpu` or `cuda`, under a launcher with the number of the process's GPU.
         record: Called on the first process with the number of the step after each checkpoint that
             is whole on disk.
+        is_sharded: Whether FSDP divides the models among the processes.
     """
 
     settings: Distill
@@ -54,16 +55,12 @@ class DistillationPlan:
     processes: Processes
     device: str
     record: Callable[[int], None]
+    is_sharded: bool
 
     @property
     def is_taught(self) -> bool:
         """Whether BF16 is the teacher; without it, the run is QAT."""
         return self.settings.loss == "kl"
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP divides the models among the processes."""
-        return parse_flag_from_env(_FSDP)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -138,6 +135,7 @@ def plan_distillation(
         processes=processes,
         device=device,
         record=record,
+        is_sharded=parse_flag_from_env(_FSDP),
     )
     raise_if_any(_faults(plan))
     return plan

@@ -35,7 +35,7 @@ class Distill(Section):
     train: str = "*"
     """Which quantized linears train: a shell pattern on the full name or its last part."""
     video_pruning_rates: Annotated[tuple[PruningRate, ...], Field(min_length=1)] | None = None
-    """EVS rates of the clips; of several, each sample draws one. By default `video.pruning_rate`."""
+    """EVS rates of the clips; each sample draws one. By default `video.pruning_rate`."""
     max_length: Annotated[int, Field(ge=16)] = 16384
     """Longest sample in tokens after EVS; longer ones are skipped and counted."""
     max_skipped: Annotated[int, Field(ge=0)] = 0

@@ -9,7 +9,6 @@ compared with QAD under the same guards.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -32,7 +31,6 @@ from transformers import (
 )
 
 from checkpoint.faults import BadInput, Fault
-from checkpoint.log import get_logger
 from quantize.distill.checkpoints import (
     BEST,
     PARTIAL,
@@ -48,8 +46,7 @@ from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.plan import DistillationPlan
 from quantize.distill.step_log import StepLog
 from quantize.distill.weights import Linears, load_weights, save_weights
-
-logger = get_logger(__name__)
+from quantize.modelopt_output import printed_to_log
 
 _ADVICE = (
     "lower distill.learning_rate first, tenfold; "
@@ -134,7 +131,7 @@ class DistillationTrainer(QADTrainer):
             _CheckpointFinisher(self),
             StepLog(self),
         ]
-        with _prints_logged(), _restored(PreTrainedModel, modeling_utils):
+        with printed_to_log(), _restored(PreTrainedModel, modeling_utils):
             super().__init__(
                 model=student,
                 args=training_arguments(plan),
@@ -374,15 +371,3 @@ def _restored(*owners: type | ModuleType) -> Iterator[None]:
             for name, value in attributes.items():
                 if vars(owner)[name] is not value:
                     setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def _prints_logged() -> Iterator[None]:
-    """Send what the body prints to the log: ModelOpt's trainer prints twice when it is made, and
-    there is no switch.
-    """
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        yield
-    for line in printed.getvalue().splitlines():
-        logger.debug(line)

@@ -1,5 +1,4 @@
-"""A distillation killed at any moment goes on with the same command and ends with the same bytes.
-"""
+"""A distillation killed at any moment goes on with the same command and ends with the same bytes."""
 
 import dataclasses
 import json
