@@ -10,31 +10,32 @@ import torch
 
 from calibrate.samples import Sample
 from calibrate.sources.synthetic.kinds import draw
-from checkpoint.layout import language_model_linears
-from checkpoint.native import load_model, load_tokenizer
-from quantize.distill import distillation as distilling
-from quantize.distill.batches import batch_of
-from quantize.distill.distillation import Settings, plan_distillation
+from checkpoint.native import load_model
+from checkpoint.opened import open_bf16
+from checkpoint.processes import ALONE
+from checkpoint.video import Video
+from quantize.distill.dataset import batch_of
+from quantize.distill.plan import plan_distillation
+from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy
+from quantize.distill.training import distill
 from quantize.policy import Rule, make_policy
 from quantize.ptq import quantize_model
 
-SETTINGS = Settings(
-    steps=2,
-    batch=2,
-    learning_rate=1e-4,
-    weight_decay=0.05,
-    warmup=0.1,
-    train="*",
-    video_pruning_rates=(0.9,),
-    max_length=4096,
-    max_skipped=0,
-    held_out=2,
-    save_every=1,
-    patience=4,
-    gradient_checkpointing=False,
-    seed=7,
-)
+SETTINGS = {
+    "steps": 2,
+    "batch": 2,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.05,
+    "warmup": 0.1,
+    "max_length": 4096,
+    "max_skipped": 0,
+    "held_out": 2,
+    "save_every": 1,
+    "patience": 4,
+    "seed": 7,
+}
+VIDEO = Video(pruning_rate=0.9)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,52 +47,104 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def said(number: int) -> Sample:
-    text = f"Sentence {number} of many. " * (1 + number % 3)
-    return Sample(
-        f"text-{number}", [{"role": "user", "content": text}], "test", answer=f"Answer {number}."
-    )
+def text_sample(number: int, text: str = "Sentence") -> Sample:
+    content = f"{text} {number} of many. " * (1 + number % 3)
+    messages = [{"role": "user", "content": content}]
+    return Sample(f"text-{number}", messages, "test", answer=f"Answer {number}.")
 
 
 def texts():
-    return map(said, itertools.count())
+    return map(text_sample, itertools.count())
 
 
 def mixture():
-    """Held out: a text and a picture; then trained on: a clip, a text, and more texts."""
-    return iter([said(0), draw("chart", 5, 0), draw("video_static", 5, 2), *map(said, range(1, 6))])
+    """Held out: a text and a picture. Trained on: a clip, a text, and what is held out."""
+    held_out = [text_sample(0), draw("chart", 5, 0)]
+    return iter([*held_out, draw("video_static", 5, 2), text_sample(1), *held_out])
+
+
+def ignore(step: int) -> None:
+    """Record nothing."""
+
+
+def small_plan(
+    tiny,
+    directory,
+    samples=texts,
+    format="fp8",
+    processes=ALONE,
+    record=ignore,
+    device="cpu",
+    **settings,
+):
+    """The checked plan of a distillation that keeps its checkpoints in `directory/distill`."""
+    checkpoint = open_bf16(tiny)
+    return plan_distillation(
+        Distill(**(SETTINGS | settings)),
+        samples,
+        checkpoint,
+        make_policy([Rule(format=format)], checkpoint.linears),
+        VIDEO,
+        directory / "distill",
+        processes,
+        device,
+        record,
+    )
 
 
 class Small:
-    """One distillation before it is run: `plan`, `model` (quantized), `teacher`."""
+    """One distillation before it is run.
 
-    def __init__(self, config, directory, samples=texts, format="fp8", **settings):
-        policy = make_policy([Rule(format)], language_model_linears(config))
-        self.config, self.tokenizer = config, load_tokenizer(config)
-        self.settings = dataclasses.replace(SETTINGS, **settings)
-        self.plan = plan_distillation(
-            self.settings,
-            samples,
-            config,
-            self.tokenizer,
-            policy,
-            directory / "out",
-            {"recipe": str(settings)},
-            "cpu",
-        )
-        self.model = load_model(config)
-        self.teacher = frozen_copy(self.model.language_model) if self.plan.taught else None
-        batches = [self.batch(sample) for sample in itertools.islice(samples(), 4)]
-        forward = self.model.language_model
-        quantize_model(
-            forward, policy, lambda: [forward(inputs_embeds=b["inputs_embeds"]) for b in batches]
-        )
+    Attributes:
+        plan: Its checked plan.
+        model: Its language model is quantized.
+        teacher: BF16; None for QAT.
+    """
+
+    def __init__(self, tiny, directory, samples=texts, noise=0.0, **options):
+        self.plan = small_plan(tiny, directory, samples, **options)
+        self.checkpoint = self.plan.checkpoint
+        self.model = load_model(self.checkpoint)
+        self.teacher = frozen_copy(self.student) if self.plan.is_taught else None
+        self.add_noise(noise)
+        calibration = list(itertools.islice(samples(), 4))
+        quantize_model(self.student, self.plan.policy, lambda: self.run_student(calibration))
+
+    @property
+    def student(self):
+        """The language model that is trained."""
+        return self.model.language_model
+
+    @property
+    def linears(self):
+        """The linears that train, by checkpoint name."""
+        family = self.checkpoint.config.family
+        paths = {name: family.native_module(name) for name in self.plan.trained}
+        return {name: self.student.get_submodule(path) for name, path in paths.items()}
+
+    def add_noise(self, size):
+        """Move the student away from BF16, by `size` times the spread of each linear's weights.
+
+        Rounding to FP8 moves it so little that the way back is lost in the rounding of a step,
+        which differs between CPUs. From farther away, a step leads back.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for linear in self.linears.values():
+            weight = linear.weight.data
+            noise = torch.randn(weight.shape, generator=generator)
+            weight += (size * weight.float().std() * noise).to(weight.dtype)
+
+    def plan_with(self, samples):
+        """The same plan over other samples."""
+        return dataclasses.replace(self.plan, samples=samples)
 
     def batch(self, sample):
-        rate = self.settings.video_pruning_rates[0]
-        return batch_of(
-            self.model, sample, self.config, self.tokenizer, rate, self.settings.max_length
-        )
+        video = VIDEO.with_rate(self.plan.rates[0])
+        return batch_of(self.model, sample, self.checkpoint, video, self.plan.settings.max_length)
+
+    def run_student(self, samples):
+        for sample in samples:
+            self.student(inputs_embeds=self.batch(sample)["inputs_embeds"], use_cache=False)
 
     def run(self):
-        return distilling.distill(self.plan, self.model, self.teacher)
+        return distill(self.plan, self.model, self.teacher)

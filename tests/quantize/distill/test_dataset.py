@@ -1,5 +1,5 @@
-"""The training stream: what is held out, who takes what, where it begins again, and what the loss
-counts.
+"""The training dataset: what is held out, which process takes what, where it begins again, and what
+the loss counts.
 """
 
 import itertools
@@ -13,8 +13,30 @@ from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from calibrate.sources.synthetic.kinds import MIXED, draw, synthetic
 from checkpoint.faults import BadInput, Fault
-from checkpoint.native import load_tokenizer
-from quantize.distill.batches import IGNORE, TrainingStream, answer_alone, batch_of, with_answer
+from checkpoint.native import load_model
+from checkpoint.opened import open_bf16
+from checkpoint.processes import Processes
+from checkpoint.video import Video
+from quantize.distill.dataset import (
+    IGNORE,
+    TrainingDataset,
+    answer_only,
+    batch_of,
+    with_answer,
+)
+from tests.quantize.distill.distilling import VIDEO, text_sample
+
+SECOND = Processes(1, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny):
+    return open_bf16(tiny)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint)
 
 
 def five():
@@ -29,149 +51,172 @@ def named(sample, rate):
         "name": sample.id,
         "rate": rate,
         "labels": torch.zeros(1, int(sample.id) + 1),
-        "answer": 0,
+        "answer_length": 0,
     }
 
 
-def stream(samples=five, embed=named, rates=(0.5,), **options):
-    return TrainingStream(
-        samples, embed, rates, **{"held_out": 2, "seed": 1, "max_skipped": 0, **options}
-    )
+def dataset(samples=five, embed=named, rates=(0.5,), **options):
+    defaults = {"held_out": 2, "seed": 1, "max_skipped": 0}
+    return TrainingDataset(samples, embed, rates, **(defaults | options))
 
 
-def taken(stream, count):
-    return [(int(batch["position"]), batch["name"]) for batch in itertools.islice(stream, count)]
+def taken(dataset, count):
+    batches = itertools.islice(dataset, count)
+    return [(batch["position"], batch["name"]) for batch in batches]
+
+
+def names(dataset, count):
+    return "".join(batch["name"] for batch in itertools.islice(dataset, count))
 
 
 def test_the_held_out_samples_are_never_trained_on_and_the_others_come_again():
-    assert [batch["name"] for batch in stream().held_out()] == ["1", "0"]
-    assert taken(stream(), 7) == list(enumerate("2342342"))
+    assert [batch["name"] for batch in dataset().held_out()] == ["1", "0"]
+    assert taken(dataset(), 7) == list(enumerate("2342342"))
 
 
-def test_processes_share_a_step_and_a_resumed_stream_goes_on_where_it_was():
-    both = [taken(stream(rank=rank, ranks=2), 4) for rank in (0, 1)]
-    assert sorted(both[0] + both[1]) == taken(stream(), 8)
-    resumed = stream(rank=1, ranks=2)
+def test_processes_share_a_step_and_a_resumed_dataset_continues_where_it_was():
+    both = [taken(dataset(processes=Processes(index, 2)), 4) for index in (0, 1)]
+    assert sorted(both[0] + both[1]) == taken(dataset(), 8)
+    resumed = dataset(processes=SECOND)
     resumed.start = both[1][1][0] + 1
     assert taken(resumed, 2) == both[1][2:]
 
 
 def test_a_step_comes_longest_first_and_the_next_begins_after_all_of_it():
-    batches = list(itertools.islice(stream(step=4), 8))
+    batches = list(itertools.islice(dataset(step_batches=4), 8))
     assert "".join(batch["name"] for batch in batches) == "4322" + "4332"
-    assert [int(batch["next"]) for batch in batches] == [4] * 4 + [8] * 4
-    resumed = stream(step=4)
+    assert [batch["next_position"] for batch in batches] == [4] * 4 + [8] * 4
+    resumed = dataset(step_batches=4)
     resumed.start = 4
-    assert [batch["name"] for batch in itertools.islice(resumed, 4)] == list("4332")
+    assert names(resumed, 4) == "4332"
 
 
 @pytest.fixture(scope="module")
-def lengths(tiny_config):
+def lengths(checkpoint):
     """Tokens of mixed documents, tables, charts, pictures, clips and texts, as they would be
     trained on.
     """
-    tokenizer, rate, found = load_tokenizer(tiny_config), 0.75, []
+    found = []
     for sample in synthetic(MIXED, 42, 0):
-        prompt = build_prompt(with_answer(sample), tiny_config, tokenizer, pruning_rate=rate)
-        clips = sum(
-            run.end - run.start
-            for item in prompt.media
-            if item.kind == "video"
-            for run in item.visual
+        prompt = build_prompt(
+            with_answer(sample), checkpoint.config, checkpoint.tokenizer, Video(pruning_rate=0.75)
         )
-        found.append(len(prompt.token_ids) - int(rate * clips))
+        found.append(prompt.length)
     return found
 
 
-def waiting(lengths, processes, step):
-    """Share of the time that processes in step wait for the longest sample among them, a step of
-    128 in all.
+def waiting(lengths, count, step_batches):
+    """Share of the time that `count` processes in step wait for the longest sample among them, for
+    steps of 128 samples in all.
     """
     drawn = random.Random(0).choices(lengths, k=5 * 128)
-    samples = [
-        Sample(str(length - 1), [{"role": "user", "content": "x"}], "test") for length in drawn
-    ]
-    parts = [
-        stream(lambda: iter(samples), rank=rank, ranks=processes, step=step, held_out=0)
-        for rank in range(processes)
-    ]
-    rounds = zip(*(itertools.islice(part, len(drawn) // processes) for part in parts))
-    rows = [[batch["labels"].numel() for batch in row] for row in rounds]
-    return 1 - sum(map(sum, rows)) / sum(processes * max(row) for row in rows)
+    message = {"role": "user", "content": "x"}
+    samples = [Sample(str(length - 1), [message], "test") for length in drawn]
+    parts = []
+    for index in range(count):
+        part = dataset(
+            lambda: iter(samples),
+            processes=Processes(index, count),
+            step_batches=step_batches,
+            held_out=0,
+        )
+        parts.append(itertools.islice(part, len(drawn) // count))
+    busy = 0
+    total = 0
+    for row in zip(*parts):
+        tokens = [batch["labels"].numel() for batch in row]
+        busy += sum(tokens)
+        total += count * max(tokens)
+    return 1 - busy / total
 
 
-@pytest.mark.parametrize(("processes", "share"), [(1, 0.0), (2, 0.15), (4, 0.3), (8, 0.45)])
-def test_no_step_is_mostly_waiting_for_its_longest_sample(lengths, processes, share):
-    assert waiting(lengths, processes, step=128 // processes) <= share
-    assert waiting(lengths, processes, step=1) > share or processes == 1  # as they come
+@pytest.mark.parametrize(("count", "share"), [(1, 0.0), (2, 0.15), (4, 0.3), (8, 0.45)])
+def test_no_step_is_mostly_waiting_for_its_longest_sample(lengths, count, share):
+    assert waiting(lengths, count, step_batches=128 // count) <= share
+    assert waiting(lengths, count, step_batches=1) > share or count == 1  # as they come
 
 
-def test_a_rate_is_drawn_for_each_position_whoever_asks():
+def test_a_rate_is_drawn_for_each_position_in_whatever_process():
     rates = (0.0, 0.5, 0.9)
-    whole = [batch["rate"] for batch in itertools.islice(stream(rates=rates), 30)]
+    whole = [batch["rate"] for batch in itertools.islice(dataset(rates=rates), 30)]
     assert set(whole) == set(rates)
-    half = [batch["rate"] for batch in itertools.islice(stream(rates=rates, rank=1, ranks=2), 15)]
-    assert half == whole[1::2]
+    second = itertools.islice(dataset(rates=rates, processes=SECOND), 15)
+    assert [batch["rate"] for batch in second] == whole[1::2]
+
+
+def bad(*ids):
+    """Stands in for embedding, of which some samples are incapable."""
+
+    def embed(sample, rate):
+        if sample.id in ids:
+            raise BadInput(Fault(sample.id, "is bad"))
+        return named(sample, rate)
+
+    return embed
 
 
 def test_a_bad_sample_is_replaced_by_the_next_and_counted_once_however_often_it_comes():
-    def embed(sample, rate):
-        if sample.id == "3":
-            raise BadInput(Fault("3", "is bad"))
-        return named(sample, rate)
-
-    lenient = stream(embed=embed, max_skipped=1)
-    assert [name for _, name in taken(lenient, 6)] == list("242424")
+    lenient = dataset(embed=bad("3"), max_skipped=1)
+    assert names(lenient, 6) == "242424"
     assert lenient.skipped.samples == 1
     with pytest.raises(BadInput, match="is bad"):
-        taken(stream(embed=embed), 6)
+        taken(dataset(embed=bad("3")), 6)
 
 
-def test_too_few_samples_are_refused_rather_than_waited_for():
+@pytest.mark.parametrize("processes", [Processes(), SECOND, Processes(2, 3)])
+def test_when_every_sample_is_bad_the_run_stops_instead_of_looking_for_ever(processes):
+    hopeless = dataset(embed=bad("2", "3", "4"), max_skipped=9, processes=processes)
+    with pytest.raises(BadInput, match="hold no usable sample to train on"):
+        taken(hopeless, 1)
+    with pytest.raises(BadInput, match="hold no usable held-out sample"):
+        dataset(embed=bad("0", "1"), max_skipped=9).held_out()
+
+
+def test_too_few_samples_are_refused_instead_of_waited_for():
     with pytest.raises(BadInput, match="hold no sample beyond the 5 held out"):
-        next(iter(stream(held_out=5)))
+        next(iter(dataset(held_out=5)))
 
 
 @pytest.mark.parametrize("kind", ["chart", "video_static", "text"])
-def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(
-    tiny_model, tiny_config, kind
-):
-    tokenizer = load_tokenizer(tiny_config)
-    batch = batch_of(tiny_model, draw(kind, 5, 2), tiny_config, tokenizer, 0.9, 4096)
+def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(model, checkpoint, kind):
+    sample = draw(kind, 5, 2)
+    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
     length = batch["labels"].shape[1]
     assert batch["inputs_embeds"].shape[:2] == (1, length)
-    counted = batch["labels"][batch["labels"] != IGNORE]
-    assert tiny_config.image_token_id not in counted.tolist()
-    assert draw(kind, 5, 2).answer in tokenizer.decode(counted)
-    visual = int((batch["labels"] == IGNORE).sum())
-    each = tiny_config.tokens_per_tile
-    assert (
-        visual == {"chart": each, "video_static": each, "text": 0}[kind]
-    )  # a clip of 4 frames keeps one frame's worth
-    embeddings = tiny_model.get_input_embeddings()
-    assert torch.equal(batch["inputs_embeds"][batch["labels"] != IGNORE], embeddings(counted))
+    is_counted = batch["labels"] != IGNORE
+    counted = batch["labels"][is_counted]
+    assert checkpoint.config.image_token_id not in counted.tolist()
+    assert sample.answer in checkpoint.tokenizer.decode(counted)
+    # EVS leaves a clip of 4 frames one frame's worth.
+    per_tile = checkpoint.config.tokens_per_tile
+    visual = {"chart": per_tile, "video_static": per_tile, "text": 0}
+    assert int((~is_counted).sum()) == visual[kind]
+    embeddings = model.get_input_embeddings()
+    assert torch.equal(batch["inputs_embeds"][is_counted], embeddings(counted))
 
 
 @pytest.mark.parametrize("think", ["/no_think", "/think"])
-def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(
-    tiny_model, tiny_config, think
-):
-    tokenizer, sample = load_tokenizer(tiny_config), draw("chart", 5, 2)
-    sample = replace(sample, messages=[{"role": "system", "content": think}, *sample.messages[1:]])
-    batch = batch_of(tiny_model, sample, tiny_config, tokenizer, 0.9, 4096)
-    held = TrainingStream(
-        lambda: iter([sample]), lambda *_: batch, (0.9,), held_out=1, seed=1, max_skipped=0
-    ).held_out()
-    counted = held[0]["labels"][held[0]["labels"] != IGNORE]
+def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(model, checkpoint, think):
+    sample = draw("chart", 5, 2)
+    system = {"role": "system", "content": think}
+    sample = replace(sample, messages=[system, *sample.messages[1:]])
+    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
+    (held,) = dataset(lambda: iter([sample]), lambda *_: batch, held_out=1).held_out()
+    counted = held["labels"][held["labels"] != IGNORE]
     # Where the model thinks, the template opens a thought that the answer's turn ends at once.
-    assert tokenizer.decode(counted).removeprefix("</think>") == f"{sample.answer}\n<SPECIAL_12>\n"
+    text = checkpoint.tokenizer.decode(counted).removeprefix("</think>")
+    assert text == f"{sample.answer}\n<SPECIAL_12>\n"
     assert (batch["labels"] != IGNORE).sum() > len(counted), "training still counts every token"
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
-def test_held_out_a_sample_without_an_answer_or_a_question_counts_whole(
-    tiny_model, tiny_config, role
-):
+def test_held_out_a_sample_without_an_answer_or_a_question_counts_whole(model, checkpoint, role):
     sample = Sample("1", [{"role": role, "content": "Nothing is asked."}], "test")
-    batch = batch_of(tiny_model, sample, tiny_config, load_tokenizer(tiny_config), 0.0, 4096)
-    assert torch.equal(answer_alone(batch)["labels"], batch["labels"])
+    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
+    assert torch.equal(answer_only(batch)["labels"], batch["labels"])
+
+
+def test_the_answer_becomes_the_assistants_turn_once():
+    sample = with_answer(text_sample(1))
+    assert sample.messages[-1] == {"role": "assistant", "content": "Answer 1."}
+    assert with_answer(sample) == sample

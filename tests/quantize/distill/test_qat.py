@@ -3,20 +3,14 @@ guards and resuming.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
 
-from checkpoint.faults import BadInput
-from checkpoint.native import module_name
-from quantize.distill.batches import IGNORE
-from quantize.distill.state import weight_of
+from quantize.distill.dataset import IGNORE
 from quantize.distill.student import trainable
-from quantize.distill.trainer import DistillationTrainer
-from recipes.schema import load_recipe
+from quantize.distill.weights import weight_of
 from tests.quantize.distill.distilling import Small, mixture, one_thread  # noqa: F401
-from tests.quantize.distill.test_distill_resume import RECIPE
 
 
 def repeated():
@@ -26,41 +20,38 @@ def repeated():
     return itertools.cycle(list(itertools.islice(mixture(), 2)))
 
 
-def qat(config, directory, **settings):
-    return Small(
-        config, directory, repeated, **{"loss": "cross_entropy", "learning_rate": 3e-4, **settings}
-    )
+def qat(tiny, directory, **options):
+    settings = {"loss": "cross_entropy", "learning_rate": 3e-4}
+    return Small(tiny, directory, repeated, **(settings | options))
 
 
 def cross_entropy(small, samples, answers=False):
     """Independent of the trainer: mean over all tokens but visual placeholders, or answers' alone,
     in nats.
     """
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for batch in map(small.batch, samples):
         with torch.no_grad():
-            output = small.model.language_model(
-                inputs_embeds=batch["inputs_embeds"], use_cache=False
-            )
-        logits, targets = output.logits[0, :-1].double(), batch["labels"][0, 1:]
-        kept = (targets != IGNORE).nonzero().flatten()[-int(batch["answer"]) if answers else 0 :]
-        total -= float(logits.log_softmax(-1)[kept, targets[kept]].sum())
+            output = small.student(inputs_embeds=batch["inputs_embeds"], use_cache=False)
+        log_probabilities = output.logits[0, :-1].double().log_softmax(-1)
+        targets = batch["labels"][0, 1:]
+        kept = (targets != IGNORE).nonzero().flatten()
+        if answers:
+            kept = kept[-batch["answer_length"] :]
+        total -= float(log_probabilities[kept, targets[kept]].sum())
         count += len(kept)
     return total / count
 
 
 @pytest.fixture(scope="module")
-def done(one_thread, tiny_config, tmp_path_factory):  # noqa: F811
-    small = qat(tiny_config, tmp_path_factory.mktemp("qat"))
+def done(one_thread, tiny, tmp_path_factory):  # noqa: F811
+    small = qat(tiny, tmp_path_factory.mktemp("qat"))
     samples = list(itertools.islice(repeated(), 4))
     small.ptq_held_out = cross_entropy(small, samples[:2], answers=True)
-    linears = {
-        name: small.model.language_model.get_submodule(module_name(name))
-        for name in small.plan.trained
-    }
-    with trainable(small.model.language_model, linears):
+    with trainable(small.student, small.linears):
         small.first_loss = cross_entropy(small, samples[2:])
-    for linear in linears.values():
+    for linear in small.linears.values():
         weight_of(linear).data = weight_of(linear).data.bfloat16()
     small.result = small.run()
     return small
@@ -82,43 +73,25 @@ def test_it_brings_the_held_out_cross_entropy_down_without_a_teacher(done):
     assert str(done.result).startswith("held-out cross-entropy ")
 
 
-def test_interrupted_and_taken_up_again_it_ends_with_the_same_weights(
-    done, tiny_config, tmp_path, monkeypatch
+class Killed(Exception):
+    """Stands for a kill behind a checkpoint."""
+
+
+def test_killed_behind_its_first_and_last_checkpoint_and_resumed_it_ends_with_the_same_weights(
+    done, tiny, tmp_path
 ):
-    save = DistillationTrainer._save_checkpoint
+    recorded = []
 
-    def interrupted(self, *arguments):
-        save(self, *arguments)
-        raise KeyboardInterrupt
+    def kill(step):
+        recorded.append(step)
+        raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "_save_checkpoint", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            qat(tiny_config, tmp_path).run()
-    again = qat(tiny_config, tmp_path)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            qat(tiny, tmp_path, record=kill).run()
+    assert recorded == [1, 2]
+    again = qat(tiny, tmp_path, record=kill)
     assert again.run() == done.result
-    for name in done.plan.trained:
-        ours, theirs = (
-            small.model.language_model.get_submodule(module_name(name)) for small in (again, done)
-        )
-        assert torch.equal(weight_of(ours), weight_of(theirs))
-
-
-def test_its_advice_names_its_own_score_and_the_learning_rate_first(
-    tiny_config, tmp_path, monkeypatch
-):
-    total = DistillationTrainer._loss_sum
-    monkeypatch.setattr(
-        DistillationTrainer, "_loss_sum", lambda self, *a: total(self, *a) * math.nan
-    )
-    with pytest.raises(
-        BadInput, match=r"held-out cross-entropy is nan.*lower distill\.learning_rate first"
-    ):
-        qat(tiny_config, tmp_path, steps=1).run()
-
-
-def test_a_recipe_chooses_the_loss_and_distils_by_default():
-    assert load_recipe(RECIPE).distill.loss == "kl"
-    assert load_recipe(RECIPE, ["distill.loss=cross_entropy"]).distill.loss == "cross_entropy"
-    with pytest.raises(BadInput, match=r"distill\.loss: 'mse': .*'kl' or 'cross_entropy'"):
-        load_recipe(RECIPE, ["distill.loss=mse"])
+    assert recorded == [1, 2], "a finished training is not repeated"
+    for name, linear in again.linears.items():
+        assert torch.equal(weight_of(linear), weight_of(done.linears[name])), name

@@ -1,77 +1,86 @@
-"""The state of a distillation: its space is asked for before training, and is what it then takes;
-ranges are shared.
-"""
-
-import math
-import shutil
-from collections import namedtuple
+"""Weights and ranges: saved, loaded, and shared by processes."""
 
 import pytest
 import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from safetensors import safe_open
 
-from checkpoint.faults import BadInput
-from checkpoint.layout import language_model_linears
-from quantize.distill import state as qad_state
-from quantize.distill import trainer as qad_trainer
-from quantize.distill.state import share_ranges, state_bytes
+from checkpoint.processes import ALONE, Processes
+from quantize.distill.weights import (
+    load_ranges,
+    load_weights,
+    ranges_of,
+    save_weights,
+    share_ranges,
+    weight_of,
+)
 from tests.quantize.distill.distilling import Small, one_thread  # noqa: F401
-from tiny.checkpoint import write_tiny
-
-Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_disk_too_small_for_the_state_ends_the_run_before_training_with_the_figures(
-    tiny_config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(qad_state.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2_000_000))
-    with pytest.raises(
-        BadInput, match=r"\.out\.qad: the state needs 0\.\d\d GB while it runs, 0\.00 GB are free"
-    ):
-        Small(tiny_config, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_an_earlier_run_has_left_counts_as_room(tmp_path, monkeypatch):
-    (tmp_path / "weights").write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(qad_state.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 2_000_000))
-    assert not list(qad_state.space_faults(tmp_path, 3_500_000))
-    assert len(list(qad_state.space_faults(tmp_path, 6_000_000))) == 1
-
-
-def test_the_largest_state_is_what_was_asked_for(tmp_path, monkeypatch):
-    # Random weights gain from a few steps; only what is better than PTQ is kept as the best.
-    config = write_tiny(tmp_path / "bf16", trained=False)
-    small, sizes = Small(config, tmp_path, steps=3, learning_rate=3e-5), []
-    flush = qad_trainer.flush
-
-    def measured(path):
-        sizes.append(
-            sum(file.stat().st_size for file in small.plan.directory.rglob("*") if file.is_file())
-        )
-        flush(path)
-
-    monkeypatch.setattr(
-        qad_trainer, "flush", measured
-    )  # before a checkpoint is renamed and the older one removed
-    monkeypatch.setattr(qad_state, "flush", measured)
-    assert small.run().best_step > 0
-    weights = sum(math.prod(linear.shape) for linear in language_model_linears(config))
-    assert 0.98 < max(sizes) / state_bytes(weights) <= 1.02
-    shutil.rmtree(small.plan.directory)
-
-
-def shared(rank, rendezvous):
+def shared(index, rendezvous):
     torch.distributed.init_process_group(
-        "gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=2
+        "gloo", init_method=rendezvous.as_uri(), rank=index, world_size=2
     )
     model = torch.nn.Module()
-    model.register_buffer("_amax", torch.tensor(1.0 + rank))
-    model.register_buffer("other", torch.tensor(1.0 + rank))
-    share_ranges(model)
-    assert model._amax == 1.0
-    assert model.other == 1.0 + rank
+    model.quantizer = TensorQuantizer(amax=1.0 + index)
+    model.without_range = TensorQuantizer()
+    model.register_buffer("other", torch.tensor(1.0 + index))
+    share_ranges(model, Processes(index, 2))
+    assert model.quantizer.amax == 1.0
+    assert model.other == 1.0 + index
 
 
 def test_every_process_takes_the_first_ones_ranges(tmp_path):
     """Each calibrates for itself, and GPUs may differ in a bit."""
     torch.multiprocessing.spawn(shared, (tmp_path / "rendezvous",), nprocs=2)
+
+
+@pytest.fixture(scope="module")
+def linears(one_thread, tiny, tmp_path_factory):  # noqa: F811
+    return Small(tiny, tmp_path_factory.mktemp("weights"), train="o_proj").linears
+
+
+def snapshot(linears):
+    values = {name: amax.clone() for name, amax in ranges_of(linears).items()}
+    return values | {name: weight_of(linear).clone() for name, linear in linears.items()}
+
+
+def change(linears):
+    for linear in linears.values():
+        weight_of(linear).data.add_(1)
+    for amax in ranges_of(linears).values():
+        amax.mul_(2)
+
+
+def test_what_is_saved_is_loaded_with_its_step(linears, tmp_path):
+    before = snapshot(linears)
+    path = tmp_path / "new" / "weights.safetensors"
+    save_weights(linears, path, 7, ALONE)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    change(linears)
+    assert load_weights(linears, path) == 7
+    after = snapshot(linears)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ranges_are_loaded_without_the_weights(linears, tmp_path):
+    before = snapshot(linears)
+    path = tmp_path / "weights.safetensors"
+    save_weights(linears, path, 7, ALONE)
+    change(linears)
+    load_ranges(linears, path)
+    after = snapshot(linears)
+    equal = {name for name in before if torch.equal(before[name], after[name])}
+    assert equal == set(ranges_of(linears))
+    load_weights(linears, path)
+
+
+def test_only_the_first_process_writes(linears, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    save_weights(linears, tmp_path / "second", 7, Processes(1, 2))
+    assert list(tmp_path.iterdir()) == []
+    save_weights(linears, tmp_path / "first", 7, Processes(0, 2))
+    with safe_open(tmp_path / "first", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {f"{name}.weight" for name in linears} | set(ranges_of(linears))

@@ -1,0 +1,88 @@
+"""The plan of a distillation: its faults are reported together, its disk is counted before."""
+
+import math
+import shutil
+
+import pytest
+
+from checkpoint.faults import BadInput
+from checkpoint.processes import Processes
+from quantize.distill.plan import state_bytes, training_bytes
+from tests.quantize.distill.distilling import Small, one_thread, small_plan  # noqa: F401
+from tiny.checkpoint import write_tiny
+
+
+def test_faults_of_the_plan_are_reported_together(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(BadInput) as caught:
+        small_plan(tiny, tmp_path, processes=Processes(0, 3), train="lm_head", batch=4)
+    faults = {fault.where: fault for fault in caught.value.faults}
+    assert list(faults) == ["distill.train", "distill.batch", "accelerate"]
+    assert "o_proj" in faults["distill.train"].remedy
+    assert faults["distill.batch"].what == "4 is not a multiple of 3 processes"
+
+
+def test_a_gpu_that_training_would_not_take_is_refused(tiny, tmp_path):
+    with pytest.raises(BadInput, match="device: 'cuda:1': training takes the first GPU"):
+        small_plan(tiny, tmp_path, device="cuda:1")
+
+
+def test_the_rates_are_the_settings_or_the_videos(tiny, tmp_path):
+    assert small_plan(tiny, tmp_path).rates == (0.9,)
+    plan = small_plan(tiny, tmp_path, video_pruning_rates=(0.0, 0.5))
+    assert plan.rates == (0.0, 0.5)
+
+
+def test_a_disk_too_small_ends_the_run_before_training_with_the_figures(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("checkpoint.atomic.free_bytes", lambda path: 2_000_000)
+    what = r"distill: needs 0\.\d\d GB for checkpoints of the training, 0\.00 GB are free"
+    with pytest.raises(BadInput, match=what):
+        small_plan(tiny, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_earlier_run_has_left_counts_as_free(tiny, tmp_path, monkeypatch):
+    needed = small_plan(tiny, tmp_path).state_bytes
+    monkeypatch.setattr("checkpoint.atomic.free_bytes", lambda path: needed // 2)
+    with pytest.raises(BadInput, match="are free"):
+        small_plan(tiny, tmp_path)
+    left = tmp_path / "distill" / "checkpoint-1"
+    left.mkdir(parents=True)
+    (left / "weights").write_bytes(bytes(needed // 2 + 2**21 + needed // 50))
+    small_plan(tiny, tmp_path)
+
+
+def test_the_largest_state_is_what_was_counted(tmp_path):
+    # Random weights gain from a few steps; only what is better than PTQ is kept as the best.
+    write_tiny(tmp_path / "bf16", trained=False)
+    sizes = []
+
+    def measure(step):
+        files = [path for path in (tmp_path / "distill").rglob("*") if path.is_file()]
+        sizes.append(sum(path.stat().st_size for path in files))
+
+    small = Small(tmp_path / "bf16", tmp_path, record=measure, steps=3, learning_rate=3e-5)
+    assert small.run().best_step > 0
+    weights = sum(math.prod(linear.shape) for linear in small.checkpoint.linears)
+    assert small.plan.weights == weights
+    assert 0.98 < max(sizes) / small.plan.state_bytes <= 1.02
+    shutil.rmtree(small.plan.directory)
+
+
+def test_a_sharded_run_keeps_the_language_model_in_its_checkpoints(tiny, tmp_path, monkeypatch):
+    alone = small_plan(tiny, tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = small_plan(tiny, tmp_path, processes=Processes(0, 2))
+    assert alone.state_bytes == state_bytes(alone.weights)
+    assert sharded.state_bytes > alone.state_bytes + 4 * alone.weights
+    assert sharded.device_bytes < alone.device_bytes
+
+
+def test_memory_is_divided_by_fsdp_but_never_less_than_what_is_loaded():
+    gb = 10**9
+    assert training_bytes(20 * gb, 10 * gb, True, shards=1) == 180 * gb
+    assert training_bytes(20 * gb, 10 * gb, True, shards=2) == 90 * gb
+    assert training_bytes(20 * gb, 10 * gb, True, shards=8) == 60 * gb
+    assert training_bytes(20 * gb, 10 * gb, False, shards=1) == 160 * gb

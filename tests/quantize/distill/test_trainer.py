@@ -1,0 +1,117 @@
+"""The trainer: its schedule, what it resumes with, and what it leaves of the libraries."""
+
+import logging
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel, TrainingArguments, modeling_utils
+
+from checkpoint.native import load_model
+from quantize.distill.trainer import DistillationArguments, DistillationTrainer
+from tests.quantize.distill.distilling import Small, one_thread  # noqa: F401
+
+
+def test_the_schedule_is_adamws_with_a_warm_up_and_a_cosine_and_evaluations_as_far_apart_as_given(
+    tiny, tmp_path, monkeypatch
+):
+    groups = {}
+    names = set()
+    step = DistillationTrainer.training_step
+
+    def watched(self, *arguments):
+        optimizer = self.optimizer.optimizer
+        names.add(type(optimizer).__name__)
+        groups[self.state.global_step] = dict(optimizer.param_groups[0])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", watched)
+    settings = {"steps": 6, "warmup": 1 / 3, "learning_rate": 1e-5, "save_every": 3}
+    result = Small(tiny, tmp_path, **settings).run()
+    cosine = [(1 + math.cos(math.pi * part / 4)) / 2 for part in (0, 1, 2, 3)]
+    rates = [group["lr"] for group in groups.values()]
+    assert rates == pytest.approx([1e-5 * share for share in (0, 0.5, *cosine)])
+    assert names == {"AdamW"}
+    for group in groups.values():
+        assert group["betas"] == (0.9, 0.999)
+        assert group["weight_decay"] == 0.05
+    assert [number for number, _ in result.held_out] == [0, 3, 6]
+
+
+class Killed(Exception):
+    """Stands for a kill behind a checkpoint."""
+
+
+def kill(step):
+    raise Killed
+
+
+def test_every_whole_checkpoint_is_recorded_and_only_the_newest_kept(tiny, tmp_path):
+    recorded = []
+
+    def record(step):
+        assert (tmp_path / "distill" / f"checkpoint-{step}" / "trainer_state.json").exists()
+        recorded.append(step)
+
+    Small(tiny, tmp_path, record=record, steps=3).run()
+    assert recorded == [1, 2, 3]
+    kept = {path.name for path in (tmp_path / "distill").iterdir()}
+    assert kept - {".partial", "best.safetensors"} == {"checkpoint-3"}
+
+
+def test_a_resumed_run_keeps_the_ranges_it_began_with(tiny, tmp_path):
+    """A GPU may calibrate another bit the second time: what the weights were trained under counts."""
+
+    def range_of(small):
+        return small.student.get_submodule("model.layers.0.mixer.in_proj.input_quantizer").amax
+
+    first = Small(tiny, tmp_path, learning_rate=1e-5, record=kill)
+    with pytest.raises(Killed):
+        first.run()
+    second = Small(tiny, tmp_path, learning_rate=1e-5)
+    range_of(second).mul_(1 + 2**-7)
+    assert second.run().steps == 2
+    assert torch.equal(range_of(second), range_of(first))
+
+
+def test_a_partial_checkpoint_is_not_resumed_from(tiny, tmp_path):
+    whole = Small(tiny, tmp_path / "whole")
+    expected = whole.run()
+    killed = Small(tiny, tmp_path / "killed", record=kill)
+    with pytest.raises(Killed):
+        killed.run()
+    state = tmp_path / "killed" / "distill"
+    partial = state / ".partial" / "checkpoint-2"
+    partial.mkdir()
+    (partial / "trainer_state.json").write_text("{")
+    (state / ".best.safetensors.partial").write_bytes(b"half")
+    resumed = Small(tiny, tmp_path / "killed")
+    assert resumed.run() == expected
+
+
+def test_what_modelopts_trainer_replaces_in_transformers_is_restored(tiny, tmp_path):
+    methods = dict(vars(PreTrainedModel))
+    functions = dict(vars(modeling_utils))
+    small = Small(tiny, tmp_path, steps=1, batch=1)
+    small.run()
+    replaced = [name for name in methods if vars(PreTrainedModel)[name] is not methods[name]]
+    replaced += [name for name in functions if vars(modeling_utils)[name] is not functions[name]]
+    assert replaced == []
+    # Under ModelOpt's from_pretrained this fails with "stat: path should be string".
+    load_model(small.checkpoint)
+
+
+def test_modelopts_messages_reach_the_log_and_none_is_about_saving(tiny, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, logger="hybridquant")
+    Small(tiny, tmp_path, steps=1, batch=1).run()
+    printed = [line for line in caplog.messages if line.startswith("ModelOpt: ")]
+    assert any("Saved modelopt state" in line for line in printed)
+    assert not any("Training completed" in line for line in printed)
+
+
+def test_several_gpus_without_a_launcher_are_one_gpu(tmp_path, monkeypatch):
+    """transformers would take DataParallel, under which ModelOpt's quantizers are replicated."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 4
+    assert DistillationArguments(output_dir=str(tmp_path)).n_gpu == 1
+    assert DistillationArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 0
