@@ -24,7 +24,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,17 @@ from rich.table import Table
 
 from benchmarks.parts import Parts, write_json
 from calibrate.activations import Activations, Budget
-from checkpoint.classes import KERNELS_MISSING
-from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, main
-from checkpoint.files import TensorFiles, check_weights
-from checkpoint.layout import language_model_linears
+from checkpoint.files import TensorFiles
+from checkpoint.libraries import find_mamba_kernels, prepare_libraries
 from checkpoint.native import load_model
+from checkpoint.opened import Checkpoint, check_finite, open_bf16
 from export.manifest import Manifest
 from export.verify import verify
-from export.write import open_writer, write_checkpoint, write_companions
+from export.write import open_writer, write_companions
 from pipeline.inputs import versions
-from pipeline.streaming import named_tensors
-from quantize.layerwise import quantize_layers
-from quantize.policy import Rule, make_policy
+from quantize.layerwise import FinishedLayer, layer_policy, quantize_layers
+from quantize.policy import Policy, Rule, make_policy
 from quantize.ptq import packed_linears, quantize_model
 
 _FORWARD, _REPEATS = 64, 3
@@ -118,7 +116,7 @@ def measure(
     streams: bool = True,
 ) -> dict[str, Any]:
     """Run every stage, without `streams` of two ways only; seconds, GB (1e9 bytes) and ratios."""
-    config = read_config(model_directory)
+    checkpoint = open_bf16(model_directory)
     work.mkdir(parents=True, exist_ok=True)
     ours, streamed, stock = work / "ours", work / "streamed", work / "stock"
     plan = {
@@ -145,7 +143,7 @@ def measure(
             nonlocal warm
             shutil.rmtree(out, ignore_errors=True)
             if not warm:
-                _warm_up(config, clock, forward, device)
+                _warm_up(checkpoint, clock, forward, device)
             warm = True
             work()
             _let_go()
@@ -158,13 +156,15 @@ def measure(
 
         return parts.part(name, run)
 
-    whole = way("ours", ours, lambda: _measure_ours(config, clock, format, forward, ours, device))
+    whole = way(
+        "ours", ours, lambda: _measure_ours(checkpoint, clock, format, forward, ours, device)
+    )
     faults, same = list(whole["faults"]), None
     if streams:
         layers = way(
             "streamed",
             streamed,
-            lambda: _measure_streamed(config, clock, format, ids, streamed, device),
+            lambda: _measure_layers(checkpoint, clock, format, ids, streamed, device),
         )
         faults += layers["faults"]
         same = all(
@@ -175,7 +175,7 @@ def measure(
     disk = parts.part(
         "disk", lambda: {"rate": sequential_write_rate(work, max(0.1, min(4.0, written)))}
     )
-    way("stock", stock, lambda: _measure_stock(config, clock, format, forward, stock, device))
+    way("stock", stock, lambda: _measure_stock(checkpoint, clock, format, forward, stock, device))
     parts.done()
     seconds, total = clock.seconds, samples * tokens
     raw = statistics.median(seconds[f"raw forward {repeat}"] for repeat in range(1, _REPEATS + 1))
@@ -190,7 +190,7 @@ def measure(
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "versions": versions(),
-        "mamba_kernels": KERNELS_MISSING or "mamba_ssm",
+        "mamba_kernels": find_mamba_kernels() or "mamba_ssm",
         "format": format,
         "samples": samples,
         "tokens_per_sample": tokens,
@@ -224,81 +224,97 @@ def _let_go() -> None:
 
 
 def _warm_up(
-    config: CheckpointConfig, clock: Clock, forward: Callable[..., None], device: str
+    checkpoint: Checkpoint, clock: Clock, forward: Callable[..., None], device: str
 ) -> None:
-    clock.time("warm up kernels", lambda: forward(load_model(config, device).language_model, 2))
+    def run() -> None:
+        forward(load_model(checkpoint, device).language_model, 2)
+
+    clock.time("warm up kernels", run)
     _let_go()
 
 
+def _policy(checkpoint: Checkpoint, format: str) -> Policy:
+    return make_policy([Rule(format=format)], checkpoint.linears)
+
+
 def _measure_ours(
-    config: CheckpointConfig,
+    checkpoint: Checkpoint,
     clock: Clock,
     format: str,
     forward: Callable[..., None],
     out: Path,
     device: str,
 ) -> None:
-    policy = make_policy([Rule(format)], language_model_linears(config))
-    source = clock.time("check BF16 weights", lambda: check_weights(config))
-    language_model = clock.time("load", lambda: load_model(config, device)).language_model
+    """Time the whole model in memory, from the check of the weights to the written directory."""
+    policy = _policy(checkpoint, format)
+    clock.time("check BF16 weights", lambda: check_finite(checkpoint))
+    language_model = clock.time("load", lambda: load_model(checkpoint, device)).language_model
     for repeat in range(1, _REPEATS + 1):
         clock.time(f"raw forward {repeat}", lambda: forward(language_model, _FORWARD))
-    clock.time(
-        "ours: calibrate",
-        lambda: quantize_model(language_model, policy, lambda: forward(language_model)),
-    )
-    manifest = Manifest({}, versions(), policy.counts(), {}, {})
-    packed = packed_linears(language_model, policy)
-    clock.time(
-        "ours: export", lambda: write_checkpoint(config, source, policy, packed, out, manifest)
-    )
+
+    def calibrate() -> None:
+        quantize_model(language_model, policy, lambda: forward(language_model))
+
+    def packed_layers() -> Iterator[FinishedLayer]:
+        for layer in range(checkpoint.config.depth):
+            part = layer_policy(policy, checkpoint.config, layer)
+            yield FinishedLayer(layer, tuple(packed_linears(language_model, part)))
+
+    clock.time("ours: calibrate", calibrate)
+    clock.time("ours: export", lambda: _write(checkpoint, policy, packed_layers(), out))
 
 
-def _measure_streamed(
-    config: CheckpointConfig, clock: Clock, format: str, ids: torch.Tensor, out: Path, device: str
+def _measure_layers(
+    checkpoint: Checkpoint, clock: Clock, format: str, ids: torch.Tensor, out: Path, device: str
 ) -> None:
-    """From the files to the written directory, as `pipeline.streaming` does it, without its saves."""
-    policy, source = (
-        make_policy([Rule(format)], language_model_linears(config)),
-        TensorFiles(config.directory),
-    )
-    hidden = config.text["hidden_size"]
+    """Time the way layer by layer, as pipeline.layer_by_layer takes it, without its saves."""
+    policy = _policy(checkpoint, format)
+    hidden = checkpoint.config.hidden_size
+    read = functools.partial(checkpoint.tensors.read, pin=device == "cuda")
 
-    def work() -> None:
+    def run() -> None:
         budget = Budget(22_000_000_000)
-        kept, none = (
-            Activations(hidden, device, budget, out.with_name(name)) for name in ("kept", "none")
-        )
-        with contextlib.closing(kept), contextlib.closing(none):
-            embeddings = source.read("language_model.backbone.embeddings.weight").to(device)
+        calibration = Activations(hidden, device, budget, out.with_name("calibration"))
+        held_out = Activations(hidden, device, budget, out.with_name("held_out"))
+        with contextlib.closing(calibration), contextlib.closing(held_out):
+            name = f"{checkpoint.config.family.embeddings}.weight"
+            embeddings = checkpoint.tensors.read(name).to(device)
             for sample in ids:
-                kept.add(embeddings[sample[0]])
+                calibration.add(embeddings[sample[0]])
             del embeddings
-            read = functools.partial(source.read, pin=device == "cuda")
-            layers = quantize_layers(config, policy, read, device, kept, none, batch_tokens=8192)
-            with open_writer(config, source, policy, out) as writer:
-                for layer in layers:
-                    writer.put(named_tensors(layer))
-            write_companions(
-                config, policy, source, out, Manifest({}, versions(), policy.counts(), {}, {})
+            layers = quantize_layers(
+                checkpoint, policy, read, device, calibration, held_out, batch_tokens=8192
             )
+            _write(checkpoint, policy, layers, out)
 
-    clock.time("streamed: calibrate and export", work)
+    clock.time("streamed: calibrate and export", run)
+
+
+def _write(
+    checkpoint: Checkpoint, policy: Policy, layers: Iterable[FinishedLayer], out: Path
+) -> None:
+    with open_writer(checkpoint, policy, out) as writer:
+        for layer in layers:
+            writer.put(layer.index, layer.tensors())
+    manifest = Manifest({}, versions(), policy.counts(), {})
+    write_companions(checkpoint, policy, out, manifest)
 
 
 def _measure_stock(
-    config: CheckpointConfig,
+    checkpoint: Checkpoint,
     clock: Clock,
     format: str,
     forward: Callable[..., None],
     out: Path,
     device: str,
 ) -> None:
-    model = clock.time("stock: load", lambda: load_model(config, device)).language_model
+    model = clock.time("stock: load", lambda: load_model(checkpoint, device)).language_model
     clock.time("stock: calibrate", lambda: mtq.quantize(model, _STOCK[format], forward))
-    clock.time(
-        "stock: export", lambda: export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
-    )
+
+    def export() -> None:
+        export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
+
+    clock.time("stock: export", export)
 
 
 def _run() -> int:
@@ -319,6 +335,7 @@ def _run() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--whole", action="store_true", help="leave the way a layer at a time out")
     given = parser.parse_args()
+    prepare_libraries()
     if given.device == "cuda" and not torch.cuda.is_available():
         raise BadInput(
             Fault(

@@ -37,13 +37,13 @@ from accuracy.scoring import result
 from benchmarks.parts import Parts, write_json
 from benchmarks.serving import said, vllm_version
 from calibrate.samples import Sample
-from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, nearest
+from checkpoint.opened import open_checkpoint
 from checkpoint.video import UNPRUNED
 from export.manifest import read_manifest
 from pipeline.inputs import versions
 from pipeline.run import run
-from recipes.schema import load_recipe
+from recipes.loading import SHIPPED, load_recipe
 from serve.process import running_server
 from serve.settings import ServeSettings
 from tiny.checkpoint import tiny_checkpoint
@@ -109,7 +109,7 @@ def made(variant: str, work: Path, model: Path, settings: Sequence[str] = ()) ->
         rates = [f"distill.learning_rate={rate}", "distill.patience=1000"] if rate else []
         given = [f"model={model}", f"output={output}", "accuracy.tasks=null", *overrides, *rates]
         given += settings if recipe == "nvfp4_qad" else ()
-        run(load_recipe(Path(f"recipes/tiny/{recipe}.yaml"), given))
+        run(load_recipe(SHIPPED / "tiny" / f"{recipe}.yaml", given))
     return output
 
 
@@ -118,7 +118,7 @@ def answered(
 ) -> Answers:
     """What a form, made when it is not there, answers in process with clips pruned at `rate`."""
     directory = model if form == "bf16" else made(form, work, model, settings)
-    return answer_tasks(read_config(directory), asked, rate)
+    return answer_tasks(open_checkpoint(directory), asked, UNPRUNED.with_rate(rate))
 
 
 def served_answers(

@@ -29,8 +29,8 @@ import torch
 
 from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
-from checkpoint.classes import KERNELS_MISSING
 from checkpoint.faults import BadInput, Fault, main
+from checkpoint.libraries import find_mamba_kernels
 from pipeline.inputs import versions
 
 _GRACE_SECONDS = 30
@@ -144,7 +144,7 @@ def _run() -> int:
         "device": torch.cuda.get_device_name(),
         "processes": given.processes,
         "versions": versions(),
-        "mamba_kernels": KERNELS_MISSING or "mamba_ssm",
+        "mamba_kernels": find_mamba_kernels() or "mamba_ssm",
         **measure(
             [*(launch if given.processes > 1 else []), *module], given.steps, given.processes
         ),

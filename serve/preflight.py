@@ -26,6 +26,7 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 _COPY = "copy it from the BF16 checkpoint"
 
+
 def preflight(
     directory: Path, settings: ServeSettings, environment: ServeEnvironment
 ) -> CheckpointConfig:

@@ -177,7 +177,9 @@ def test_gptq_packs_to_the_very_weights_it_found_in_the_bytes_of_modelopts_expor
     tiny_model, tiny_config, tmp_path
 ):
     forward = tiny_model.language_model
-    policy = make_policy([Rule(format="nvfp4", kind="attention")], language_model_linears(tiny_config))
+    policy = make_policy(
+        [Rule(format="nvfp4", kind="attention")], language_model_linears(tiny_config)
+    )
     ids = torch.arange(200)[None] % tiny_config.text["vocab_size"]
     quantize_model(forward, policy, lambda: forward(ids, use_cache=False), "gptq")
     ours, shares = list(packed_linears(forward, policy)), []

@@ -65,5 +65,7 @@ def test_a_wrong_rule_is_an_error(linears, rules, message):
 
 def test_every_wrong_rule_is_named_at_once(linears):
     with pytest.raises(BadInput) as caught:
-        make_policy([Rule(format="fp8"), Rule(format="int4"), Rule(format="bf16", name="nothing")], linears)
+        make_policy(
+            [Rule(format="fp8"), Rule(format="int4"), Rule(format="bf16", name="nothing")], linears
+        )
     assert len(caught.value.faults) == 2

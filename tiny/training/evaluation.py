@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.config import read_config
-from checkpoint.native import load_tokenizer
+from checkpoint.opened import load_tokenizer
 from tiny.tasks import TASKS, TEST_ITEMS, scene, series
 from tiny.training.data import Batch, collate, padded_length
 from tiny.training.items import Item, PromptBuilder, make_item

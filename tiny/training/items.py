@@ -23,6 +23,7 @@ from calibrate.sources.synthetic.scenes import Picture, Scene
 from calibrate.tiles import tile_grid
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig
+from checkpoint.video import UNPRUNED
 from tiny.training.labels import PATCH, patch_labels
 
 _TURN = "\n<SPECIAL_11>User\n{}\n<SPECIAL_11>Assistant\n<think></think>"
@@ -198,7 +199,7 @@ def make_item(
     if scene.moving:
         tiles = np.stack([picture.pixels for picture in scene.pictures])
         if compressed:
-            tiles = decode(mp4_bytes(tiles, FPS), "training clip").frames
+            tiles = decode(mp4_bytes(tiles, FPS), "training clip", UNPRUNED).frames
         labels = np.stack([patch_labels(picture, patches, patches) for picture in scene.pictures])
     else:
         tiles = np.empty((0, size, size, 3), np.uint8)

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from checkpoint.classes import NemotronH_Omni_Reasoning_V3
+from checkpoint.classes import modeling as native
 from torch import nn
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from calibrate.evs import retained_tokens
 from calibrate.sources.synthetic.drawing import COLORS
-from checkpoint.classes import NemotronH_Omni_Reasoning_V3
-from checkpoint.classes import modeling as native
+from checkpoint.atomic import write_tensors
 from checkpoint.config import CheckpointConfig
-from checkpoint.files import SINGLE, TensorFiles, check_weights
+from checkpoint.files import SINGLE, TensorFiles
 from checkpoint.layout import expected_tensors
+from checkpoint.opened import check_finite, open_bf16
 from tiny.checkpoint import write_tiny
 from tiny.training.labels import EMPTY, IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES, RUNNING_TEXT
 
@@ -369,8 +370,5 @@ def save_released(model: NemotronH_Omni_Reasoning_V3, config: CheckpointConfig, 
         for name, spec in expected_tensors(config).items():
             tensor = written.read(name)
             tensors[name] = tensor if spec.dtype == "I64" else tensor.to(torch.bfloat16)
-        partial = out / f".{SINGLE}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(out / SINGLE)
-    (out / SINGLE).chmod(0o644)
-    check_weights(CheckpointConfig(out, config.raw))
+        write_tensors(out / SINGLE, tensors)
+    check_finite(open_bf16(out))

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
-from checkpoint.native import load_model, load_tokenizer
+from checkpoint.native import load_model
+from checkpoint.opened import load_tokenizer, open_bf16
 from tiny.checkpoint import write_tiny
 from tiny.training.data import Batch
 from tiny.training.evaluation import PRUNING_RATES
@@ -80,7 +81,7 @@ class Trainer:
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(self.config)
         # The model stays in eval mode, which it is loaded in: in training mode the mixers take a
         # fused path that needs causal_conv1d. The model has no dropout.
-        source = read_config(settings.start) if settings.start else self.config
+        source = open_bf16(settings.start or self.directory)
         self.model = load_model(source, device=device, dtype=torch.float32)
         without_layer_scale(self.model)
         if settings.start is None:
