@@ -186,7 +186,7 @@ def _log_probabilities(
 
 def agreement_rows(measured: Mapping[str, Agreement]) -> list[tuple[str, ...]]:
     """The figures as text, one row per group of samples."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, figures in measured.items():
         rows.append(
             (

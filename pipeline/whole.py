@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from torch import nn
+from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from accuracy.agreement import States, final_states
 from calibrate.forward import embed_all, forward_loop
@@ -17,8 +18,8 @@ from checkpoint.opened import open_checkpoint
 from export.load import load_exported
 from pipeline.job import Job, Record
 from quantize.algorithms import ALGORITHMS
-from quantize.distill.training import distill
 from quantize.distill.student import frozen_copy
+from quantize.distill.training import distill
 from quantize.layerwise import FinishedLayer, layer_policy
 from quantize.ptq import packed_linears, quantize_model
 
@@ -68,7 +69,7 @@ class WholeModel:
             packed = tuple(packed_linears(model.language_model, part))
             yield FinishedLayer(layer, packed)
 
-    def _calibrate(self, model: nn.Module) -> dict[str, int]:
+    def _calibrate(self, model: NemotronH_Omni_Reasoning_V3) -> dict[str, int]:
         job = self._job
         quantize = job.recipe.quantize
         config = job.checkpoint.config
@@ -87,7 +88,7 @@ class WholeModel:
             logger.warning("skipped: %s", fault)
         return dataclasses.asdict(counts) | {"skipped": skipped.samples}
 
-    def _answers(self, model: nn.Module, describe: str) -> list[States]:
+    def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
         config = self._job.checkpoint.config
         return final_states(model, self._job.held_out_prompts(), config, describe)
 
