@@ -159,6 +159,11 @@ def register_family(family: Family) -> None:
     _FAMILIES[family.architecture] = family
 
 
+def unregister_family(family: Family) -> None:
+    """Undo `register_family`."""
+    _FAMILIES.pop(family.architecture, None)
+
+
 def find_family(architectures: object) -> Family | None:
     """Return the family of config.json's `architectures`; None when it is not known."""
     if not isinstance(architectures, list) or len(architectures) != 1:
