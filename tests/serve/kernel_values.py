@@ -79,7 +79,12 @@ def switched_off():
     os.environ[hybridquant_vllm.SWITCH] = "0"
     hybridquant_vllm.register()
     del os.environ[hybridquant_vllm.SWITCH]
-    return {"switched_off": candidates()}
+    refused = ""
+    try:
+        init_nvfp4_linear_kernel(use_a16=True)
+    except ValueError as error:
+        refused = str(error)
+    return {"switched_off": candidates(), "weight_only_switched_off": refused}
 
 
 def registered_again():

@@ -41,6 +41,16 @@ def test_nvfp4_is_w4a4_to_bf16_rounding(values):
     assert values["nvfp4_error_if_w4a16"] > 0.1
 
 
+def test_weight_only_nvfp4_is_w4a16_to_bf16_rounding(values):
+    assert values["weight_only_kernel"] == "ReferenceNvFp4WeightOnlyKernel"
+    assert values["weight_only_error"] < 2**-8
+
+
+def test_upstream_trap_vllm_takes_marlin_for_weight_only_nvfp4_on_any_cpu(values):
+    """If this ever fails, `register_linear_kernel` may be enough for the plug-in."""
+    assert "Forced NVFP4 kernel MarlinNvFp4LinearKernel is not" in values["weight_only_switched_off"]
+
+
 def test_fused_weights_get_one_scale(values):
     # CPU builds declare `static_scaled_fp8_quant() -> ()`; without the replacement, loading FP8
     # q/k/v fails on it.

@@ -22,7 +22,8 @@ METHODS = {
     "MIXED_PRECISION": "modelopt_mixed",
 }
 MIXED = (
-    "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention}]"
+    "quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}, {format: bf16, kind: attention},"
+    " {format: nvfp4_weight_only, name: down_proj}]"
 )
 
 
@@ -64,15 +65,15 @@ def ask_directory(directory):
 
 
 @pytest.fixture(scope="module")
-def served(fp8, nvfp4_export):
-    """Three servers at once: starting one imports vLLM three times, and uses one core."""
+def served(fp8, nvfp4, nvfp4_weight_only, nvfp4_export):
+    """Four servers at once: starting one imports vLLM three times, and uses one core."""
     mixed = nvfp4_export(MIXED)
-    nvfp4 = nvfp4_export()
     with ThreadPoolExecutor() as pool:
         started = {
             "fp8": pool.submit(generate, fp8),
             "mixed": pool.submit(generate, mixed),
             "nvfp4": pool.submit(ask_directory, nvfp4),
+            "weight_only": pool.submit(generate, nvfp4_weight_only),
         }
     return started
 
@@ -91,7 +92,17 @@ def test_our_mixed_export_generates(served):
     assert answer.completion_tokens >= 1
     assert "quantization=modelopt_mixed," in log
     assert "Using ReferenceNvFp4Kernel" in log
+    assert "Using ReferenceNvFp4WeightOnlyKernel" in log
     assert "Selected ReferenceFp8Kernel" in log
+
+
+@pytest.mark.server
+def test_our_weight_only_export_generates(served):
+    answer, log = served["weight_only"].result()
+    assert answer.completion_tokens >= 1
+    assert "quantization=modelopt_fp4," in log
+    assert "Using ReferenceNvFp4WeightOnlyKernel" in log
+    assert log.count("weight-only NVFP4 (W4A16) layers run on a REFERENCE kernel") == 1
 
 
 @pytest.mark.server
