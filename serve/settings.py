@@ -17,7 +17,7 @@ from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 from checkpoint.log import get_logger
 from checkpoint.settings import Section
 from checkpoint.video import Video
-from serve.vllm_flags import setting_values
+from serve.vllm_flags import MEDIA_OPTIONS, samples_without_fps, setting_values
 
 logger = get_logger(__name__)
 
@@ -77,6 +77,9 @@ def settings_for(
     """
     manifest = _read_manifest(directory)
     values = _given(overrides or {}) | setting_values(flags)
+    if samples_without_fps(flags):
+        consequence = "vLLM samples every clip alike, however short"
+        logger.warning("%s gives no fps for videos: %s", MEDIA_OPTIONS, consequence)
     if manifest is None:
         return override(ServeSettings(), values)
     faults: list[Fault] = []

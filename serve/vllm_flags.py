@@ -83,21 +83,29 @@ def setting_values(arguments: Sequence[str]) -> dict[str, Any]:
         Values by the setting's dotted name, as `port` or `video.fps`.
     """
     values: dict[str, Any] = {}
-    media: dict[str, Any] = {}
+    media: dict[str, Any] | None = None
     for flag, text in _flags_with_values(arguments):
         name = canonical(flag)
-        if name == MEDIA_OPTIONS:
-            media |= _video_media_options(flag, text)
-        if name not in _SETTINGS:
-            continue
-        setting, parse = _SETTINGS[name]
         try:
-            values[setting] = parse(text)
+            if name == MEDIA_OPTIONS:
+                media = (media or {}) | _video_media_options(flag, text)
+            elif name in _SETTINGS:
+                setting, parse = _SETTINGS[name]
+                values[setting] = parse(text)
         except ValueError:
             logger.debug("%s %s is left to vLLM", flag, text)
-    if media:
-        values |= _sampling(media)
+    if media is not None:
+        # Our own flag is left out, so vLLM's default applies to the number of frames. It has none
+        # for fps: see `samples_without_fps`.
+        values["video.max_frames"] = media.get("num_frames", DEFAULT_FRAMES)
+        if "fps" in media:
+            values["video.fps"] = media["fps"]
     return values
+
+
+def samples_without_fps(arguments: Sequence[str]) -> bool:
+    """Return whether vLLM's own flag makes it take so many frames of every clip, however short."""
+    return MEDIA_OPTIONS in named_flags(arguments) and "video.fps" not in setting_values(arguments)
 
 
 def _flags_with_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -117,34 +125,17 @@ def _video_media_options(flag: str, text: str) -> dict[str, Any]:
     Args:
         flag: `--media-io-kwargs`, or with a dotted key behind it.
         text: The JSON value.
+
+    Raises:
+        ValueError: It is not a JSON object, and vLLM will refuse it.
     """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
+    value = json.loads(text)
     _, *keys = flag.split(".")
     for key in reversed(keys):
         value = {key: value}
     if not isinstance(value, dict):
-        return {}
-    video = value.get("video")
+        raise ValueError("not a JSON object")
+    video = value.get("video") or {}
     if not isinstance(video, dict):
-        return {}
+        raise ValueError("video is not a JSON object")
     return video
-
-
-def _sampling(media: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that mean the same sampling of frames.
-
-    Our own flag is left out where vLLM's is given, so vLLM's defaults apply to what it lacks.
-    """
-    values = {"video.max_frames": media.get("num_frames", DEFAULT_FRAMES)}
-    if "fps" in media:
-        values["video.fps"] = media["fps"]
-    else:
-        logger.warning(
-            "%s gives no fps for videos: vLLM takes %s frames of every clip, however short",
-            MEDIA_OPTIONS,
-            values["video.max_frames"],
-        )
-    return values

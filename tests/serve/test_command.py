@@ -174,8 +174,10 @@ def test_settings_follow_what_vllm_is_told():
         (["--seed", "-1"], {}),
         (["--media-io-kwargs", "no JSON"], {}),
         (["--media-io-kwargs", '["x"]'], {}),
-        (["--media-io-kwargs", '{"image": {}}'], {}),
-        (["--media-io-kwargs", '{"video": null}'], {}),
+        (["--media-io-kwargs", '{"video": 7}'], {}),
+        # vLLM takes 32 frames where its flag gives no number, also where it is about images.
+        (["--media-io-kwargs", '{"image": {}}'], {"video.max_frames": 32}),
+        (["--media-io-kwargs", '{"video": null}'], {"video.max_frames": 32}),
         (["--media-io-kwargs.video.fps", "4"], {"video.fps": 4, "video.max_frames": 32}),
         (
             ["--media-io-kwargs.video.fps=4", "--media_io_kwargs.video.num_frames=8"],

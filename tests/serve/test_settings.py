@@ -107,6 +107,12 @@ def test_another_video_than_the_manifests_is_one_warning_with_both(
     assert "\n" not in warning
 
 
+def test_vllms_sampling_without_fps_is_warned_about(directory, warnings):
+    settings_for(directory, {}, ["--media-io-kwargs.video.num_frames=64"])
+    (warning,) = warnings
+    assert "--media-io-kwargs gives no fps" in warning
+
+
 def test_a_manifest_without_video_is_served_with_the_defaults_and_one_warning(tmp_path, warnings):
     write_manifest(tmp_path, {"serve": {}})
     settings = settings_for(tmp_path, {"video.fps": 1})
