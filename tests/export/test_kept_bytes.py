@@ -1,4 +1,5 @@
-"""The exports of the tiny FP8 and NVFP4 recipes have the bytes they had before formats became files.
+"""The exports of the tiny FP8 and NVFP4 recipes have the bytes they had before each format became
+a file.
 
 tests/data/tiny_exports.json was made from exports of commit b1929c5, on one CPU:
 

@@ -2,6 +2,10 @@
 ModelOpt's rounding.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
@@ -11,6 +15,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from quantize.formats.nvfp4_reference import fake_quantize, fake_quantize_static
 from quantize.formats.registry import FORMATS
 
+ROOT = Path(__file__).parents[2]
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -24,6 +29,31 @@ def test_modelopts_own_fake_quantization_asserts_without_cuda():
         quantizer(torch.randn(2, 32))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trap is of machines without CUDA")
+def test_importing_the_formats_changes_nothing_in_modelopt_until_a_cpu_needs_it():
+    """Upstream trap: ModelOpt's own function for static scales raises on a CPU, so it is replaced;
+    if this fails at the first call, the replacement can go.
+    """
+    code = """
+import torch
+from modelopt.torch.quantization.nn.modules import tensor_quantizer
+before = tensor_quantizer.static_blockwise_fp4_fake_quant
+from quantize.formats.registry import FORMATS
+assert tensor_quantizer.static_blockwise_fp4_fake_quant is before
+arguments = torch.ones(1, 16), torch.ones(1, 1), torch.tensor(1.0)
+try:
+    before(*arguments)
+except Exception as error:
+    assert "triton" in str(error).lower(), error
+else:
+    raise AssertionError("ModelOpt's own function runs on a CPU")
+FORMATS["nvfp4"].quantizer_settings("weight_quantizer", "cpu", is_searched=True)
+tensor_quantizer.static_blockwise_fp4_fake_quant(*arguments)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_result_is_a_value_of_the_format():
     inputs, amax = torch.randn(64, 256), torch.tensor(5.0)
     outputs = fake_quantize(inputs, amax)
@@ -35,12 +65,13 @@ def test_every_result_is_a_value_of_the_format():
 
 
 def test_it_equals_packing_and_unpacking_by_the_exporter():
-    """For blocks that are not tiny, fake quantization and the exported bytes say the same weight."""
+    """For blocks that are not tiny, fake quantization and exported bytes give the same weight."""
     weight = torch.randn(128, 256, dtype=torch.bfloat16)
     linear = torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
     linear.weight.data.copy_(weight)
     settings = {
-        q: FORMATS["nvfp4"].quantizer(q, "cpu") for q in ("weight_quantizer", "input_quantizer")
+        q: FORMATS["nvfp4"].quantizer_settings(q, "cpu")
+        for q in ("weight_quantizer", "input_quantizer")
     }
     entries = [
         {"quantizer_name": f"*{q}", "cfg": cfg, "enable": True} for q, cfg in settings.items()
@@ -68,7 +99,7 @@ def test_zeros_and_tiny_blocks_stay_finite():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shape_and_dtype_are_kept_and_the_gradient_passes_through(dtype):
     quantizer = TensorQuantizer(
-        QuantizerAttributeConfig(**FORMATS["nvfp4"].quantizer("input_quantizer", "cpu")),
+        QuantizerAttributeConfig(**FORMATS["nvfp4"].quantizer_settings("input_quantizer", "cpu")),
         amax=torch.tensor(4.0),
     )
     inputs = torch.randn(2, 3, 32, dtype=dtype, requires_grad=True)
@@ -92,7 +123,7 @@ def test_on_a_gpu_it_equals_modelopts_triton_kernel_bit_for_bit(dtype):
 
 def searched(linear: torch.nn.Linear, algorithm: dict) -> torch.nn.Module:
     settings = {
-        q: FORMATS["nvfp4"].quantizer(q, "cpu", searched=True)
+        q: FORMATS["nvfp4"].quantizer_settings(q, "cpu", is_searched=True)
         for q in ("weight_quantizer", "input_quantizer")
     }
     entries = [

@@ -55,7 +55,7 @@ def test_two_formats_are_mixed_precision(linears):
         ([Rule(format="fp9")], "did you mean fp8"),
         ([Rule(format="fp8", kind="mamba2")], "did you mean mamba"),
         ([Rule(format="fp8"), Rule(format="bf16")], "no layer is quantized"),
-        ([Rule(format="fp8"), Rule(format="bf16", name="q_proj")], "vLLM fuses the three"),
+        ([Rule(format="fp8"), Rule(format="bf16", name="q_proj")], "vLLM fuses them"),
     ],
 )
 def test_a_wrong_rule_is_an_error(linears, rules, message):

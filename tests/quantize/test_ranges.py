@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantize.ranges
-from checkpoint.native import module_name
 from quantize.policy import Policy
 from quantize.ptq import modelopt_config
 
@@ -30,12 +29,13 @@ def calibrated(calibrators: bool) -> nn.Linear:
     linear = nn.Linear(32, 16, bias=False)
     model = nn.Module()
     parent = model
-    *above, last = module_name(NAME).split(".")
+    policy = Policy({NAME: "fp8"}, None)
+    *above, last = policy.family.native_module(NAME).split(".")
     for part in above:
         parent.add_module(part, nn.Module())
         parent = parent.get_submodule(part)
     parent.add_module(last, linear)
-    config = modelopt_config(Policy({NAME: "fp8"}, None))
+    config = modelopt_config(policy)
     if not calibrators:
         for entry in config["quant_cfg"]:
             entry.get("cfg", {}).pop("calibrator", None)
