@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from accuracy.agreement import States, compare
-from accuracy.gate import Thresholds, judge
+from accuracy.gate import judge
+from accuracy.settings import Accuracy
 
 IMAGE = 7
 
@@ -75,15 +76,15 @@ def test_models_that_saw_different_tokens_are_not_compared(lm_head):
 
 
 @pytest.mark.parametrize(
-    ("thresholds", "named"),
+    ("required", "named"),
     [
-        (Thresholds(max_kl=1e-6), "KL"),
-        (Thresholds(min_top1=0.9999), "top-1 agreement"),
-        (Thresholds(max_perplexity_ratio=0.5), "perplexity ratio"),
+        (Accuracy(max_kl=1e-6), "KL"),
+        (Accuracy(min_top1=0.9999), "top-1 agreement"),
+        (Accuracy(max_perplexity_ratio=0.5), "perplexity ratio"),
     ],
 )
-def test_a_missed_threshold_is_named(lm_head, thresholds, named):
-    verdict = judge(compare([states(0)], [states(1.0)], lm_head, IMAGE), thresholds)
+def test_a_missed_requirement_is_named(lm_head, required, named):
+    verdict = judge(compare([states(0)], [states(1.0)], lm_head, IMAGE), required)
     assert not verdict.passed
     assert [sentence.startswith(named) for sentence in verdict.missed] == [True]
 
@@ -92,9 +93,9 @@ def test_nan_never_passes(lm_head):
     broken = states(0)
     broken.hidden[3] = float("nan")
     measured = compare([states(0)], [broken], lm_head, IMAGE)
-    assert not judge(measured, Thresholds(max_kl=100.0)).passed
-    assert judge(measured, Thresholds(max_kl=100.0, min_top1=0.0)).missed
+    assert not judge(measured, Accuracy(max_kl=100.0)).passed
+    assert judge(measured, Accuracy(max_kl=100.0, min_top1=0.0)).missed
 
 
 def test_nothing_compared_never_passes(lm_head):
-    assert not judge(compare([], [], lm_head, IMAGE), Thresholds()).passed
+    assert not judge(compare([], [], lm_head, IMAGE), Accuracy()).passed

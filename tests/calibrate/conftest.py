@@ -1,19 +1,19 @@
 import pytest
 
-from checkpoint.native import load_model, load_tokenizer
-from tiny.checkpoint import write_tiny
+
+@pytest.fixture(scope="session")
+def config(tiny_config):
+    return tiny_config
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
+def tokenizer(tiny_checkpoint):
+    return tiny_checkpoint.tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer(config):
-    return load_tokenizer(config)
+def model(tiny_checkpoint):
+    """The tiny checkpoint's model; do not change it."""
+    from checkpoint.native import load_model
 
-
-@pytest.fixture(scope="session")
-def model(config):
-    return load_model(config)
+    return load_model(tiny_checkpoint)

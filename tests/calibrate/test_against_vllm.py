@@ -17,6 +17,7 @@ from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from calibrate.tiles import frame_tiles, tile_grid
 from calibrate.video import decode
+from checkpoint.video import UNPRUNED
 from serve.environment import find_python
 
 REFERENCE = Path(__file__).with_name("vllm_reference.py")
@@ -189,7 +190,9 @@ def prompts(config, tokenizer):
 
     def build(name):
         if name not in held:
-            held[name] = build_prompt(Sample(name, CHATS[name], "test"), config, tokenizer)
+            held[name] = build_prompt(
+                Sample(name, CHATS[name], "test"), config, tokenizer, UNPRUNED
+            )
         return held[name]
 
     return build
@@ -214,14 +217,14 @@ def test_image_tiles_equal_vllm(name, reference, prompts):
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_sampled_frames_equal_vllm(name, reference):
-    clip = decode(CLIPS[name], name)
+    clip = decode(CLIPS[name], name, UNPRUNED)
     assert list(clip.indices) == reference[f"indices/{name}"].tolist()
     assert clip.fps == pytest.approx(float(reference[f"fps/{name}"]), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_decoded_frames_close_to_vllm(name, reference):
-    frames, expected = decode(CLIPS[name], name).frames, reference[f"frames/{name}"]
+    frames, expected = decode(CLIPS[name], name, UNPRUNED).frames, reference[f"frames/{name}"]
     assert frames.shape == expected.shape
     # Equal with the two FFmpeg builds at hand; others may round chroma by a grey level or two.
     assert np.abs(frames.astype(int) - expected).max() <= 2

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from calibrate_media import clip_bytes, image_part, picture, text, user, video_part
@@ -5,19 +7,27 @@ from calibrate_media import clip_bytes, image_part, picture, text, user, video_p
 from calibrate.forward import Counts, embed, embed_all, forward_loop, logits, tile_embeddings
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
-from checkpoint.faults import BadInput
+from checkpoint.video import UNPRUNED
 
 
 @pytest.fixture(scope="module")
 def prompt(config, tokenizer):
     chat = user(image_part(picture(60, 60)), text("Same?"), video_part(clip_bytes(15, 10)))
-    return build_prompt(Sample("s", [chat], "test"), config, tokenizer)
+    return build_prompt(Sample("s", [chat], "test"), config, tokenizer, UNPRUNED)
+
+
+def pruned_at(prompt, rate):
+    """The same prompt, to be pruned at another rate."""
+    return replace(prompt, video=UNPRUNED.with_rate(rate))
 
 
 @pytest.fixture(scope="module")
 def text_prompt(config, tokenizer):
     return build_prompt(
-        Sample("t", [{"role": "user", "content": "Read the table."}], "test"), config, tokenizer
+        Sample("t", [{"role": "user", "content": "Read the table."}], "test"),
+        config,
+        tokenizer,
+        UNPRUNED,
     )
 
 
@@ -53,16 +63,17 @@ def test_dense_tiles_equal_the_models_own_image_features(model, prompt, config):
 
 
 def test_rate_zero_keeps_every_token(model, prompt, config):
-    embedded = embed(model, prompt, config, 0.0)
+    embedded = embed(model, prompt, config)
     assert embedded.token_ids.tolist() == prompt.token_ids
     assert embedded.video_tokens_pruned == 0
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.75, 0.9])
 def test_pruning_drops_video_tokens_only_and_as_many_as_served(rate, model, prompt, config):
-    embedded = embed(model, prompt, config, rate)
+    pruned = pruned_at(prompt, rate)
+    embedded = embed(model, pruned, config)
     _, video = prompt.media
-    assert len(embedded.token_ids) == prompt.served_length(rate)
+    assert len(embedded.token_ids) == pruned.length
     assert embedded.inputs_embeds.shape == (len(embedded.token_ids), config.text["hidden_size"])
     dropped = set((~embedded.kept).nonzero().flatten().tolist())
     assert len(dropped) == embedded.video_tokens_pruned
@@ -72,7 +83,8 @@ def test_pruning_drops_video_tokens_only_and_as_many_as_served(rate, model, prom
 
 
 def test_pruned_embeddings_are_the_unpruned_ones_that_are_kept(model, prompt, config):
-    whole, pruned = embed(model, prompt, config), embed(model, prompt, config, 0.75)
+    whole = embed(model, prompt, config)
+    pruned = embed(model, pruned_at(prompt, 0.75), config)
     torch.testing.assert_close(
         pruned.inputs_embeds, whole.inputs_embeds[pruned.kept], rtol=0, atol=0
     )
@@ -81,23 +93,25 @@ def test_pruned_embeddings_are_the_unpruned_ones_that_are_kept(model, prompt, co
 def test_forward_loop_shows_the_language_model_every_kept_token_once(
     model, prompt, text_prompt, config
 ):
+    pruned = pruned_at(prompt, 0.75)
     seen = []
     layer = model.language_model.model.layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     try:
-        counts = forward_loop(model, [prompt, text_prompt], config, 0.75)
+        counts = forward_loop(model, [pruned, text_prompt], config)
     finally:
         hook.remove()
-    lengths = [prompt.served_length(0.75), len(text_prompt.token_ids)]
+    lengths = [pruned.length, len(text_prompt.token_ids)]
     assert seen == [(1, length) for length in lengths]
     each = config.tokens_per_tile
     assert counts == Counts(2, sum(lengths), each, 2 * each)
 
 
 def test_forward_loop_takes_prompts_embedded_before(model, prompt, config):
-    held = embed_all(model, iter([prompt]), config, 0.5)
+    pruned = pruned_at(prompt, 0.5)
+    held = embed_all(model, iter([pruned]), config)
     assert held[0].inputs_embeds.device.type == "cpu"
-    counts = forward_loop(model, [prompt], config, 0.5)
+    counts = forward_loop(model, [pruned], config)
     assert forward_loop(model, held, config) == counts == forward_loop(model, held, config)
 
 
@@ -116,9 +130,3 @@ def test_forward_loop_leaves_no_inference_tensors(model, text_prompt, config):
         hook.remove()
     assert not kept[0].is_inference()
     assert not kept[0].requires_grad
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_rate_out_of_range_is_a_fault(rate, model, text_prompt, config):
-    with pytest.raises(BadInput, match="video_pruning_rate"):
-        embed(model, text_prompt, config, rate)

@@ -8,7 +8,6 @@ import torch
 
 from calibrate.activations import Activations, Budget
 from calibrate.layerwise import Batching, runner
-from checkpoint.files import TensorFiles
 from checkpoint.layers import read_layers
 
 HIDDEN = 8
@@ -68,13 +67,14 @@ def test_what_was_saved_is_restored_in_memory_or_file(store, tmp_path):
         assert not (tmp_path / "again").exists()
 
 
-def test_layers_read_one_by_one_give_the_whole_models_states(tiny_config, tiny_model):
-    hidden = torch.randn(1, 70, tiny_config.text["hidden_size"], dtype=torch.bfloat16)
+def test_layers_read_one_by_one_give_the_whole_models_states(tiny_checkpoint, tiny_model):
+    size = tiny_checkpoint.config.hidden_size
+    hidden = torch.randn(1, 70, size, dtype=torch.bfloat16)
     with torch.no_grad():
         whole = tiny_model.language_model.model(
             inputs_embeds=hidden, use_cache=False
         ).last_hidden_state
-        for _, layer in read_layers(tiny_config, "cpu", TensorFiles(tiny_config.directory).read):
+        for _, layer in read_layers(tiny_checkpoint, "cpu", tiny_checkpoint.tensors.read):
             hidden = runner(layer)(hidden)
         assert torch.equal(tiny_model.language_model.model.norm_f(hidden), whole)
 

@@ -14,12 +14,21 @@ from calibrate_media import (
     video_part,
 )
 
-from calibrate.prompts import build_prompt, build_prompts
+from calibrate import prompts as building
 from calibrate.samples import Sample, Skipped
 from calibrate.tiles import load_image
 from checkpoint.faults import BadInput
+from checkpoint.video import UNPRUNED
 
 CLIP = clip_bytes(30, 10)
+
+
+def build_prompt(sample, config, tokenizer, video=UNPRUNED, **options):
+    return building.build_prompt(sample, config, tokenizer, video, **options)
+
+
+def build_prompts(samples, config, tokenizer, **options):
+    return building.build_prompts(samples, config, tokenizer, UNPRUNED, **options)
 
 
 def sample(*messages, name="s"):
@@ -86,13 +95,12 @@ def test_generation_prompt_can_be_left_out(config, tokenizer):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.75, 0.9, 0.99])
-def test_served_length_counts_what_evs_leaves(rate, config, tokenizer):
-    prompt = build_prompt(
-        sample(user(image_part(picture(9, 9)), video_part(CLIP))), config, tokenizer
-    )
+def test_length_counts_what_evs_leaves(rate, config, tokenizer):
+    chat = sample(user(image_part(picture(9, 9)), video_part(CLIP)))
+    prompt = build_prompt(chat, config, tokenizer, UNPRUNED.with_rate(rate))
     each = config.tokens_per_tile
     left = max(each, int(6 * each * (1 - rate)))
-    assert prompt.served_length(rate) == len(prompt.token_ids) - 6 * each + left
+    assert prompt.length == len(prompt.token_ids) - 6 * each + left
 
 
 def broken_png():
@@ -102,13 +110,13 @@ def broken_png():
 BAD = {
     "<image> in text": (
         user(text("where is <image> here"), image_part(picture(4, 4))),
-        "text holds the placeholder <image>",
+        "text contains the placeholder <image>",
     ),
     "<image> in plain text": (
         {"role": "user", "content": "<image>"},
-        "text holds the placeholder <image>",
+        "text contains the placeholder <image>",
     ),
-    "<video> in text": (user(text("<video>")), "text holds the placeholder <video>"),
+    "<video> in text": (user(text("<video>")), "text contains the placeholder <video>"),
     "image missing": (
         user({"type": "image_url", "image_url": {"url": "/nowhere/a.png"}}),
         "cannot be read: No such",
@@ -146,7 +154,7 @@ BAD = {
     "video is an mp4 cut off": (user(video_part(CLIP[:400])), "video cannot be read"),
     "remote": (
         user({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}),
-        "nothing is fetched",
+        "nothing is downloaded",
     ),
 }
 
@@ -169,10 +177,8 @@ def test_length_is_counted_after_pruning(config, tokenizer):
     chat = sample(user(video_part(CLIP)))
     with pytest.raises(BadInput, match="at most 240 fit"):
         build_prompt(chat, config, tokenizer, max_length=240)
-    assert (
-        build_prompt(chat, config, tokenizer, max_length=240, pruning_rate=0.75).served_length(0.75)
-        <= 240
-    )
+    video = UNPRUNED.with_rate(0.75)
+    assert build_prompt(chat, config, tokenizer, video, max_length=240).length <= 240
 
 
 def test_template_that_refuses_is_a_fault(config, tokenizer, monkeypatch):
@@ -217,15 +223,6 @@ def test_too_many_bad_samples_end_with_every_name_and_reason(config, tokenizer):
 def test_nothing_to_build_is_a_fault(config, tokenizer):
     with pytest.raises(BadInput, match="no sample can be used"):
         list(build_prompts([], config, tokenizer))
-
-
-def test_pruning_rate_out_of_range_is_a_fault(config, tokenizer):
-    with pytest.raises(BadInput, match="video_pruning_rate"):
-        list(
-            build_prompts(
-                [sample({"role": "user", "content": "x"})], config, tokenizer, pruning_rate=1.0
-            )
-        )
 
 
 def test_transparency_is_laid_on_white():

@@ -7,6 +7,7 @@ from calibrate_media import clip_bytes, image_bytes, picture, trimmed
 
 from calibrate.video import decode, sample_indices
 from checkpoint.faults import BadInput
+from checkpoint.video import UNPRUNED, Video
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from checkpoint.faults import BadInput
     ],
 )
 def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
-    indices = sample_indices(total, fps)
+    indices = sample_indices(total, fps, Video())
     assert len(indices) == count
     assert (indices[0], indices[-1]) == first_and_last
     assert indices == sorted(set(indices))
@@ -35,11 +36,11 @@ def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
     ("fps", "duration"), [(30, 33), ("30000/1001", 33), (7, 142), (2, 500), (1, 1000)]
 )
 def test_frame_duration_is_whole_milliseconds(fps, duration):
-    assert decode(clip_bytes(8, fps), "x").frame_duration_ms == duration
+    assert decode(clip_bytes(8, fps), "x", UNPRUNED).frame_duration_ms == duration
 
 
 def test_frames_are_those_of_their_indices():
-    clip = decode(clip_bytes(60, 12, codec="libx264"), "x")
+    clip = decode(clip_bytes(60, 12, codec="libx264"), "x", UNPRUNED)
     with av.open(io.BytesIO(clip_bytes(60, 12, codec="libx264"))) as container:
         every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     # PyAV's default scaler interpolates chroma otherwise, so close, and closer than to any other
@@ -59,16 +60,16 @@ def test_frames_hidden_by_an_edit_list_are_not_counted():
     ("rotation", "shape"), [(0, (48, 64)), (90, (64, 48)), (-90, (64, 48)), (180, (48, 64))]
 )
 def test_turned_clip_stands_upright(rotation, shape):
-    assert decode(clip_bytes(4, 2, rotation=rotation), "x").frames.shape[1:3] == shape
+    assert decode(clip_bytes(4, 2, rotation=rotation), "x", UNPRUNED).frames.shape[1:3] == shape
 
 
 def test_clip_of_one_frame_has_one_frame():
-    assert decode(clip_bytes(1, 30), "x").indices == (0,)
+    assert decode(clip_bytes(1, 30), "x", UNPRUNED).indices == (0,)
 
 
 def test_clip_cut_off_keeps_what_can_be_read():
     data = clip_bytes(40, 10, form="matroska")
-    clip = decode(data[: len(data) // 2], "x")
+    clip = decode(data[: len(data) // 2], "x", UNPRUNED)
     assert 1 <= len(clip.indices) < 8
     assert clip.indices[0] == 0
 
@@ -103,10 +104,10 @@ def test_playlist_opens_no_other_file(tmp_path):
     (tmp_path / "clip.ts").write_bytes(clip_bytes(40, 10, form="mpegts"))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n"
     with pytest.raises(BadInput, match="cannot be read"):
-        decode(playlist.encode(), "x")
+        decode(playlist.encode(), "x", UNPRUNED)
 
 
 def test_frames_too_large_to_serve_are_a_fault(monkeypatch):
     monkeypatch.setattr("calibrate.video.MAX_PIXELS", 1000)
     with pytest.raises(BadInput, match="at most 1000 are served"):
-        decode(clip_bytes(2, 2), "x")
+        decode(clip_bytes(2, 2), "x", UNPRUNED)
