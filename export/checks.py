@@ -24,17 +24,8 @@ from quantize.algorithms import ALGORITHMS, Change
 
 
 def directory_faults(directory: Path, source: Path | None) -> list[Fault]:
-    """Return every fault of an exported directory; see `export.verify.verify`.
-
-    Args:
-        directory: The exported directory.
-        source: The BF16 checkpoint that it was made from; adds the comparison of weights.
-
-    Returns:
-        Every fault found; an empty list for a sound directory.
-
-    Raises:
-        BadInput: One of the directories is not a checkpoint of a known architecture.
+    """Return every fault of an exported directory; `export.verify.verify` describes the arguments
+    and what is raised.
     """
     config = read_config(directory)
     original = None

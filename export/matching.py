@@ -15,7 +15,7 @@ from checkpoint.family import Family
 
 
 def exclude_list(unquantized_linears: Sequence[str], family: Family) -> list[str]:
-    """Return the `ignore` / `exclude_modules` entries for a checkpoint with these linears in BF16."""
+    """Return the `ignore` / `exclude_modules` entries that leave these linears in BF16."""
     return [*family.never_quantized, *unquantized_linears]
 
 

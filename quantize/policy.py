@@ -66,7 +66,7 @@ def make_policy(
 
     Args:
         rules: In order; the last that matches a linear wins.
-        linears: All linears of the language model.
+        linears: All linears of the language model, in its order.
         kv_cache: `fp8`, or None.
         family: The names of the model family.
 
@@ -74,7 +74,7 @@ def make_policy(
         BadInput: With every fault: an unknown format or kind, a rule that matches nothing, nothing
             quantized, fused linears of different formats, or a width that the format cannot have.
     """
-    depth = 1 + max((linear.layer for linear in linears), default=0)
+    depth = 1 + linears[-1].layer
     formats = {linear.name: UNQUANTIZED for linear in linears}
     faults: list[Fault] = []
     for number, rule in enumerate(rules):
@@ -131,9 +131,8 @@ def _fusion_faults(
         if family.fused_parts(linear.short):
             fused.setdefault(family.fused_module(linear.name), []).append(linear)
     for parts in fused.values():
-        used = sorted({formats[linear.name] for linear in parts})
-        if len(used) > 1:
-            names = ", ".join(linear.short for linear in parts)
-            what = f"{names} have the formats {', '.join(used)}"
+        used = {linear.short: formats[linear.name] for linear in parts}
+        if len(set(used.values())) > 1:
+            what = f"{', '.join(used)} have the formats {', '.join(used.values())}"
             remedy = "vLLM fuses them: give them one format"
             yield Fault(f"layer {parts[0].layer}", what, remedy)

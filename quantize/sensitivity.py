@@ -150,19 +150,14 @@ def search_formats(
     state = _score(language_model, policy, given, formats, bits, device)
     candidates = _Candidates(formats, device)
     groups = _searched_groups(state, policy, candidates)
-    sizes = [*_sizes(formats), bits]
-    points: dict[float, Point] = {}
-    policies: dict[float, Policy] = {}
-    for size in sorted(set(sizes)):
-        points[size], policies[size] = _mix(state, groups, candidates, policy, size)
-    curve = {point.bits: point for point in points.values()}
+    chosen, mixed = _mix(state, groups, candidates, policy, bits)
+    curve = {chosen.bits: chosen}
+    for size in _sizes(formats):
+        point, _ = _mix(state, groups, candidates, policy, size)
+        curve.setdefault(point.bits, point)
+    by_size = sorted(curve.values(), key=lambda point: point.bits)
     scores = _scores(language_model, policy, given, formats, groups, device)
-    return Search(
-        policy=policies[bits],
-        chosen=points[bits],
-        curve=tuple(curve[size] for size in sorted(curve)),
-        scores=tuple(scores),
-    )
+    return Search(policy=mixed, chosen=chosen, curve=tuple(by_size), scores=tuple(scores))
 
 
 @dataclass(frozen=True)
@@ -209,11 +204,13 @@ class _Candidates:
             if quantizer in (WEIGHT_QUANTIZER, INPUT_QUANTIZER) and entry["enable"]:
                 found = enabled.setdefault(module, {})
                 found[quantizer] = QuantizerAttributeConfig(**entry["cfg"])
-        chosen = {}
-        for module, quantizers in enabled.items():
-            (format,) = (name for name, own in self._settings.items() if own == quantizers)
-            chosen[module] = format
-        return chosen
+        return {module: self._format_with(found) for module, found in enabled.items()}
+
+    def _format_with(self, quantizers: Mapping[str, QuantizerAttributeConfig]) -> str:
+        for format, own in self._settings.items():
+            if own == quantizers:
+                return format
+        raise AssertionError(f"ModelOpt chose {quantizers}, which is not a candidate")
 
 
 def _score(
@@ -339,7 +336,9 @@ def _scores(
     device: str,
 ) -> Iterator[Score]:
     """The scores of every linear, in the order of the policy."""
-    kl = {name: group.kl for group in groups for name in group.linears}
+    kl: dict[str, Mapping[str, float]] = {}
+    for group in groups:
+        kl.update(dict.fromkeys(group.linears, group.kl))
     errors = {}
     for format in formats:
         errors[format] = _squared_errors(language_model, policy, given, format, device)

@@ -135,7 +135,8 @@ class ReferenceNvFp4WeightOnlyKernel(NvFp4LinearKernel):
         weight = dequantize_to_dtype(
             layer.weight, layer.weight_scale, torch.ones(()), torch.float32, swizzle=False
         )
-        out = torch.matmul(x.to(torch.float32), weight.t()) * layer.weight_global_scale
+        global_scale: Any = layer.weight_global_scale
+        out = torch.matmul(x.to(torch.float32), weight.t()) * global_scale
         if bias is not None:
             out = out + bias.to(torch.float32)
         return out.to(x.dtype)
