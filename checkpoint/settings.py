@@ -24,21 +24,36 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse two values that pydantic takes without a message: `true` for 1, and integers that
-        no library takes.
+    def _check_plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic takes and a library does not.
+
+        `true` would count as 1. Integers beyond 64 bits overflow, and text that UTF-8 cannot encode
+        or that contains NUL fails where it is first written or used as a path.
         """
         annotation = cls.model_fields[str(info.field_name)].annotation
-        is_plain = not _mentions(annotation, Section)
-        for item in _items(value) if is_plain else [value]:
+        if _mentions(annotation, Section):
+            return value  # the section checks its own fields
+        takes_booleans = _mentions(annotation, bool)
+        for item in _items(value):
             if isinstance(item, bool):
-                if is_plain and not _mentions(annotation, bool):
-                    message = "input should not be true or false"
+                if not takes_booleans:
+                    message = "should not be true or false"
                     raise PydanticCustomError("unexpected_boolean", message)
             elif isinstance(item, int) and abs(item) > _LARGEST:
-                message = "input should be an integer of at most 64 bits"
+                message = "should be an integer of at most 64 bits"
                 raise PydanticCustomError("integer_too_large", message)
+            elif isinstance(item, str) and not _is_plain_text(item):
+                message = "should be text without NUL, in UTF-8"
+                raise PydanticCustomError("unusable_text", message)
         return value
+
+
+def _is_plain_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+    return "\0" not in text
 
 
 def _mentions(annotation: Any, wanted: type) -> bool:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 from checkpoint.settings import Section
+from recipes.bounds import MOST_CHARACTERS, bounds_fault
 from recipes.schema import Recipe
 
 SHIPPED = Path(__file__).parent
@@ -39,21 +40,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read_yaml(path: Path) -> Any:
+    where = _short(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except FileNotFoundError:
-        raise BadInput(Fault(str(path), "no such recipe", nearest(str(path), _shipped()))) from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(Fault(where, "no such recipe", nearest(where, _shipped()))) from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with NUL
         what = f"cannot be read: {_one_line(error)}"
-        raise BadInput(Fault(str(path), what, "give a YAML file")) from None
+        raise BadInput(Fault(where, what, "give a YAML file")) from None
     try:
-        values = OmegaConf.create(text)
+        too_large = bounds_fault(text)
+        values = None if too_large else OmegaConf.create(text)
     except Exception as error:  # YAML's constructors raise whatever a value makes them raise
         what = f"cannot be read as YAML: {_one_line(error)}"
-        raise BadInput(Fault(str(path), what, "fix the file")) from None
+        raise BadInput(Fault(where, what, "fix the file")) from None
+    if too_large:
+        raise BadInput(Fault(where, too_large, "write a smaller recipe"))
     if not OmegaConf.is_dict(values):
         what = "does not contain a mapping of fields"
-        raise BadInput(Fault(str(path), what, "start from recipes/tiny/fp8.yaml"))
+        raise BadInput(Fault(where, what, "start from recipes/tiny/fp8.yaml"))
     return values
 
 
@@ -69,22 +75,21 @@ def _shipped() -> list[str]:
 def _apply_overrides(values: Any, overrides: Iterable[str]) -> Iterator[Fault]:
     seen: set[str] = set()
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, value_text = text.partition("=")
         if not equals or not key:
             what = "is not a recipe and not key=value"
             yield Fault(_short(text), what, "for example calibrate.samples=64")
             continue
         if key in seen:
-            yield Fault(key, "is given twice", "give it once")
+            yield Fault(_short(key), "is given twice", "give it once")
             continue
         seen.add(key)
         try:
-            parsed = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])
+            value = _parse_value(value_text)
         except Exception as error:
             what = f"the value is not YAML: {_one_line(error)}"
             yield Fault(_short(text), what, "quote it")
             continue
-        value = OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index,call-overload]
         try:
             OmegaConf.update(values, key, value, merge=False)
         except Exception as error:
@@ -92,18 +97,55 @@ def _apply_overrides(values: Any, overrides: Iterable[str]) -> Iterator[Fault]:
             yield Fault(_short(key), what, "write the field's dotted name")
 
 
+def _parse_value(text: str) -> Any:
+    """The value of an override; raises whatever YAML raises."""
+    too_large = bounds_fault(text)
+    if too_large:
+        raise ValueError(f"it {too_large}")
+    parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    return parsed["value"]
+
+
+_MESSAGES = {
+    "model_type": "should be a mapping of fields",
+    "tuple_type": "should be a list",
+    "dict_type": "should be a mapping",
+    "path_type": "should be a path",
+}
+"""What is shown for errors that pydantic words for Python programmers."""
+
+
 def _recipe_faults(path: Path, errors: Sequence[Any]) -> list[Fault]:
-    faults = []
+    unpacked = []
     for error in errors:
         location = tuple(error["loc"])
         if error["type"] == "nested_section":
             context = error["ctx"]
             for inner in context["errors"]:
-                inner_location = location + tuple(inner["loc"])
-                faults.append(_fault(path, inner, inner_location, context["fields"]))
+                unpacked.append((inner, location + tuple(inner["loc"]), context["fields"]))
         else:
-            faults.append(_fault(path, error, location, _fields_at(location[:-1])))
+            unpacked.append((error, location, _fields_at(location[:-1])))
+    faults = []
+    locations = [location for _, location, _ in unpacked]
+    for error, location, fields in unpacked:
+        if error["type"] == "too_short" and _is_above_another(location, locations):
+            continue  # pydantic does not count items that have errors of their own
+        faults.append(_fault(path, error, location, fields))
     return faults
+
+
+def _is_above_another(location: tuple[Any, ...], locations: Iterable[tuple[Any, ...]]) -> bool:
+    return any(len(other) > len(location) == _shared(location, other) for other in locations)
+
+
+def _shared(one: tuple[Any, ...], other: tuple[Any, ...]) -> int:
+    """Number of parts that two locations begin with."""
+    count = 0
+    for ours, theirs in zip(one, other, strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count
 
 
 def _fault(
@@ -111,16 +153,28 @@ def _fault(
 ) -> Fault:
     """A pydantic error as field, value, what is allowed and what to do."""
     name = ".".join(str(part) for part in location) or "recipe"
-    where = f"{path}: {name}"
+    where = f"{path}: {_short(name)}"
     if error["type"] == "extra_forbidden":
-        remedy = nearest(str(location[-1]), valid) if valid else "remove it"
+        remedy = nearest(str(location[-1])[:200], valid) if valid else "remove it"
         return Fault(where, "unknown field", remedy)
     if error["type"] == "missing":
         return Fault(where, "is missing", "add it")
-    message = str(error["msg"])
-    message = message[0].lower() + message[1:]
-    value = repr(error["input"])[:80]
-    return Fault(where, f"{value}: {message[:400]}", "fix the recipe or the override")
+    message = _MESSAGES.get(error["type"], str(error["msg"]))
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    what = f"is {_shown(error['input'])}: {message[:400]}"
+    return Fault(where, what, "fix the recipe or the override")
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe would have it, at most 80 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python refuses to write integers of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
@@ -146,7 +200,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _short(text: str) -> str:

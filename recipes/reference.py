@@ -6,7 +6,8 @@ python -m recipes.reference > docs/recipe.md
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -34,7 +35,7 @@ def render_reference() -> str:
     for name, section in sections(Recipe):
         lines += _section_table(name, section)
     lines += ["", "## Sources", "", "What `sources` may list, by `type`:"]
-    for name, source in known_sources().items():
+    for name, source in sorted(known_sources().items()):
         lines += _section_table(name, source, level=3)
     return "\n".join(lines) + "\n"
 
@@ -42,21 +43,24 @@ def render_reference() -> str:
 def render_fields() -> str:
     """All fields with default and meaning, for the `--help` of the quantize commands."""
     lines = []
-    for name, section in [("", Recipe), *sections(Recipe)]:
+    documented: list[tuple[str, type[Section]]] = [("", Recipe), *sections(Recipe)]
+    for name, section in documented:
         for field, info in section.model_fields.items():
             if _section_of(info.annotation) is None or name:
                 dotted = f"{name}.{field}" if name else field
                 lines.append(f"  {dotted}={_default(info)}")
-                lines.append(f"      {info.description or ''}")
+                meaning = _meaning(section, field)
+                lines.append(textwrap.indent(textwrap.fill(meaning, 94), " " * 6))
     return "\n".join(lines)
 
 
 def sections(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section below one, by dotted name."""
+    """Every section below one, by dotted name; `N` stands for the number of an item of a list."""
     for field, info in section.model_fields.items():
         found = _section_of(info.annotation)
         if found is not None and not issubclass(found, Source):
-            name = f"{prefix}{field}"
+            is_list = get_origin(info.annotation) is tuple
+            name = f"{prefix}{field}.N" if is_list else f"{prefix}{field}"
             yield name, found
             yield from sections(found, f"{name}.")
 
@@ -67,15 +71,25 @@ def _section_table(name: str, section: type[Section], level: int = 2) -> list[st
     lines = ["", f"{'#' * level} {title}", "", summary, ""]
     lines += ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for field, info in section.model_fields.items():
-        meaning = " ".join((info.description or "").split())
+        meaning = _meaning(section, field)
         lines.append(f"| `{field}` | {_type(info)} | {_shown_default(info)} | {meaning} |")
     return lines
+
+
+def _meaning(section: type[Section], field: str) -> str:
+    """The description of a field, or that of the class which first declared it."""
+    for declared in section.__mro__:
+        if issubclass(declared, Section) and field in declared.model_fields:
+            description = declared.model_fields[field].description
+            if description:
+                return " ".join(description.split())
+    return ""
 
 
 def _shown_default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
-    if _section_of(info.annotation) is not None and info.default is not None:
+    if isinstance(info.default, Section):
         return "see below"
     return f"`{_default(info)}`"
 
@@ -101,14 +115,23 @@ def _plain(value: Any) -> str:
 
 
 def _type(info: FieldInfo) -> str:
-    bounds = []
-    for item in info.metadata:
+    return _with_bounds(_type_name(info.annotation), info.metadata)
+
+
+def _with_bounds(name: str, metadata: Iterable[Any]) -> str:
+    bounds = _bounds(metadata)
+    return f"{name} ({', '.join(bounds)})" if bounds else name
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    """The bounds that annotations such as `Ge(0)` set."""
+    found = []
+    for item in metadata:
         for attribute, sign in _BOUNDS.items():
             limit = getattr(item, attribute, None)
             if limit is not None:
-                bounds.append(f"{sign} {limit:g}")
-    name = _type_name(info.annotation)
-    return f"{name}, {', '.join(bounds)}" if bounds else name
+                found.append(f"{sign} {limit:g}")
+    return found
 
 
 def _type_name(annotation: Any) -> str:
@@ -126,7 +149,10 @@ def _type_name(annotation: Any) -> str:
     if origin is dict:
         return f"mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
     if hasattr(annotation, "__metadata__"):  # Annotated
-        return _type_name(arguments[0])
+        metadata: list[Any] = []
+        for item in annotation.__metadata__:
+            metadata += item.metadata if isinstance(item, FieldInfo) else []
+        return _with_bounds(_type_name(arguments[0]), metadata)
     if isinstance(annotation, type) and issubclass(annotation, Source):
         return "source"
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -135,14 +161,13 @@ def _type_name(annotation: Any) -> str:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds one of; None for plain fields and lists."""
+    """The section that a field holds, or a list of which it holds; None for plain fields."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    if get_origin(annotation) in (Union, UnionType):
-        for part in get_args(annotation):
-            found = _section_of(part)
-            if found is not None:
-                return found
+    for part in get_args(annotation):
+        found = _section_of(part)
+        if found is not None:
+            return found
     return None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import field_validator
-from quantize.settings import Quantize
 
 from accuracy.settings import Accuracy
 from calibrate.settings import Calibrate
 from checkpoint.settings import Section
 from checkpoint.video import Video
 from quantize.distill.settings import Distill
+from quantize.settings import Quantize
 from serve.settings import Serve
 
 TINY = "tiny"
@@ -42,10 +42,21 @@ class Recipe(Section):
 
     @field_validator("output")
     @classmethod
-    def _expand_output(cls, output: Path) -> Path:
-        return output.expanduser()
+    def _check_output(cls, output: Path) -> Path:
+        expanded = _expand_user(output)
+        if expanded.name in ("", ".."):
+            raise ValueError("give a directory that does not exist yet")
+        return expanded
 
     @field_validator("model")
     @classmethod
     def _expand_model(cls, model: str) -> str:
-        return str(Path(model).expanduser()) if model.startswith("~") else model
+        return str(_expand_user(Path(model))) if model.startswith("~") else model
+
+
+def _expand_user(path: Path) -> Path:
+    """Replace `~` and `~NAME` by the home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home directory for {path.parts[0]}") from None

@@ -61,6 +61,12 @@ def register_source(source: type[Source]) -> type[Source]:
     return source
 
 
+def unregister_source(source: type[Source]) -> None:
+    """Undo `register_source`."""
+    (name,) = get_args(source.model_fields["type"].annotation)
+    _SOURCES.pop(name, None)
+
+
 def known_sources() -> dict[str, type[Source]]:
     """All registered sources by name."""
     for module in _BUILT_IN:
@@ -75,7 +81,7 @@ def _parse_source(value: Any) -> Any:
         raise ValueError("give a mapping with a type, such as {type: jsonl, path: samples.jsonl}")
     sources = known_sources()
     name = value.get("type")
-    if name not in sources:
+    if not isinstance(name, str) or name not in sources:
         raise ValueError(f"unknown source type {str(name)[:80]!r}: {nearest(str(name), sources)}")
     try:
         return sources[name].model_validate(value)
