@@ -26,6 +26,9 @@ from serve.settings import ServeSettings
 STUB = Path(__file__).with_name("stub_vllm.py")
 ANY_PORT = ServeSettings(port=0)
 
+START_SECONDS = 600
+"""Most seconds that vLLM may take to start: half a minute where nothing else runs."""
+
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
@@ -180,7 +183,7 @@ def test_a_real_vllm_that_ends_is_reported_with_its_error(tiny_copy):
         tensors["language_model.backbone.norm_f.weight"] = torch.ones(128, dtype=torch.bfloat16)
 
     edit_tensors(tiny_copy, shorten)
-    done = run_module("serve", tiny_copy, "--port", "0", timeout=180)
+    done = run_module("serve", tiny_copy, "--port", "0", timeout=START_SECONDS)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Error: " in error.removeprefix("error: ")
@@ -201,7 +204,7 @@ def test_a_real_vllm_does_not_outlive_a_killed_parent(tiny):
         tree[:] = descendants(parent.pid)
         return any("EngineCore" in command_line(pid) for pid in tree)
 
-    assert wait_until(engine_runs, 90), "EngineCore did not start"
+    assert wait_until(engine_runs, START_SECONDS), "EngineCore did not start"
     assert len(tree) >= 3
     parent.kill()
     parent.wait()
