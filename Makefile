@@ -63,7 +63,7 @@ demo: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
+	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 test: lint
 	.venv/bin/python -m pytest

@@ -90,9 +90,9 @@ def test_the_overview_is_shown_for(arguments, capsys):
 
 
 def test_a_commands_own_help_and_exit_status_are_its_modules():
-    done = run("verify", "--help")
+    done = run("ask", "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: python -m export.verify")
+    assert done.stdout.startswith("usage: python -m serve.ask")
     done = run("quantize", "fp8", "nowhere.yaml")
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere.yaml")

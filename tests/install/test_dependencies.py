@@ -21,8 +21,10 @@ SERVE_ENVIRONMENT = {"plugin": {"vllm", "torch", "hybridquant_vllm"}, "serve": {
 MEASURED_ONLY = {"tests", "benchmarks", "dev"}
 """Folders that are not installed with us; what they import may also be a development dependency."""
 
+ELSEWHERE = {"vllm", "hybridquant_vllm", "mamba_ssm"}
+"""What tests import in scripts that run in the serve environment or on a GPU machine."""
+
 NEEDED_BY_OTHERS = {
-    "accelerate": "transformers/trainer.py",
     "peft": "modelopt/torch/opt/plugins/peft.py",
     "requests": "modelopt/torch/utils/dataset_utils.py",
 }
@@ -75,8 +77,8 @@ def distributions() -> dict[str, set[str]]:
             beside = folder.name == "tests" and any(ROOT.glob(f"tests/**/{name}.py"))
             if name in SERVE_ENVIRONMENT.get(folder.name, set()) or beside:
                 continue
-            if folder.name == "tests" and name in {"vllm", "mamba_ssm"}:
-                continue  # in scripts that run elsewhere, and where they are installed
+            if folder.name == "tests" and name in ELSEWHERE:
+                continue
             owners = by_package.get(name)
             assert owners, f"{path} imports {name}, which no installed distribution provides"
             found[folder.name].add(normalized(owners[0]))
