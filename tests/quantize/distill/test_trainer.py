@@ -60,7 +60,7 @@ def test_every_whole_checkpoint_is_recorded_and_only_the_newest_kept(tiny, tmp_p
 
 
 def test_a_resumed_run_keeps_the_ranges_it_began_with(tiny, tmp_path):
-    """A GPU may calibrate another bit the second time: what the weights were trained under counts."""
+    """A GPU may calibrate another bit the second time: those that the weights trained under count."""
 
     def range_of(small):
         return small.student.get_submodule("model.layers.0.mixer.in_proj.input_quantizer").amax
