@@ -180,8 +180,3 @@ def test_when_no_step_is_better_ptq_is_kept_and_the_log_shows_why(tiny, tmp_path
     source = dict(load_model(small.checkpoint).language_model.named_parameters())
     for name, parameter in small.student.named_parameters():
         assert torch.equal(parameter.float(), source[name].float()), name
-
-
-def test_a_finished_run_prints_nothing_to_standard_output(tiny, tmp_path, capsys):
-    Small(tiny, tmp_path, steps=1, batch=1).run()
-    assert capsys.readouterr().out == ""
