@@ -147,8 +147,8 @@ class DistillationTrainer(QADTrainer):
         self._plan = plan
         self._linears = linears
         self._dataset = dataset
-        self._teacher = teacher
-        self._teacher_is_ready = False
+        self._teacher: nn.Module | None = teacher
+        self._teacher_is_prepared = False
         self._quantizers_are_checked = False
         self._next_position = dataset.start
 
@@ -195,14 +195,16 @@ class DistillationTrainer(QADTrainer):
         embeds = inputs["inputs_embeds"]
         theirs = None
         if self._teacher is not None:
+            self._prepare_teacher(self._teacher)
             with torch.no_grad():
-                theirs = hidden_states(self._ready_teacher(self._teacher), embeds)
+                theirs = hidden_states(self._teacher, embeds)
         student: Any = self.accelerator.unwrap_model(self.model)
         head = partial(self._head_loss, student.lm_head, theirs, inputs["labels"])
         with replaced_head(student, head):
             outputs = model(inputs_embeds=embeds, use_cache=False)
-        # FSDP and DDP average gradients over processes.
-        loss = outputs.logits * self.accelerator.num_processes / (num_items_in_batch or 1)
+        loss = outputs.logits * self.accelerator.num_processes  # whose gradients are averaged
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     @staticmethod
@@ -211,19 +213,19 @@ class DistillationTrainer(QADTrainer):
     ) -> torch.Tensor:
         return loss_sum(ours, theirs, labels, head.weight)
 
-    def _ready_teacher(self, teacher: nn.Module) -> nn.Module:
+    def _prepare_teacher(self, teacher: nn.Module) -> None:
         """Shard the teacher like the student, or bring it to this process's device, once."""
-        if self._teacher_is_ready:
-            return teacher
-        self._teacher_is_ready = True
+        if self._teacher_is_prepared:
+            return
+        self._teacher_is_prepared = True
         if self.is_fsdp_enabled:
-            # accelerate shards a model under FSDP2, in place, only together with an optimizer.
+            # accelerate shards a model under FSDP2 only together with an optimizer.
             optimizer = torch.optim.SGD([next(teacher.parameters())], lr=0.0)
-            self.accelerator.prepare(teacher, optimizer)
-            return teacher
-        # Not prepared: on CPU processes accelerate would wrap it in DDP, which refuses a model
-        # without gradients.
-        return teacher.to(self.args.device)
+            self._teacher, _ = self.accelerator.prepare(teacher, optimizer)
+        else:
+            # Not prepared by accelerate: on CPU processes it would wrap the teacher in DDP, which
+            # refuses a model without gradients.
+            self._teacher = teacher.to(self.args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train as transformers does; QATTrainer only adds a message that does not hold here."""

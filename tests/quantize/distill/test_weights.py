@@ -30,9 +30,13 @@ def shared(index, rendezvous):
     assert model.other == 1.0 + index
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_every_process_takes_the_first_ones_ranges(tmp_path):
     """Each calibrates for itself, and GPUs may differ in a bit."""
-    torch.multiprocessing.spawn(shared, (tmp_path / "rendezvous",), nprocs=2)
+    # Forked, because a new interpreter would import ModelOpt again.
+    torch.multiprocessing.start_processes(
+        shared, (tmp_path / "rendezvous",), nprocs=2, start_method="fork"
+    )
 
 
 @pytest.fixture(scope="module")
