@@ -1,4 +1,4 @@
-"""Training's pool of batches: new ones as they come, old ones between, and an end."""
+"""Training's pool of batches: new ones as they come, earlier ones in between, and an end."""
 
 import itertools
 import time
@@ -18,7 +18,7 @@ def test_batches_are_repeated_while_none_is_new():
     pool = Pool(slow(50, 0.05), "cpu", first=2)
     drawn = list(itertools.islice(pool, 200))
     pool.close()
-    assert [new for _, new in drawn[:2]] == [True, True]
+    assert [is_new for _, is_new in drawn[:2]] == [True, True]
     new = [batch for batch, is_new in drawn if is_new]
     assert new == sorted(set(new))
     assert any(not is_new for _, is_new in drawn)
@@ -34,7 +34,7 @@ def test_only_the_last_batches_are_held():
     pool.close()
 
 
-def test_what_breaks_the_loader_reaches_the_trainer():
+def test_an_error_of_the_loader_reaches_the_trainer():
     def broken():
         yield 0
         raise ValueError("a worker died")
@@ -45,5 +45,6 @@ def test_what_breaks_the_loader_reaches_the_trainer():
     pool.close()
 
 
-def test_steps_run_as_they_are_without_cuda():
-    assert GraphedSteps(lambda batch, rate: (batch, rate), "cpu")("batch", 0.5) == ("batch", 0.5)
+def test_steps_run_directly_without_cuda():
+    steps = GraphedSteps(lambda batch, rate: (batch, rate), "cpu")
+    assert steps("batch", 0.5) == ("batch", 0.5)

@@ -1,4 +1,4 @@
-"""The tiny checkpoint's weights: those of the training that lies beside them."""
+"""The weights of the tiny checkpoint are those that the training record names."""
 
 import hashlib
 from pathlib import Path
@@ -9,6 +9,7 @@ from tiny.checkpoint import WEIGHTS
 RECORD = Path(tiny.training.__file__).parent / "record"
 
 
-def test_the_weights_are_those_that_training_recorded():
+def test_the_weights_have_the_recorded_digest():
     digest, name = (RECORD / "SHA256SUMS").read_text().split()
-    assert hashlib.sha256((WEIGHTS / name).read_bytes()).hexdigest() == digest
+    weights = (WEIGHTS / name).read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == digest

@@ -1,3 +1,3 @@
-"""How the tiny checkpoint was trained: data, model, optimizer, evaluation; `record/` holds the logs
-of the run.
+"""How the tiny checkpoint was trained: data, model, optimizers and evaluation; `record/` holds the
+logs of the runs.
 """

@@ -62,7 +62,7 @@ def _list_length(random: np.random.RandomState) -> int:
 
 
 def _scene_of_list(lines: list[str], questions: list[QuestionAnswer]) -> Scene:
-    """Return a scene that shows a list and asks the first of `questions`."""
+    """Return a scene that shows a list; its first question is the first of `questions`."""
     question, answer = questions[0]
     listed = "\n".join(lines)
     return Scene(f"List:\n{listed}\n{question}", answer, more=tuple(questions[1:]))
