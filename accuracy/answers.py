@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.forward import Embedded, embed
 from calibrate.prompts import build_prompt
@@ -18,6 +18,9 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.opened import Checkpoint
 from checkpoint.video import Video
 from export.load import load_exported
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 MAX_ANSWER_TOKENS = 24
 _EMBEDDED_AT_ONCE = 64

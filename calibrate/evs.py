@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import compute_retention_mask
 
 from checkpoint.faults import BadInput, Fault
+from checkpoint.libraries import model_classes
 
 
 def check_rate(rate: float) -> None:
@@ -56,6 +56,7 @@ def retention_mask(
     # transformers' function equals vLLM's step by step; tests/calibrate/test_against_vllm.py
     # compares the two, equal scores included.
     size = cast(torch.LongTensor, (frames, rows, cols))  # it only unpacks three numbers
-    return compute_retention_mask(
+    mask: torch.Tensor = model_classes().compute_retention_mask(
         video_embeds=cast(torch.FloatTensor, embeddings), thw=size, spatial_merge_size=1, q=rate
     )
+    return mask

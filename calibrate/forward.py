@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.evs import retention_mask
 from calibrate.prompts import Prompt
 from checkpoint.config import CheckpointConfig
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 TILES_AT_ONCE = 16
 """Tiles in one batch of the vision tower. 128 frames at once would need several GB beside the 12B.

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.activations import Activations, Batch
 from calibrate.forward import BAR, Counts, Embedded, embed
 from calibrate.prompts import Prompt
 from checkpoint.config import CheckpointConfig
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """Maps [batch, length, hidden] to the same shape."""

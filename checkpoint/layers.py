@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHForCausalLM
 
 from checkpoint.files import Reader
 from checkpoint.layout import TensorSpec, select_prefix, spec_bytes
+from checkpoint.libraries import language_model_classes
 from checkpoint.native import native_config
 from checkpoint.opened import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
 
 def layer_specs(checkpoint: Checkpoint, layer: int) -> dict[str, TensorSpec]:
@@ -59,10 +62,11 @@ class LayerBuilder:
             A model whose `.model(inputs_embeds=…)` returns the residual stream behind the layer,
             not normalized.
         """
+        classes = language_model_classes()
         with torch.device("meta"):
-            model: Any = NemotronHForCausalLM(self._empty)
+            model: Any = classes.NemotronHForCausalLM(self._empty)
             self._native._attn_implementation = model.config._attn_implementation
-            block = NemotronHBlock(self._native, layer)
+            block = classes.NemotronHBlock(self._native, layer)
         prefix = self._family.layer_prefix(layer)
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         block.load_state_dict(state, assign=True)

@@ -1,7 +1,9 @@
 """Prepares the libraries that a command uses; nothing of it happens at import.
 
-Call `prepare_libraries` before anything imports transformers' model classes or ModelOpt:
-transformers binds the Mamba-2 scan when its module is imported.
+transformers binds the Mamba-2 scan when its module is imported: mamba_ssm's kernels if `mamba_ssm`
+imports then, otherwise plain PyTorch, which takes twice as long on a GPU. So every room takes
+transformers' model classes from `language_model_classes` and `model_classes`, which first make sure
+that the kernels can be found.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import importlib.util
 import sys
 import warnings
 from types import ModuleType
+from typing import Any
 
 from checkpoint.log import get_logger
 
 logger = get_logger(__name__)
 
-_NEMOTRON = "transformers.models.nemotron_h.modeling_nemotron_h"
+_LANGUAGE_MODEL = "transformers.models.nemotron_h.modeling_nemotron_h"
+_MODEL = "transformers.models.nemotron_h_omni.modeling_nemotron_h_omni"
 
 
 def prepare_libraries() -> None:
@@ -27,7 +31,7 @@ def prepare_libraries() -> None:
     - ModelOpt 0.47 warns at import that it is not tested with transformers 5.15 and newer. Older
       ones cannot run this architecture with a cache, and our tests run the pinned pair.
     """
-    if _NEMOTRON in sys.modules and "mamba_ssm" not in sys.modules:
+    if _LANGUAGE_MODEL in sys.modules and "mamba_ssm" not in sys.modules:
         logger.warning("transformers' Mamba-2 was imported before its kernels were prepared")
     find_mamba_kernels()
     warnings.filterwarnings(
@@ -66,3 +70,15 @@ def find_mamba_kernels() -> str | None:
     except Exception as error:  # whatever a missing or unsuitable dependency raises
         return f"mamba_ssm does not import: {type(error).__name__}: {error}"
     return None
+
+
+def language_model_classes() -> Any:
+    """transformers' module of the language model: `NemotronHForCausalLM` and its parts."""
+    find_mamba_kernels()
+    return importlib.import_module(_LANGUAGE_MODEL)
+
+
+def model_classes() -> Any:
+    """transformers' module of the vision-language model: `NemotronH_Omni_Reasoning_V3`."""
+    find_mamba_kernels()
+    return importlib.import_module(_MODEL)

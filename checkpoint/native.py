@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
-from transformers.models.nemotron_h_omni import (
-    NemotronH_Omni_Reasoning_V3,
-    NemotronH_Omni_Reasoning_V3_Config,
-)
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import Reader, TensorFiles
+from checkpoint.libraries import language_model_classes, model_classes
 from checkpoint.opened import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import (
+        NemotronH_Omni_Reasoning_V3,
+        NemotronH_Omni_Reasoning_V3_Config,
+    )
 
 _UNUSED = "vision_model.embeddings.video_patch_projection.weight"
 """A projection of the successor's class. Every frame is embedded as an image, so it is never used.
@@ -45,7 +47,8 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
         "video_temporal_patch_size": 2,
         "summary_idxs": [0],
     }
-    return NemotronH_Omni_Reasoning_V3_Config(
+    configuration = model_classes().NemotronH_Omni_Reasoning_V3_Config
+    return configuration(
         text_config=text,
         vision_config=vision,
         force_image_size=config.tile_size,
@@ -110,7 +113,7 @@ def load_model(
     state = {
         family.released_name(name): _Deferred(checkpoint.tensors, name, read) for name in names
     }
-    loaded: Any = NemotronH_Omni_Reasoning_V3.from_pretrained(
+    loaded: Any = model_classes().NemotronH_Omni_Reasoning_V3.from_pretrained(
         None,
         config=native,
         state_dict=state,
@@ -148,7 +151,9 @@ def _refuse(checkpoint: Checkpoint, missing: list[str], left_over: list[str]) ->
 def load_final_norm(checkpoint: Checkpoint, device: str) -> nn.Module:
     """Load the norm behind the language model's last layer."""
     text = checkpoint.config.text
-    norm = NemotronHRMSNorm(text["hidden_size"], eps=text["layer_norm_epsilon"])
+    norm: nn.Module = language_model_classes().NemotronHRMSNorm(
+        text["hidden_size"], eps=text["layer_norm_epsilon"]
+    )
     weight = checkpoint.tensors.read(f"{checkpoint.config.family.final_norm}.weight")
     norm.weight = nn.Parameter(weight.to(device), requires_grad=False)
     return norm

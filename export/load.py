@@ -5,13 +5,12 @@ fake-quantized as they are served.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from checkpoint.files import Reader
 from checkpoint.layers import read_layers
@@ -19,6 +18,9 @@ from checkpoint.native import load_model
 from checkpoint.opened import Checkpoint
 from export.layout import linear_formats, packed_tensors
 from quantize.formats.registry import FORMATS, INPUT_QUANTIZER
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 
 def load_exported(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from accuracy.agreement import States, final_states
 from calibrate.forward import embed_all, forward_loop
@@ -22,6 +22,9 @@ from quantize.distill.student import frozen_copy
 from quantize.distill.training import distill
 from quantize.layerwise import FinishedLayer, layer_policy
 from quantize.ptq import packed_linears, quantize_model
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 logger = get_logger(__name__)
 

@@ -8,10 +8,9 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.forward import embed
 from calibrate.prompts import answer_length, build_prompt
@@ -20,6 +19,9 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import ALONE, Processes
 from checkpoint.video import Video
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""

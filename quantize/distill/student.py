@@ -8,14 +8,16 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
+from checkpoint.libraries import language_model_classes
 from quantize.distill.weights import Linears, weight_of
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 
 @contextlib.contextmanager
@@ -63,9 +65,10 @@ def unfuse_mamba(language_model: nn.Module) -> list[Any]:
     Returns:
         The mixers.
     """
+    mamba = language_model_classes().NemotronHMamba2Mixer
     mixers: list[Any] = []
     for module in language_model.modules():
-        if isinstance(module, NemotronHMamba2Mixer):
+        if isinstance(module, mamba):
             mixer: Any = module.eval()
             mixer.train = partial(_stay, mixer)
             mixers.append(mixer)

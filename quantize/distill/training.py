@@ -15,10 +15,9 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 from calibrate.samples import Sample
 from checkpoint.memory import memory_advice
@@ -42,6 +41,9 @@ from quantize.distill.weights import (
     share_ranges,
 )
 from quantize.ptq import share_fused_scales
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from calibrate.evs import retention_mask
 from calibrate.prompts import build_prompt
 from calibrate.sources.synthetic.drawing import BAR_END, blank
 from calibrate.sources.synthetic.scenes import finished
-from checkpoint.classes import modeling as native
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import check_weights
+from checkpoint.libraries import language_model_classes
 from checkpoint.native import load_model, load_tokenizer
 from tiny.tasks import TASKS, items, scene
 from tiny.training.data import collate
@@ -178,6 +178,7 @@ def test_fused_operations_compute_what_the_served_model_computes(untrained, monk
 
         return call
 
+    native = language_model_classes()
     replaced = [Zamba2RMSNormGated, native.NemotronHRMSNorm, native.NemotronHMLP, RadioLayer]
     for kind in replaced:
         monkeypatch.setattr(kind, "forward", kind.forward)  # restored after the test

@@ -12,11 +12,9 @@ import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from checkpoint.classes import NemotronH_Omni_Reasoning_V3
-from checkpoint.classes import modeling as native
 from torch import nn
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
@@ -27,9 +25,13 @@ from checkpoint.atomic import write_tensors
 from checkpoint.config import CheckpointConfig
 from checkpoint.files import SINGLE, TensorFiles
 from checkpoint.layout import expected_tensors
+from checkpoint.libraries import language_model_classes
 from checkpoint.opened import check_finite, open_bf16
 from tiny.checkpoint import write_tiny
 from tiny.training.labels import EMPTY, IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES, RUNNING_TEXT
+
+if TYPE_CHECKING:
+    from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 # Row and column offset, in patches, that each head of the first layers attends to at first.
 _NEIGHBOURS = (
@@ -304,11 +306,12 @@ def fuse_elementwise() -> None:
     This replaces methods of transformers' classes in this process. The norms return BF16 here, as
     they do when the model is served.
     """
-    native.causal_conv1d_fn = torch.compile(_convolved, dynamic=True)  # type: ignore[assignment]
+    classes = language_model_classes()
+    classes.causal_conv1d_fn = torch.compile(_convolved, dynamic=True)
     forwards: dict[type, Callable[..., Any]] = {
         Zamba2RMSNormGated: _gated_norm,
-        native.NemotronHRMSNorm: _norm,
-        native.NemotronHMLP: native.NemotronHMLP.forward,
+        classes.NemotronHRMSNorm: _norm,
+        classes.NemotronHMLP: classes.NemotronHMLP.forward,
         RadioLayer: RadioLayer.forward,
     }
     for kind, forward in forwards.items():
