@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from checkpoint.config import read_config
 from checkpoint.faults import BadInput
-from checkpoint.files import check_weights
-from tiny.training import train as command
+from checkpoint.opened import open_bf16
+from tiny.training import loop
 from tiny.training.data import LENGTHS
-from tiny.training.trainer import Settings, Trainer
+from tiny.training.settings import Settings
+from tiny.training.trainer import Trainer
 
 
 def settings(out, **changed):
@@ -45,22 +45,22 @@ def batches(monkeypatch):
         return torch.stack([loss, loss, loss, loss, loss]), right
 
     monkeypatch.setattr(Trainer, "losses", losses)
-    monkeypatch.setattr(command, "drawn_items", lambda directory, workers: [])
-    monkeypatch.setattr(command, "evaluated", lambda losses, items, visual_id: {"text": 0.5})
+    monkeypatch.setattr(loop, "drawn_items", lambda directory, workers: [])
+    monkeypatch.setattr(loop, "evaluated", lambda losses, items, visual_id: {"text": 0.5})
     return trained
 
 
 def test_a_paused_run_is_resumed_and_ends_with_a_checkpoint(tmp_path, batches):
     out = tmp_path / "run"
-    assert command.train(settings(out, pause_after=0.0)) is None
+    assert loop.train(settings(out, pause_after=0.0)) is None
     assert batches == []
     assert (out / "state.pt").exists()
-    check_weights(read_config(out / "so-far"))
+    open_bf16(out / "so-far")
 
     with pytest.raises(BadInput, match="give another output"):
-        command.train(settings(out, seed=1))
+        loop.train(settings(out, seed=1))
 
-    evaluation = command.train(settings(out))
+    evaluation = loop.train(settings(out))
     assert evaluation["step"] == 2
     assert evaluation["accuracy"] == {"text": 0.5}
     assert json.loads((out / "evaluation.json").read_text()) == evaluation
@@ -72,7 +72,7 @@ def test_a_paused_run_is_resumed_and_ends_with_a_checkpoint(tmp_path, batches):
     assert line["step"] == 2
     assert line["done"] == 1.0
     assert set(line["accuracy"].values()) == {1.0}
-    check_weights(read_config(out / "checkpoint"))
+    open_bf16(out / "checkpoint")
 
     with pytest.raises(BadInput, match="exists already"):
-        command.train(settings(out))
+        loop.train(settings(out))

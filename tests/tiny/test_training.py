@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers.models.nemotron_h import modeling_nemotron_h as native
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -11,10 +12,9 @@ from calibrate.evs import retention_mask
 from calibrate.prompts import build_prompt
 from calibrate.sources.synthetic.drawing import BAR_END, blank
 from calibrate.sources.synthetic.scenes import finished
-from checkpoint.config import CheckpointConfig
-from checkpoint.files import check_weights
-from checkpoint.libraries import language_model_classes
-from checkpoint.native import load_model, load_tokenizer
+from checkpoint.native import load_model
+from checkpoint.opened import open_bf16
+from checkpoint.video import UNPRUNED
 from tiny.tasks import TASKS, items, scene
 from tiny.training.data import collate
 from tiny.training.items import PromptBuilder, make_item
@@ -38,8 +38,8 @@ from tiny.training.muon import Muon, orthogonal
 
 
 @pytest.fixture(scope="module")
-def builder(tiny_config):
-    return PromptBuilder(tiny_config, load_tokenizer(tiny_config))
+def builder(tiny_checkpoint):
+    return PromptBuilder(tiny_checkpoint.config, tiny_checkpoint.tokenizer)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -47,7 +47,7 @@ def test_training_prompts_are_the_served_prompts(task, builder):
     for index, sample in enumerate(items(task, count=3)):
         drawn = scene(task, "test-0", index)
         item = make_item(drawn, task, builder, compressed=True)
-        prompt = build_prompt(sample, builder.config, builder.tokenizer)
+        prompt = build_prompt(sample, builder.config, builder.tokenizer, UNPRUNED)
         assert len(item.answers) == 1
         start, end = item.answers[0]
         assert item.token_ids[:start] == prompt.token_ids
@@ -140,8 +140,8 @@ def test_labels_are_in_the_patch_of_their_glyph():
 
 
 @pytest.fixture
-def untrained(tiny_config):
-    model = load_model(tiny_config, dtype=torch.float32)
+def untrained(tiny_checkpoint):
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
     without_layer_scale(model)
     initialise(model, 0)
     return model
@@ -149,8 +149,7 @@ def untrained(tiny_config):
 
 def test_the_released_files_hold_the_rounded_model(tiny_config, untrained, tmp_path):
     save_released(untrained, tiny_config, tmp_path / "out")
-    tensors = check_weights(CheckpointConfig(tmp_path / "out", tiny_config.raw))
-    written = tensors.read("language_model.lm_head.weight")
+    written = open_bf16(tmp_path / "out").tensors.read("language_model.lm_head.weight")
     assert torch.equal(written.float(), untrained.language_model.lm_head.weight)
 
 
@@ -178,7 +177,6 @@ def test_fused_operations_compute_what_the_served_model_computes(untrained, monk
 
         return call
 
-    native = language_model_classes()
     replaced = [Zamba2RMSNormGated, native.NemotronHRMSNorm, native.NemotronHMLP, RadioLayer]
     for kind in replaced:
         monkeypatch.setattr(kind, "forward", kind.forward)  # restored after the test

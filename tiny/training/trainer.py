@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from checkpoint.atomic import replaced_file
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_model
@@ -33,6 +32,7 @@ from tiny.training.model import (
     without_pruned,
 )
 from tiny.training.muon import Muon
+from tiny.training.settings import Settings
 
 _RATE_SHARES = (0.6, 0.15, 0.15, 0.1)
 """Share of the clips that are trained at each of `PRUNING_RATES`. Most clips are whole, because
@@ -51,22 +51,6 @@ _TEXT_FROM = 0.35
 _MUON_MODULES = ("layers.", "encoder.layer.", "projector", "patch_projection")
 """Matrices with one of these in their name are optimized by Muon, everything else by AdamW."""
 _LEARNING_RATES = {"muon": 2e-3, "adam": 2e-3}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A run, as its command line gives it; see `--help`."""
-
-    out: Path
-    seed: int
-    steps: int
-    minutes: float
-    pause_after: float
-    tokens: int
-    workers: int
-    device: str
-    compiled: bool
-    start: Path | None = None
 
 
 class Trainer:
@@ -260,9 +244,8 @@ class Trainer:
             "optimizers": optimizers,
             "settings": self.fixed_settings,
         }
-        partial = self.settings.out / ".state.pt.partial"
-        torch.save(state, partial)
-        os.replace(partial, self.settings.out / "state.pt")
+        with replaced_file(self.settings.out / "state.pt") as partial:
+            torch.save(state, partial)
 
     def resume(self) -> None:
         """Load `state.pt` if there is one.
