@@ -10,15 +10,6 @@ from typing import cast
 import torch
 from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import compute_retention_mask
 
-from checkpoint.faults import BadInput, Fault
-
-
-def check_rate(rate: float) -> None:
-    """Raise `BadInput` unless 0 <= `rate` < 1."""
-    if not 0.0 <= rate < 1.0:
-        remedy = "give 0 (off) up to but not including 1"
-        raise BadInput(Fault("video.pruning_rate", f"is {rate}", remedy))
-
 
 def retained_tokens(frames: int, tokens_per_frame: int, rate: float) -> int:
     """Return how many of a clip's visual tokens remain; at least those of one frame.
