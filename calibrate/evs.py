@@ -9,15 +9,7 @@ from typing import cast
 
 import torch
 
-from checkpoint.faults import BadInput, Fault
 from checkpoint.libraries import model_classes
-
-
-def check_rate(rate: float) -> None:
-    """Raise `BadInput` unless 0 <= `rate` < 1."""
-    if not 0.0 <= rate < 1.0:
-        remedy = "give 0 (off) up to but not including 1"
-        raise BadInput(Fault("video.pruning_rate", f"is {rate}", remedy))
 
 
 def retained_tokens(frames: int, tokens_per_frame: int, rate: float) -> int:

@@ -28,7 +28,7 @@ matrix of 1.35 GB is a file of its own, so that writing needs no more memory tha
 _LAYERS_AHEAD = 3
 """Layers that wait to be written. A layer of the 12B is 0.1 to 0.4 GB."""
 
-_THREADS = 2
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ShardWriter:
         self.shards = shards
         self._read = read
         self._on_bytes = on_bytes
-        self._outside_thread = ThreadPoolExecutor(1, "write-outside")
+        self._outside_thread = ThreadPoolExecutor(2, "write-outside")
         self._layer_threads = ThreadPoolExecutor(_THREADS, "write-layer")
         self._recorder = ThreadPoolExecutor(1, "record")
         self._room = threading.Semaphore(_LAYERS_AHEAD)

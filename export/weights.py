@@ -176,5 +176,5 @@ def _rows(packed: Tensors, start: int, end: int) -> dict[str, torch.Tensor]:
     """Some rows of a packed linear; scalar scales apply to all of them."""
     part = {}
     for suffix, tensor in packed.items():
-        part[suffix] = tensor[start:end] if tensor.dim() == 2 else tensor
+        part[suffix] = tensor[start:end] if tensor.dim() > 0 else tensor
     return part

@@ -61,7 +61,9 @@ def modelopt_config(
             settings = FORMATS[format].quantizer_settings(quantizer, device, is_searched)
             if algorithm == "max":
                 is_input = quantizer == INPUT_QUANTIZER
-                settings["calibrator"] = DeviceMax if is_input else WeightMax
+                calibrator = DeviceMax if is_input else WeightMax
+                # ModelOpt makes the calibrator after it has set the axis, which would be lost.
+                settings["calibrator"] = (calibrator, (), {"axis": settings.get("axis")})
             entry = {"quantizer_name": f"{module}.{quantizer}", "cfg": settings, "enable": True}
             entries.append(entry)
     if policy.kv_cache == "fp8":

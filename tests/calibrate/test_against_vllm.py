@@ -17,15 +17,18 @@ from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from calibrate.tiles import frame_tiles, tile_grid
 from calibrate.video import decode
-from checkpoint.video import UNPRUNED
-from serve.environment import find_python
+from checkpoint.video import UNPRUNED, Video
+from serve.command import build_command
+from serve.environment import Device, find_python
+from serve.settings import ServeSettings
 
 REFERENCE = Path(__file__).with_name("vllm_reference.py")
-TILED, EVERY = 4, 37  # as in vllm_reference.py
-MEDIA_IO_KWARGS = {
-    "fps": 2,
-    "num_frames": 128,
-}  # what calibrate/video.py says and `python -m serve` passes
+# As in vllm_reference.py.
+TILED = 4
+EVERY = 37
+
+FEW_FRAMES = Video(pruning_rate=0, fps=0.7, max_frames=9)
+"""Another sampling than the default, for the indices."""
 
 SYSTEM = {"role": "system", "content": "Answer shortly. /no_think"}
 ASSISTANT = {"role": "assistant", "content": "A red line."}
@@ -62,10 +65,17 @@ CHATS = {
     "tower": [user(image_part(picture(37, 900)), text("What is it?"))],
     "odd size": [user(image_part(picture(641, 479)), text("What is it?"))],
     "three images": [
-        user(image_part(picture(100, 100)), text("and"), image_part(picture(700, 300)), image_part(picture(9, 30)))
+        user(
+            image_part(picture(100, 100)),
+            text("and"),
+            image_part(picture(700, 300)),
+            image_part(picture(9, 30)),
+        )
     ],
     "images in two turns": [
-        user(image_part(picture(50, 50)), text("A?")), ASSISTANT, user(text("B?"), image_part(picture(60, 20)))
+        user(image_part(picture(50, 50)), text("A?")),
+        ASSISTANT,
+        user(text("B?"), image_part(picture(60, 20))),
     ],
     "grayscale": [user(image_part(picture(80, 50, "L")))],
     "alpha": [user(image_part(picture(80, 50, "RGBA")))],
@@ -85,10 +95,12 @@ CHATS = {
     "12.5 fps": [user(_clip(50, "25/2"), text("What happened?"))],
     "130 frames": [user(_clip(130, 2), text("What happened?"))],
     "image and video": [SYSTEM, user(image_part(picture(70, 30)), _clip(9, 3), text("Same?"))],
-    "video, image, video": [user(_clip(20, 10), text("x"), image_part(picture(20, 30)), _clip(5, 1, width=32))],
+    "video, image, video": [
+        user(_clip(20, 10), text("x"), image_part(picture(20, 30)), _clip(5, 1, width=32))
+    ],
     "webm": [user(video_part(clip_bytes(30, 10, form="webm", codec="libvpx-vp9"), "video/webm"))],
     "gif": [user(video_part(clip_bytes(12, 4, form="gif", codec="gif"), "video/gif"))],
-}  # fmt: skip
+}
 
 CLIPS = {
     "h264": clip_bytes(90, 30, codec="libx264"),
@@ -111,13 +123,16 @@ CLIPS = {
 }
 
 _RANDOM = np.random.RandomState(5)
-GRID_IMAGES = [
-    (int(w), int(h)) for w, h in np.exp(_RANDOM.uniform(0, 9, (1500, 2))).astype(int).clip(1)
-] + [(512 * cols, 512 * rows) for cols in range(1, 13) for rows in range(1, 13)]
+_SIDES = np.exp(_RANDOM.uniform(0, 9, (1500, 2))).astype(int).clip(1)
+GRID_IMAGES = [(int(width), int(height)) for width, height in _SIDES]
+for _columns in range(1, 13):
+    for _rows in range(1, 13):
+        GRID_IMAGES.append((512 * _columns, 512 * _rows))
 GRID_TILES = (128, 512)
 
 
 def _evs_inputs():
+    """Embeddings by `dtype/kind/frames/rows/cols/rate`."""
     random = np.random.RandomState(7)
     inputs = {}
     for frames, rows, cols in ((1, 4, 4), (2, 4, 4), (7, 4, 4), (12, 16, 16)):
@@ -130,14 +145,21 @@ def _evs_inputs():
             "zero": np.zeros(shape),
         }
         for kind, values in kinds.items():
+            flat = values.reshape(frames * rows * cols, 24).astype(np.float32)
             for dtype in ("bfloat16", "float32"):
                 for rate in (0.1, 0.5, 0.7, 0.75, 0.9, 0.99):
-                    name = f"{dtype}/{kind}/{frames}/{rows}/{cols}/{rate}"
-                    inputs[name] = values.reshape(frames * rows * cols, 24).astype(np.float32)
+                    inputs[f"{dtype}/{kind}/{frames}/{rows}/{cols}/{rate}"] = flat
     return inputs
 
 
 EVS = _evs_inputs()
+
+
+def media_io_kwargs(directory, video):
+    """What `python -m serve` gives to vLLM's loader of videos."""
+    settings = ServeSettings(video=video)
+    command = build_command(directory, settings, (0, 32, 0), Device("cpu"))
+    return json.loads(command[command.index("--media-io-kwargs") + 1])["video"]
 
 
 @pytest.fixture(scope="session")
@@ -147,32 +169,27 @@ def reference(config, tmp_path_factory):
     for name, data in CLIPS.items():
         paths[name] = str(at / name)
         Path(paths[name]).write_bytes(data)
+    chats = {}
+    for name, messages in CHATS.items():
+        open_turn = messages[-1]["role"] != "assistant"
+        chats[name] = {"messages": messages, "open_turn": open_turn}
     cases = {
-        "chats": {
-            name: {"messages": messages, "open_turn": messages[-1]["role"] != "assistant"}
-            for name, messages in CHATS.items()
-        },
+        "chats": chats,
         "clips": paths,
-        "media_io_kwargs": MEDIA_IO_KWARGS,
+        "media_io_kwargs": media_io_kwargs(config.directory, UNPRUNED),
+        "few_frames": media_io_kwargs(config.directory, FEW_FRAMES),
         "grid_images": GRID_IMAGES,
         "grid_tiles": GRID_TILES,
     }
     (at / "cases.json").write_text(json.dumps(cases))
     np.savez(at / "evs.npz", **EVS)
-    command = [
-        find_python(),
-        REFERENCE,
-        config.directory,
-        at / "cases.json",
-        at / "evs.npz",
-        at / "out.npz",
-    ]
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
-    }
+    arguments = [config.directory, at / "cases.json", at / "evs.npz", at / "out.npz"]
+    environment = dict(os.environ)
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        environment.pop(name, None)
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        list(map(str, command)),
+        [find_python(), REFERENCE, *arguments],
         cwd=at,
         env=environment,
         capture_output=True,
@@ -190,9 +207,8 @@ def prompts(config, tokenizer):
 
     def build(name):
         if name not in held:
-            held[name] = build_prompt(
-                Sample(name, CHATS[name], "test"), config, tokenizer, UNPRUNED
-            )
+            sample = Sample(name, CHATS[name], "test")
+            held[name] = build_prompt(sample, config, tokenizer, UNPRUNED)
         return held[name]
 
     return build
@@ -223,8 +239,15 @@ def test_sampled_frames_equal_vllm(name, reference):
 
 
 @pytest.mark.parametrize("name", CLIPS)
+def test_frames_of_another_sampling_equal_vllm(name, reference):
+    clip = decode(CLIPS[name], name, FEW_FRAMES)
+    assert list(clip.indices) == reference[f"few_indices/{name}"].tolist()
+
+
+@pytest.mark.parametrize("name", CLIPS)
 def test_decoded_frames_close_to_vllm(name, reference):
-    frames, expected = decode(CLIPS[name], name, UNPRUNED).frames, reference[f"frames/{name}"]
+    frames = decode(CLIPS[name], name, UNPRUNED).frames
+    expected = reference[f"frames/{name}"]
     assert frames.shape == expected.shape
     # Equal with the two FFmpeg builds at hand; others may round chroma by a grey level or two.
     assert np.abs(frames.astype(int) - expected).max() <= 2
@@ -239,9 +262,8 @@ def test_frame_tiles_equal_vllm(name, reference, config):
 
 @pytest.mark.parametrize("size", GRID_TILES)
 def test_tile_grids_equal_vllm(size, reference):
-    assert [list(tile_grid(*image, size)) for image in GRID_IMAGES] == reference[
-        f"grids/{size}"
-    ].tolist()
+    grids = [list(tile_grid(*image, size)) for image in GRID_IMAGES]
+    assert grids == reference[f"grids/{size}"].tolist()
 
 
 @pytest.mark.parametrize("kind", ["random", "near-static", "all-tie", "zero"])

@@ -1,3 +1,5 @@
+"""Samples from JSON Lines, the Hub and mixes of both: every bad row is named with its reason."""
+
 import itertools
 import json
 
@@ -74,7 +76,7 @@ def test_data_url_is_kept_and_decoded(tmp_path):
 BAD_ROWS = {
     "not JSON": ('{"messages": ', "is not JSON"),
     "nested too deeply": ("[" * 100_000, "is not JSON"),
-    "not an object": ("[1]", "holds a list"),
+    "not an object": ("[1]", "is a JSON list, not an object"),
     "no messages": ({"text": "x"}, "messages is None"),
     "empty messages": ({"messages": []}, "messages is []"),
     "no role": ({"messages": [{"content": "x"}]}, "role None"),
@@ -85,16 +87,16 @@ BAD_ROWS = {
     "no content": ({"messages": [{"role": "user"}]}, "content None"),
     "unknown part": ({"messages": [user({"type": "audio"})]}, "unknown content part"),
     "part is a number": ({"messages": [user(7)]}, "unknown content part 7"),
-    "text part without text": ({"messages": [user({"type": "text"})]}, "text part holds None"),
+    "text part without text": ({"messages": [user({"type": "text"})]}, "a text part contains None"),
     "image part without image": ({"messages": [user({"type": "image"})]}, "names no file"),
-    "url is a number": ({"messages": [user({"type": "image", "image": 3})]}, "media URL is 3"),
+    "url is a number": ({"messages": [user({"type": "image", "image": 3})]}, "media URL is '3'"),
     "http": (
         {"messages": [user({"type": "image", "image": "https://example.com/a.png"})]},
-        "nothing is fetched",
+        "nothing is downloaded",
     ),
     "other scheme": (
         {"messages": [user({"type": "image", "image": "s3://a/b.png"})]},
-        "nothing is fetched",
+        "nothing is downloaded",
     ),
     "data URL without base64": (
         {"messages": [user({"type": "image", "image": "data:,abc"})]},
@@ -139,14 +141,14 @@ def test_directory_in_place_of_a_file_is_a_fault(tmp_path):
 
 
 def test_empty_file_is_a_fault(tmp_path):
-    assert "holds no usable sample" in reason(
+    assert "contains no usable sample" in reason(
         lambda: list(read_jsonl(jsonl(tmp_path), Skipped(limit=9)))
     )
 
 
 def test_file_of_bad_lines_only_is_a_fault_that_tells_why(tmp_path):
     message = reason(lambda: list(read_jsonl(jsonl(tmp_path, "{", "["), Skipped(limit=9))))
-    assert "holds no usable sample" in message
+    assert "contains no usable sample" in message
     assert "line 2: is not JSON" in message
 
 
@@ -161,7 +163,7 @@ def test_file_that_is_not_utf8_is_a_fault(tmp_path):
         ("file:///nowhere/a.png", "cannot be read"),
         ("data:image/png;base64,@@@", "not base64"),
         ("data:image/png;base64,", "is empty"),
-        ("http://example.com/a.png", "nothing is fetched"),
+        ("http://example.com/a.png", "nothing is downloaded"),
         ("", "media URL is ''"),
     ],
 )
@@ -221,7 +223,7 @@ def test_hub_images_column_fills_the_image_parts_in_order(kind, streaming, hub_d
 def test_hub_row_with_more_images_than_parts_is_a_fault(tmp_path):
     row = {"messages": [user(text("x"), {"type": "image"})], "images": ["a.png", "b.png"]}
     jsonl(tmp_path, row)
-    assert "2 images in its columns, 1 of them without a part" in reason(
+    assert "2 images in its columns, 1 without a part in messages" in reason(
         lambda: list(read_hub(str(tmp_path)))
     )
 

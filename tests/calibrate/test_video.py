@@ -1,3 +1,5 @@
+"""Frames of a clip: which are taken, that they are the right ones, and what is not a clip."""
+
 import io
 
 import av
@@ -33,6 +35,26 @@ def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
 
 
 @pytest.mark.parametrize(
+    ("fps", "max_frames", "indices"),
+    [
+        (1, 128, [0, 49, 99]),
+        (0.1, 128, [0]),
+        (2, 4, [0, 33, 66, 99]),
+        (2, 1, [0]),
+        (60, 3, [0, 49, 99]),
+    ],
+)
+def test_another_rate_and_fewer_frames_are_taken_uniformly(fps, max_frames, indices):
+    assert sample_indices(100, 30, Video(fps=fps, max_frames=max_frames)) == indices
+
+
+def test_a_clip_is_sampled_as_the_video_says():
+    clip = decode(clip_bytes(40, 10), "x", Video(fps=1, max_frames=3))
+    assert clip.indices == (0, 19, 39)
+    assert len(clip.frames) == 3
+
+
+@pytest.mark.parametrize(
     ("fps", "duration"), [(30, 33), ("30000/1001", 33), (7, 142), (2, 500), (1, 1000)]
 )
 def test_frame_duration_is_whole_milliseconds(fps, duration):
@@ -51,7 +73,7 @@ def test_frames_are_those_of_their_indices():
 
 
 def test_frames_hidden_by_an_edit_list_are_not_counted():
-    clip = decode(trimmed(clip_bytes(60, 10, codec="libx264"), 17), "x")
+    clip = decode(trimmed(clip_bytes(60, 10, codec="libx264"), 17), "x", UNPRUNED)
     assert clip.indices[-1] == 42
     assert len(clip.indices) == 8
 
@@ -94,9 +116,9 @@ def audio_only() -> bytes:
     ],
     ids=["text", "mp4 without its index", "sound only", "cut image"],
 )
-def test_what_is_no_video_is_a_fault_that_names_the_sample(data, what):
+def test_what_is_not_a_video_is_a_fault_that_names_the_sample(data, what):
     with pytest.raises(BadInput, match="sample 7") as caught:
-        decode(data, "sample 7")
+        decode(data, "sample 7", UNPRUNED)
     assert what in str(caught.value)
 
 

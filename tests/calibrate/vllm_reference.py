@@ -24,10 +24,11 @@ from vllm.transformers_utils.processors.internvl import (
 )
 from vllm.transformers_utils.processors.nano_nemotron_vl import video_to_pixel_values
 
-TILED = 4  # frames of a clip whose tiles are compared
-EVERY = (
-    37  # one value in 37 of each tile is compared: the whole would be 400 MB for the longest clip
-)
+TILED = 4
+"""Frames of a clip whose tiles are compared."""
+
+EVERY = 37
+"""One value in 37 of each tile is compared: the whole would be 400 MB for the longest clip."""
 
 
 def main() -> None:
@@ -63,10 +64,10 @@ def chats(checkpoint: str, given: dict, result: dict) -> None:
 
 def clips(checkpoint: str, given: dict, result: dict) -> None:
     config = json.loads((Path(checkpoint) / "config.json").read_text())
-    mean, deviation = (
-        torch.tensor(config[key]).reshape(1, 3, 1, 1) for key in ("norm_mean", "norm_std")
-    )
+    mean = torch.tensor(config["norm_mean"]).reshape(1, 3, 1, 1)
+    deviation = torch.tensor(config["norm_std"]).reshape(1, 3, 1, 1)
     loader = VideoMediaIO(ImageMediaIO(), **given["media_io_kwargs"])
+    few = VideoMediaIO(ImageMediaIO(), **given["few_frames"])
     for name, path in given["clips"].items():
         frames, metadata = loader.load_file(Path(path)).media
         result[f"frames/{name}"] = frames
@@ -79,21 +80,23 @@ def clips(checkpoint: str, given: dict, result: dict) -> None:
             norm_std=deviation,
         )
         result[f"frame_tiles/{name}"] = tiles.flatten(1)[:, ::EVERY].numpy()
+        _, metadata = few.load_file(Path(path)).media
+        result[f"few_indices/{name}"] = np.array(metadata["frames_indices"])
 
 
 def grids(given: dict, result: dict) -> None:
     ratios = get_internvl_target_ratios(1, 12)
     for size in given["grid_tiles"]:
-        found = [
-            calculate_internvl_targets(
+        found = []
+        for width, height in given["grid_images"]:
+            targets = calculate_internvl_targets(
                 orig_width=width,
                 orig_height=height,
                 target_ratios=ratios,
                 image_size=size,
                 use_thumbnail=False,
-            )[1:]
-            for width, height in given["grid_images"]
-        ]
+            )
+            found.append(targets[1:])
         result[f"grids/{size}"] = np.array(found) // size
 
 

@@ -1,0 +1,156 @@
+"""A source of samples is one class: registered, named in a recipe, and read by the flow."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from calibrate.samples import Sample, Skipped
+from calibrate.sources.jsonl import JsonlSource
+from calibrate.sources.source import Source, known_sources, register_source, unregister_source
+from checkpoint.faults import BadInput, Fault
+from pipeline.inputs import prompts_of, source_digests
+from recipes.loading import SHIPPED, load_recipe
+
+
+class Countdown(Source):
+    """Questions with numbers that fall; those that can be divided by `bad` cannot be used."""
+
+    type: Literal["countdown"]
+    start: Annotated[int, Field(ge=1)]
+    """The first number."""
+    bad: int = 1000
+    """Its multiples are bad samples."""
+    file: Path | None = None
+    """A file that decides the samples."""
+
+    def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
+        """Yield as many samples as are wanted, as far as there are numbers."""
+        for number in range(self.start, max(0, self.start - samples), -1):
+            if number % self.bad == 0:
+                skipped.add(Fault(f"countdown: sample {number}", "is bad", "leave it out"))
+                continue
+            messages = [{"role": "user", "content": f"Is it {number}? Seed {seed}."}]
+            yield Sample(str(number), messages, "countdown")
+
+    def files(self) -> list[Path]:
+        """The file, if there is one."""
+        return [self.file] if self.file else []
+
+
+@pytest.fixture
+def countdown():
+    register_source(Countdown)
+    yield Countdown
+    unregister_source(Countdown)
+
+
+def recipe(*sources: str, **fields: int):
+    """The tiny recipe with other sources."""
+    overrides = [f"calibrate.sources=[{', '.join(sources)}]"]
+    for name, value in fields.items():
+        overrides.append(f"calibrate.{name}={value}")
+    return load_recipe(SHIPPED / "tiny/fp8.yaml", overrides)
+
+
+def prompts(loaded, checkpoint, max_skipped: int = 0):
+    section = loaded.calibrate
+    found = prompts_of(section, "calibrate", checkpoint, loaded.video, Skipped(max_skipped))
+    return list(found)
+
+
+def test_the_sources_that_ship_with_us_are_known():
+    assert {"jsonl", "hub", "synthetic"} <= known_sources().keys()
+
+
+def test_a_source_of_a_tests_own_is_read_through_a_recipe(countdown, tiny_checkpoint):
+    loaded = recipe("{type: countdown, start: 9}", samples=3, seed=5)
+    built = prompts(loaded, tiny_checkpoint)
+    ids = [prompt.sample_id for prompt in built]
+    assert ids == ["countdown: sample 9", "countdown: sample 8", "countdown: sample 7"]
+    assert "Is it 9? Seed 5." in tiny_checkpoint.tokenizer.decode(built[0].token_ids)
+
+
+def test_it_is_mixed_with_the_others_by_weight(countdown, tiny_checkpoint):
+    sources = ("{type: countdown, start: 99, weight: 3}", "{type: synthetic, kinds: {order: 1}}")
+    built = prompts(recipe(*sources, samples=8), tiny_checkpoint)
+    assert len(built) == 8
+    assert sum(prompt.group == "countdown" for prompt in built) == 6
+
+
+def test_its_bad_samples_are_skipped_and_counted(countdown, tiny_checkpoint):
+    loaded = recipe("{type: countdown, start: 5, bad: 4}", samples=3)
+    ids = [prompt.sample_id for prompt in prompts(loaded, tiny_checkpoint, max_skipped=1)]
+    assert ids == ["countdown: sample 5", "countdown: sample 3"]
+    with pytest.raises(BadInput, match=r"countdown: sample 4: is bad \(leave it out\)"):
+        prompts(loaded, tiny_checkpoint)
+
+
+def test_its_fields_are_checked_like_those_of_any_section(countdown):
+    with pytest.raises(BadInput, match=r"calibrate\.sources\.0\.start: is 0: .*greater than or"):
+        recipe("{type: countdown, start: 0}")
+    with pytest.raises(BadInput, match=r"sources\.0\.strt: unknown field \(did you mean start"):
+        recipe("{type: countdown, strt: 3, start: 3}")
+
+
+def test_a_recipe_with_it_survives_its_own_manifest(countdown):
+    loaded = recipe("{type: countdown, start: 9}")
+    dumped = json.loads(json.dumps(loaded.model_dump(mode="json")))
+    (source,) = dumped["calibrate"]["sources"]
+    assert source == {"type": "countdown", "weight": 1.0, "start": 9, "bad": 1000, "file": None}
+    assert type(loaded).model_validate(dumped) == loaded
+
+
+def test_a_run_remembers_the_content_of_its_files(countdown, tmp_path):
+    (tmp_path / "numbers").write_text("9 8 7")
+    loaded = recipe(f"{{type: countdown, start: 9, file: {tmp_path / 'numbers'}}}")
+    before = source_digests(loaded)
+    assert list(before) == [str(tmp_path / "numbers")]
+    (tmp_path / "numbers").write_text("9 8 6")
+    assert source_digests(loaded) != before
+
+
+def test_an_unknown_type_names_the_nearest(countdown):
+    with pytest.raises(BadInput, match="unknown source type 'countdwn': did you mean countdown"):
+        recipe("{type: countdwn, start: 3}")
+    with pytest.raises(BadInput, match="unknown source type 'json': did you mean jsonl"):
+        recipe("{type: json, path: x}")
+
+
+def test_a_type_that_nothing_is_near_to_is_answered_with_all():
+    with pytest.raises(BadInput, match="'parquet': choose from hub, jsonl, synthetic"):
+        recipe("{type: parquet}")
+
+
+@pytest.mark.parametrize("value", ["countdown", "null", "3", "[a]"])
+def test_a_source_that_is_not_a_mapping_is_answered_with_an_example(value):
+    with pytest.raises(BadInput, match=r"give a mapping with a type, such as \{type: jsonl"):
+        recipe(value)
+
+
+@pytest.mark.parametrize("value", ["{}", "{path: x}", "{type: null}", "{type: [a]}", "{type: {}}"])
+def test_a_source_without_a_usable_type_is_a_fault(value):
+    with pytest.raises(BadInput, match=r"unknown source type .*choose from hub, jsonl, synthetic"):
+        recipe(value)
+
+
+def test_a_source_is_unknown_again_when_it_is_unregistered(countdown):
+    unregister_source(Countdown)
+    assert "countdown" not in known_sources()
+
+
+def test_a_value_of_python_code_needs_no_type_by_name():
+    source = JsonlSource(type="jsonl", path=Path("samples.jsonl"))
+    assert source.files() == [Path("samples.jsonl")]
+    assert source.weight == 1
+
+
+def test_a_source_that_implements_nothing_says_so():
+    class Empty(Source):
+        type: Literal["empty"]
+
+    with pytest.raises(NotImplementedError):
+        Empty(type="empty").read(1, 0, Skipped())
