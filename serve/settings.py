@@ -90,7 +90,8 @@ def settings_for(
         faults += bad.faults
     raise_if_any(faults)
     if "video" not in manifest:
-        logger.warning("%s has no video section: served with %s", MANIFEST, settings.video)
+        path = directory / MANIFEST
+        logger.warning("%s has no video section: served with %s", path, settings.video)
     elif settings.video != recorded.video:
         made_for = f"{directory} was made for {recorded.video}"
         logger.warning("%s, and is served with %s", made_for, settings.video)
