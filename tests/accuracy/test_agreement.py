@@ -1,16 +1,17 @@
-"""Agreement figures: zero for the same model, worse for a worse one; the gate fails on what it
-should.
-"""
+"""Agreement figures and the gate: zero for the same model, and every miss is named."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from accuracy.agreement import States, compare
 from accuracy.gate import judge
-from accuracy.settings import Accuracy
+from accuracy.paired import Paired
+from accuracy.settings import Accuracy, Tasks
 
 IMAGE = 7
 
@@ -22,15 +23,13 @@ def lm_head():
 
 
 def states(noise: float, group: str = "text", length: int = 40) -> States:
+    """States of one prompt; those of two noises differ in nothing else."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(length, 16, generator=generator)
     tokens = torch.randint(8, 50, (length,), generator=generator)
     tokens[10:20] = IMAGE
-    return States(
-        group,
-        tokens,
-        hidden + noise * torch.randn(length, 16, generator=torch.Generator().manual_seed(2)),
-    )
+    disturbance = torch.randn(length, 16, generator=torch.Generator().manual_seed(2))
+    return States(group, tokens, hidden + noise * disturbance)
 
 
 def test_a_model_agrees_with_itself(lm_head):
@@ -45,10 +44,12 @@ def test_positions_before_a_placeholder_are_not_counted(lm_head):
 
 
 def test_kl_equals_torchs_and_the_perplexity_is_of_the_next_token(lm_head):
-    ours, theirs = states(0), states(0.5)
+    ours = states(0)
+    theirs = states(0.5)
     agreement = compare([ours], [theirs], lm_head, IMAGE)["all"]
     keep = ours.token_ids[1:] != IMAGE
-    p, q = (lm_head(s.hidden[:-1][keep]).log_softmax(-1) for s in (ours, theirs))
+    p = lm_head(ours.hidden[:-1][keep]).log_softmax(-1)
+    q = lm_head(theirs.hidden[:-1][keep]).log_softmax(-1)
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
     nll = torch.nn.functional.nll_loss(p, ours.token_ids[1:][keep])
     assert agreement.kl == pytest.approx(expected.item(), rel=1e-4)
@@ -56,14 +57,17 @@ def test_kl_equals_torchs_and_the_perplexity_is_of_the_next_token(lm_head):
 
 
 def test_more_noise_is_worse_on_every_figure(lm_head):
-    little, much = (compare([states(0)], [states(n)], lm_head, IMAGE)["all"] for n in (0.1, 1.0))
+    little = compare([states(0)], [states(0.1)], lm_head, IMAGE)["all"]
+    much = compare([states(0)], [states(1.0)], lm_head, IMAGE)["all"]
     assert little.kl < much.kl
     assert little.top1 > much.top1
+    assert abs(little.perplexity_ratio - 1) < abs(much.perplexity_ratio - 1)
 
 
 def test_groups_are_told_apart(lm_head):
-    pairs = [(states(0, "text"), states(0, "text")), (states(0, "video"), states(1.0, "video"))]
-    measured = compare([a for a, _ in pairs], [b for _, b in pairs], lm_head, IMAGE)
+    reference = [states(0, "text"), states(0, "video")]
+    variant = [states(0, "text"), states(1.0, "video")]
+    measured = compare(reference, variant, lm_head, IMAGE)
     assert measured["text"].kl == 0
     assert measured["video"].kl > 0
     assert measured["all"].prompts == 2
@@ -99,3 +103,61 @@ def test_nan_never_passes(lm_head):
 
 def test_nothing_compared_never_passes(lm_head):
     assert not judge(compare([], [], lm_head, IMAGE), Accuracy()).passed
+
+
+def test_a_gate_without_requirements_passes_and_one_that_is_met_too(lm_head):
+    measured = compare([states(0)], [states(0)], lm_head, IMAGE)
+    assert judge(measured, Accuracy()).passed
+    strict = Accuracy(max_kl=1e-9, min_top1=1.0, max_perplexity_ratio=1.0)
+    assert judge(measured, strict).passed
+
+
+def tasks_row(loss: float) -> Paired:
+    """The mean over the tasks, with the points that the variant lost."""
+    return Paired("mean", 100, 0.9, 0.9 - loss / 100, low=-0.1, high=0.1, empty=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "passed"), [(0.0, True), (2.9, True), (3.1, False), (float("nan"), False)]
+)
+def test_the_gate_limits_what_the_mean_of_the_tasks_loses(lm_head, loss, passed):
+    measured = compare([states(0)], [states(0)], lm_head, IMAGE)
+    required = Accuracy(tasks=Tasks(max_loss=3.0))
+    verdict = judge(measured, required, [tasks_row(loss)])
+    assert verdict.passed is passed
+    if not passed:
+        (missed,) = verdict.missed
+        assert "the tasks' mean is" in missed
+        assert "points below BF16, allowed are 3" in missed
+
+
+def test_tasks_without_a_limit_are_shown_and_not_judged(lm_head):
+    measured = compare([states(0)], [states(0)], lm_head, IMAGE)
+    verdict = judge(measured, Accuracy(tasks=Tasks()), [tasks_row(50.0)])
+    assert verdict.passed
+    assert verdict.as_dict()["tasks"][0]["task"] == "mean"
+
+
+def test_a_verdict_is_written_as_json(lm_head):
+    verdict = judge(compare([states(0)], [states(1.0)], lm_head, IMAGE), Accuracy(max_kl=1e-6))
+    written = json.loads(json.dumps(verdict.as_dict()))
+    assert written["passed"] is False
+    assert written["missed"] == list(verdict.missed)
+    assert written["agreement"]["all"]["kl"] == verdict.measured["all"].kl
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_kl", 0),
+        ("max_kl", float("nan")),
+        ("min_top1", 1.01),
+        ("min_top1", float("nan")),
+        ("max_perplexity_ratio", float("inf")),
+        ("samples", 0),
+        ("samples", True),
+    ],
+)
+def test_a_requirement_out_of_its_range_is_refused(field, value):
+    with pytest.raises(ValidationError):
+        Accuracy(**{field: value})

@@ -1,6 +1,4 @@
-"""Answers from a server: what is wrong with them is counted and shown, and too much of it ends the
-command.
-"""
+"""Answers from a server: failures are counted and shown, and too many of them end the command."""
 
 import json
 import threading
@@ -15,17 +13,16 @@ from checkpoint.faults import BadInput
 
 
 def samples(count: int) -> list[Sample]:
-    return [
-        Sample(str(i), [{"role": "user", "content": f"item {i}"}], "test", "yes")
-        for i in range(count)
-    ]
+    found = []
+    for number in range(count):
+        messages = [{"role": "user", "content": f"item {number}"}]
+        found.append(Sample(str(number), messages, "test", "yes"))
+    return found
 
 
 @pytest.fixture
 def endpoint():
-    """A server of the OpenAI protocol whose answers the test decides: `server.reply(item) ->
-    (status, body)`.
-    """
+    """A server of the OpenAI protocol: the test sets `reply`, from an item to (status, body)."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -68,12 +65,16 @@ def completion(content):
 def test_answers_come_in_the_order_of_the_items(endpoint):
     endpoint.reply = lambda item: completion(item.upper())
     answers = ask_endpoint(endpoint.url, {"a": samples(20), "b": samples(3)})
-    assert answers == {"a": [f"ITEM {i}" for i in range(20)], "b": [f"ITEM {i}" for i in range(3)]}
+    expected = [f"ITEM {number}" for number in range(20)]
+    assert answers == {"a": expected, "b": expected[:3]}
 
 
 @pytest.mark.parametrize("content", ["", "  ", None, 7])
 def test_an_empty_answer_or_no_text_is_counted_and_never_right(endpoint, content):
-    endpoint.reply = lambda item: completion(content if item == "item 1" else "yes")
+    def reply(item):
+        return completion(content if item == "item 1" else "yes")
+
+    endpoint.reply = reply
     answers = ask_endpoint(endpoint.url, {"a": samples(4)})
     row = pair({"a": samples(4)}, {"a": ["yes"] * 4}, answers)[0]
     assert row.variant == 0.75
@@ -98,11 +99,14 @@ def test_an_endpoint_without_a_model(endpoint):
 
 
 def test_few_failed_requests_are_counted_wrong_and_many_end_the_command(endpoint):
-    endpoint.reply = lambda item: (
-        (400, {"message": "no"}) if item == "item 3" else completion("yes")
-    )
+    def reply(item):
+        if item == "item 3":
+            return 400, {"message": "no"}
+        return completion("yes")
+
+    endpoint.reply = reply
     answers = ask_endpoint(endpoint.url, {"a": samples(10)}, max_failed=0.1)
-    assert answers["a"] == [None if i == 3 else "yes" for i in range(10)]
+    assert answers["a"] == ["yes"] * 3 + [None] + ["yes"] * 6
     with pytest.raises(BadInput, match="1 of 10 requests failed, at most 2% may"):
         ask_endpoint(endpoint.url, {"a": samples(10)})
 
@@ -110,18 +114,19 @@ def test_few_failed_requests_are_counted_wrong_and_many_end_the_command(endpoint
 def test_the_paired_interval_holds_the_difference_and_narrows_with_items():
     def row(count):
         reference = ["yes"] * count
-        variant = ["no" if i % 10 == 0 else "yes" for i in range(count)]
+        variant = (["no"] + ["yes"] * 9) * (count // 10)
         return pair({"a": samples(count)}, {"a": reference}, {"a": variant})[0]
 
-    few, many = row(40), row(400)
+    few = row(40)
+    many = row(400)
     assert few.difference == pytest.approx(-0.1)
     assert few.low < -0.1 < few.high <= 0
     assert many.high - many.low < 0.5 * (few.high - few.low)
 
 
 def test_equal_answers_have_no_difference():
-    rows = pair({"a": samples(5)}, {"a": ["yes", "no"] * 2 + [""]}, {"a": ["yes", "no"] * 2 + [""]})
-    assert [(row.task, row.difference, row.low, row.high) for row in rows] == [
-        ("a", 0, 0, 0),
-        ("mean", 0, 0, 0),
-    ]
+    answers = ["yes", "no", "yes", "no", ""]
+    rows = pair({"a": samples(5)}, {"a": answers}, {"a": answers})
+    assert [row.task for row in rows] == ["a", "mean"]
+    for row in rows:
+        assert (row.difference, row.low, row.high) == (0, 0, 0)

@@ -14,12 +14,16 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
     random = np.random.RandomState(seed)
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(255, 0, height))
     noise = random.randint(0, 60, (height, width))
-    layers = [across, down, (across + down) / 2, 255 - across][
-        : {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 3)
-    ]
-    pixels = np.clip(np.stack(layers, -1) * 0.8 + noise[..., None], 0, 255).astype(np.uint8)
-    image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
-    return image if image.mode == mode else image.convert(mode)
+    layers = [across, down, (across + down) / 2, 255 - across]
+    channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 3)
+    smooth = np.stack(layers[:channels], -1) * 0.8
+    pixels = np.clip(smooth + noise[..., None], 0, 255).astype(np.uint8)
+    if mode == "L":
+        return Image.fromarray(pixels[..., 0])
+    image = Image.fromarray(pixels)
+    if image.mode == mode:
+        return image
+    return image.convert(mode)
 
 
 def image_bytes(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -33,12 +37,8 @@ def data_url(data: bytes, mime: str) -> str:
 
 
 def image_part(image: Image.Image, form: str = "PNG", **options) -> dict:
-    return {
-        "type": "image_url",
-        "image_url": {
-            "url": data_url(image_bytes(image, form, **options), f"image/{form.lower()}")
-        },
-    }
+    url = data_url(image_bytes(image, form, **options), f"image/{form.lower()}")
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def clip_bytes(
@@ -58,7 +58,8 @@ def clip_bytes(
     step = 1 / Fraction(fps)
     with av.open(buffer, "w", format=form) as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
-        stream.width, stream.height = width, height
+        stream.width = width
+        stream.height = height
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         if slow_from is not None:
             stream.codec_context.time_base = step
@@ -73,7 +74,8 @@ def clip_bytes(
                 format=stream.pix_fmt
             )
             if slow_from is not None:
-                frame.pts, frame.time_base = number + 9 * max(0, number - slow_from), step
+                frame.pts = number + 9 * max(0, number - slow_from)
+                frame.time_base = step
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
@@ -88,10 +90,8 @@ def trimmed(data: bytes, frames: int) -> bytes:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
-                packet.pts, packet.dts = (
-                    packet.pts - frames * packet.duration,
-                    packet.dts - frames * packet.duration,
-                )
+                packet.pts -= frames * packet.duration
+                packet.dts -= frames * packet.duration
                 packet.stream = stream
                 target.mux(packet)
     return buffer.getvalue()

@@ -1,3 +1,5 @@
+"""The forward loop runs over the embeddings of serving: every kept token, once."""
+
 from dataclasses import replace
 
 import pytest
@@ -23,12 +25,8 @@ def pruned_at(prompt, rate):
 
 @pytest.fixture(scope="module")
 def text_prompt(config, tokenizer):
-    return build_prompt(
-        Sample("t", [{"role": "user", "content": "Read the table."}], "test"),
-        config,
-        tokenizer,
-        UNPRUNED,
-    )
+    sample = Sample("t", [{"role": "user", "content": "Read the table."}], "test")
+    return build_prompt(sample, config, tokenizer, UNPRUNED)
 
 
 def test_text_prompt_equals_the_model_on_its_tokens(model, text_prompt, config):

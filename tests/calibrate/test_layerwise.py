@@ -1,7 +1,8 @@
-"""A layer at a time: what is kept between layers, and which samples run together."""
+"""Layer by layer: what is kept between layers, and which samples run together."""
 
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,10 +32,13 @@ def values(store) -> list[float]:
 
 
 def test_samples_of_one_length_run_together_up_to_the_limit_and_each_once(store):
-    batches = store.batches(8)
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert {len({store.lengths[index] for index in batch}) for batch in batches} == {1}
-    assert max(len(batch) * store.lengths[batch[0]] for batch in batches) <= 8
+    seen = []
+    for batch in store.batches(8):
+        lengths = [store.lengths[index] for index in batch]
+        assert len(set(lengths)) == 1
+        assert sum(lengths) <= 8
+        seen += batch
+    assert sorted(seen) == list(range(7))
     assert store.batches(1) == [(2,), (5,), (1,), (4,), (0,), (3,), (6,)]
 
 
@@ -47,7 +51,12 @@ def test_every_sample_is_replaced_once_wherever_it_is_kept(store, tmp_path):
 
 def test_the_first_layer_waits_for_what_is_still_being_written(tmp_path, monkeypatch):
     write = Activations._write
-    monkeypatch.setattr(Activations, "_write", lambda *given: time.sleep(0.05) or write(*given))
+
+    def slow(*given):
+        time.sleep(0.05)
+        write(*given)
+
+    monkeypatch.setattr(Activations, "_write", slow)
     with contextlib.closing(
         Activations(HIDDEN, "cpu", Budget(0), tmp_path / "slow")
     ) as activations:
@@ -86,16 +95,20 @@ class Layer(torch.nn.Module):
 
     def __init__(self, apart: float) -> None:
         super().__init__()
-        self.linear, self.apart = torch.nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), apart
+        self.linear = torch.nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16)
+        self.apart = apart
 
     def model(self, inputs_embeds, use_cache):
-        inputs = inputs_embeds + (self.apart if len(inputs_embeds) > 1 else 0.0)
-        return type("Output", (), {"last_hidden_state": inputs_embeds + 0 * self.linear(inputs)})
+        inputs = inputs_embeds
+        if len(inputs_embeds) > 1:
+            inputs = inputs_embeds + self.apart
+        hidden = inputs_embeds + 0 * self.linear(inputs)
+        return SimpleNamespace(last_hidden_state=hidden)
 
 
 @pytest.mark.parametrize(("apart", "largest"), [(0.0, 3), (0.5, 1)])
 def test_samples_run_together_only_where_no_linear_sees_another_bit(store, apart, largest):
     """The outputs of both are equal: it is the linear's input that a range is taken from."""
     batches = Batching(100).batches(store, Layer(apart), "mlp")
-    assert max(map(len, batches)) == largest
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert max(len(batch) for batch in batches) == largest
+    assert sorted(sum(batches, ())) == list(range(7))
