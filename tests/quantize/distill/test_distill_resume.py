@@ -43,7 +43,7 @@ QUICK = (
 
 def overrides(tiny, output, *more):
     """Seven short samples, two of them held out, so that four steps of two go through the rest
-    nearly twice.
+    nearly twice. Of overrides with the same name, the last one counts.
     """
     samples = tiny.parent / "samples.jsonl"
     if not samples.exists():
@@ -54,7 +54,8 @@ def overrides(tiny, output, *more):
         samples.write_text("\n".join(lines))
     sections = ("calibrate", "accuracy", "distill")
     sources = [f"{section}.sources=[{{type: jsonl, path: {samples}}}]" for section in sections]
-    return [*QUICK, *sources, f"model={tiny}", f"output={output}", *more]
+    given = [*QUICK, *sources, f"model={tiny}", f"output={output}", *more]
+    return list({override.partition("=")[0]: override for override in given}.values())
 
 
 def load_and_run(tiny, output, *more):
