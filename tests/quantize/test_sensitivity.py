@@ -40,6 +40,8 @@ def recipe(tiny, output, *more):
         f"quantize.auto.bits={BITS}",
         "quantize.auto.samples=1",
     ]
+    given = {override.partition("=")[0] for override in more}
+    quick = [override for override in quick if override.partition("=")[0] not in given]
     paths = [f"model={tiny}", f"output={output}"]
     return load_recipe(SHIPPED / "tiny" / "nvfp4.yaml", [*quick, *paths, *more])
 
