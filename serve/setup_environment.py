@@ -152,9 +152,22 @@ def _pip(python: Path, *arguments: str) -> None:
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        reason = _last_line(result.stderr or result.stdout)
+        reason = _pip_reason(result.stderr or result.stdout)
         remedy = "fix the environment by hand, or create it again"
         raise BadInput(Fault(f"pip {arguments[0]}", reason, remedy))
+
+
+def _pip_reason(output: str) -> str:
+    """Return the line in which pip, or the build that it ran, states what went wrong.
+
+    pip ends with hints ("See above for details") and with summaries of one word
+    ("error: metadata-generation-failed"); the reason is the last error of several words before.
+    """
+    for line in reversed(output.splitlines()):
+        label, colon, message = line.strip().partition(":")
+        if colon and label.lower() == "error" and " " in message.strip():
+            return message.strip()[:200]
+    return _last_line(output)
 
 
 def _last_line(output: str) -> str:

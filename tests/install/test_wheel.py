@@ -48,13 +48,15 @@ def run(*command: str | Path, **options) -> str:
     return done.stdout
 
 
-def new_environment(folder: Path, *options: str) -> Path:
-    """Create a virtual environment that finds the running interpreter's distributions; its python.
+def new_environment(folder: Path) -> Path:
+    """Create a virtual environment that finds the running interpreter's distributions, pip too.
+
+    Returns the path of its interpreter.
 
     A .pth line adds a folder to sys.path without running that folder's own .pth files, so the
     editable install of this tree stays out.
     """
-    run(sys.executable, "-m", "venv", *options, folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
     site = site_packages(folder)
     existing = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "existing.pth").write_text("\n".join(sorted(existing)) + "\n")
@@ -84,9 +86,10 @@ def wheel(tmp_path_factory) -> Path:
 def installed(wheel, tmp_path_factory) -> Path:
     """An environment with the wheel; everything else comes from the running interpreter's."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
-    python = new_environment(folder, "--without-pip")
-    options = ("--quiet", "--no-deps", "--no-index", "--force-reinstall")
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel)
+    python = new_environment(folder)
+    # The editable install of this tree is not this environment's to remove.
+    options = ("--quiet", "--no-deps", "--no-index", "--ignore-installed")
+    run(python, "-m", "pip", "install", *options, wheel)
     (site_packages(folder) / "record_modules.py").write_text(RECORDER)
     (site_packages(folder) / "record_modules.pth").write_text("import record_modules\n")
     return folder
