@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -199,19 +198,17 @@ class DistillationTrainer(QADTrainer):
             with torch.no_grad():
                 theirs = hidden_states(self._teacher, embeds)
         student: Any = self.accelerator.unwrap_model(self.model)
-        head = partial(self._head_loss, student.lm_head, theirs, inputs["labels"])
-        with replaced_head(student, head):
+
+        def loss_of(ours: torch.Tensor) -> torch.Tensor:
+            return loss_sum(ours, theirs, inputs["labels"], student.lm_head.weight)
+
+        with replaced_head(student, loss_of):
             outputs = model(inputs_embeds=embeds, use_cache=False)
-        loss = outputs.logits * self.accelerator.num_processes  # whose gradients are averaged
+        # FSDP and DDP average gradients over processes, which are to be summed.
+        loss = outputs.logits * self.accelerator.num_processes
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
-
-    @staticmethod
-    def _head_loss(
-        head: nn.Linear, theirs: torch.Tensor | None, labels: torch.Tensor, ours: torch.Tensor
-    ) -> torch.Tensor:
-        return loss_sum(ours, theirs, labels, head.weight)
 
     def _prepare_teacher(self, teacher: nn.Module) -> None:
         """Shard the teacher like the student, or bring it to this process's device, once."""
@@ -371,5 +368,5 @@ def _restored(*owners: type | ModuleType) -> Iterator[None]:
     finally:
         for owner, attributes in zip(owners, before, strict=True):
             for name, value in attributes.items():
-                if vars(owner)[name] is not value:
+                if vars(owner).get(name) is not value:
                     setattr(owner, name, value)
