@@ -1,12 +1,11 @@
-"""What vLLM makes of checkpoints: kernels of their linears, memory of their weights, answers to
-prompts of every kind.
+"""Serves checkpoints with vLLM: records the kernels, the memory of the weights, and answers.
 
     python -m benchmarks.serving DIR DIR:emulation --json FILE [--vllm='--enforce-eager']
 
-Serves each DIR as `python -m serve` does, with vLLM's linear backend as in `DIR:emulation`, and
-asks serve.demo's questions about a list, a page, two images and a clip pruned by EVS. For a
-checkpoint of random weights the answers say that it loads and computes; whether they are right is
-for python -m accuracy and benchmarks.tiny_accuracy.
+Each DIR is served as `python -m serve` does; `DIR:BACKEND` chooses vLLM's linear backend. The
+questions are those of serve.demo: about a list, a page, two images, and a clip that is pruned by
+EVS. With a checkpoint of random weights the answers show that it loads and computes. Whether
+answers are right is measured by `python -m accuracy` and `benchmarks.tiny_accuracy`.
 """
 
 from __future__ import annotations
@@ -22,23 +21,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import versions
 from benchmarks.parts import Parts, write_json
+from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
 from checkpoint.faults import Fault, main, raise_if_any
-from pipeline.inputs import versions
 from serve.ask import ask, connect
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
 from serve.process import running_server
 from serve.settings import settings_for
 
+# As vLLM 0.26 and 0.32 write them into their log.
 _KERNEL = re.compile(r"(?:Using|Selected) (\w+Kernel) for ")
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB")
 
 
-def said(log: str) -> dict[str, Any]:
-    """Of vLLM's log: its kernels for quantized linears, and the weights' memory in GiB, None where
-    it did not say.
+def read_log(log: str) -> dict[str, Any]:
+    """Read the log of vLLM.
+
+    Returns:
+        `kernels`, the names of its kernels for quantized linears, and `weights_gib`, the memory of
+        the weights in GiB, None if it is not logged.
     """
     weights = _WEIGHTS.search(log)
     return {
@@ -47,16 +51,28 @@ def said(log: str) -> dict[str, Any]:
     }
 
 
+def split_backend(name: str) -> tuple[str, str]:
+    """Split `NAME:BACKEND` into the name and vLLM's linear backend, empty if none is given."""
+    name, _, backend = name.partition(":")
+    return name, backend
+
+
+def backend_flags(backend: str) -> list[str]:
+    """Return the flags of `vllm serve` that choose a linear backend; none if it is empty."""
+    if not backend:
+        return []
+    return ["--linear-backend", backend]
+
+
 def vllm_version() -> str:
-    """Of the environment that serves."""
-    return ".".join(map(str, find_environment().vllm))
+    """Return the version of vLLM in the environment that serves."""
+    return ".".join(str(number) for number in find_environment().vllm)
 
 
 def measure(
     name: str, flags: Sequence[str], images: Sequence[Path], video: Path, max_tokens: int
 ) -> dict[str, Any]:
-    """Serve one directory, ask, and tell what came: seconds until it answered, what its log said,
-    each answer.
+    """Serve one directory and ask every question.
 
     Args:
         name: A directory, or `DIR:BACKEND`.
@@ -65,80 +81,101 @@ def measure(
         video: A clip.
         max_tokens: Most tokens of an answer.
 
+    Returns:
+        Seconds until the server was ready, the EVS rate, what `read_log` returns, and the answers.
+
     Raises:
         BadInput: The directory cannot be served.
         ServerDied: vLLM did not start.
-        RequestRefused: It failed to answer.
+        RequestRefused: The server did not answer.
     """
-    directory, backend = parted(name)
-    more = [*(["--linear-backend", backend] if backend else []), *flags]
-    settings = settings_for(directory, {"port": 0}, more)
+    path, backend = split_backend(name)
+    all_flags = [*backend_flags(backend), *flags]
+    settings = settings_for(Path(path), {"port": 0}, all_flags)
+    answers = {}
     start = time.monotonic()
-    with running_server(directory, settings, more) as server:
-        ready, client = time.monotonic() - start, connect(server.url)
-        answers = {
-            title: ask(client, server.model, parts, max_tokens)
-            for title, parts in questions(images, video).items()
-        }
+    with running_server(Path(path), settings, all_flags) as server:
+        ready = time.monotonic() - start
+        client = connect(server.url)
+        for title, parts in questions(images, video).items():
+            answer = ask(client, server.model, parts, max_tokens)
+            answers[title] = dataclasses.asdict(answer)
         log = server.log.read_text(encoding="utf-8", errors="replace")
     return {
         "seconds_until_ready": round(ready, 1),
         "video_pruning_rate": settings.video.pruning_rate,
-        **said(log),
-        "answers": {title: dataclasses.asdict(answer) for title, answer in answers.items()},
+        **read_log(log),
+        "answers": answers,
     }
 
 
-def parted(name: str) -> tuple[Path, str]:
-    """Directory and linear backend, the latter empty, of `DIR` or `DIR:BACKEND`."""
-    directory, _, backend = name.partition(":")
-    return Path(directory), backend
-
-
-def _run() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving", description=(__doc__ or "").splitlines()[0]
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("benchmarks.serving", __doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR[:BACKEND]")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="the result file")
     parser.add_argument("--max-tokens", type=int, default=48, help="most tokens of an answer (48)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="servers at once; --vllm then gives each its memory"
+        "--jobs",
+        type=int,
+        default=1,
+        help="servers at the same time; --vllm must then limit the memory of each",
     )
     parser.add_argument(
         "--vllm", default="", metavar="FLAGS", help="more flags of vllm serve, in one word"
     )
-    given = parser.parse_args()
-    counts = {"--max-tokens": given.max_tokens, "--jobs": given.jobs}
-    raise_if_any(
-        Fault(name, f"is {count}", "give 1 or more") for name, count in counts.items() if count < 1
-    )
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Check the options and that every directory is a checkpoint.
+
+    Raises:
+        BadInput: With every fault.
+    """
+    faults = []
+    for option, count in (("--max-tokens", given.max_tokens), ("--jobs", given.jobs)):
+        if count < 1:
+            faults.append(Fault(option, f"is {count}", "give 1 or more"))
+    raise_if_any(faults)
     for name in given.directories:
-        read_config(parted(name)[0])
-    flags, environment = shlex.split(given.vllm), find_environment()
-    parts = Parts(
-        given.json.with_suffix(".partial.json"), {"flags": flags, "max_tokens": given.max_tokens}
-    )
+        read_config(split_backend(name)[0])
+
+
+def _draw_media(folder: Path) -> tuple[list[Path], Path]:
+    """Draw a page, one square per colour, and a clip."""
+    page = folder / "page.png"
+    draw_page(page)
+    images = [page]
+    for colour in COLOURS:
+        square = folder / f"{colour}.png"
+        draw_square(square, colour)
+        images.append(square)
+    video = folder / "clip.mp4"
+    draw_video(video)
+    return images, video
+
+
+def _run() -> int:
+    given = parse_command(_parser())
+    _check(given)
+    flags = shlex.split(given.vllm)
+    environment = find_environment()
+    settings = {"flags": flags, "max_tokens": given.max_tokens}
+    parts = Parts(given.json.with_suffix(".partial.json"), settings)
     with tempfile.TemporaryDirectory() as scratch:
-        images = [Path(scratch) / f"{name}.png" for name in ("page", *COLOURS)]
-        draw_page(images[0])
-        for path in images[1:]:
-            draw_square(path, path.stem)
-        video = Path(scratch) / "clip.mp4"
-        draw_video(video)
-        ask_all = functools.partial(
-            measure, flags=flags, images=images, video=video, max_tokens=given.max_tokens
-        )
-        found = parts.all(
-            {name: functools.partial(ask_all, name) for name in given.directories}, given.jobs
-        )
-    shown = [
-        f"--max-tokens={given.max_tokens}",
-        f"--jobs={given.jobs}",
-        *([f"--vllm={given.vllm}"] if flags else []),
-    ]
+        images, video = _draw_media(Path(scratch))
+        todo = {}
+        for name in given.directories:
+            todo[name] = functools.partial(
+                measure, name, flags, images, video, max_tokens=given.max_tokens
+            )
+        found = parts.all(todo, given.jobs)
+    options = [f"--max-tokens={given.max_tokens}", f"--jobs={given.jobs}"]
+    if flags:
+        options.append(f"--vllm={given.vllm}")
+    command = ["python", "-m", "benchmarks.serving", *given.directories, *options]
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving", *given.directories, *shown]),
+        "command": shlex.join(command),
         "device": environment.device.name,
         "vllm": vllm_version(),
         "versions": versions(),

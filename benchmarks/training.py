@@ -1,13 +1,11 @@
-"""What distillation of a checkpoint takes: tokens a second and peak memory of a GPU, by the command
-that a user gives.
+"""Measures distillation on GPUs: tokens per second and peak memory, with the command of a user.
 
-    python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [--steps 4] [key=value
-    …]
+    python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [key=value …]
 
-Launches `quantize.qad` on recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: alone), with short
-samples unless told otherwise, and ends it after the last step's evaluation: what is written
-afterwards is tested elsewhere. Figures are those the run itself prints; memory is the first
-process's from the beginning of the training on.
+Launches `quantize.qad` with recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: without), on few
+samples. The run is ended after the evaluation of its last step; what is written afterwards is
+tested elsewhere. The figures are those that the run itself logs. Memory is the peak of the first
+process since the training began.
 """
 
 from __future__ import annotations
@@ -27,44 +25,66 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import device_name, mamba_kernels, versions
 from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
+from checkpoint.command import command_parser
 from checkpoint.faults import BadInput, Fault, main
-from checkpoint.libraries import find_mamba_kernels
-from pipeline.inputs import versions
+from checkpoint.log import set_up_logging
+from checkpoint.run_state import RunState
+from recipes.loading import SHIPPED
 
 _GRACE_SECONDS = 30
+"""How long the launcher may take to end its workers."""
+_SHOWN_LINES = 12
+"""Last lines of a run's output that are shown if it fails."""
+# As `quantize.distill.step_log` writes it. Step 0 has no loss, and a CPU has no GPU memory.
 _LINE = re.compile(
     r"step (?P<step>\d+) of \d+: held-out KL (?P<held_out>[\d.]+) nats"
-    r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?(, GPU memory at most (?P<memory>[\d.]+) GB)?"
+    r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?"
+    r"(, GPU memory at most (?P<memory>[\d.]+) GB)?"
 )
 
 
 def parsed(line: str) -> dict[str, float] | None:
-    """A progress line of a distillation: step, held-out KL and loss in nats, tokens/s, peak GPU
-    memory in GB.
+    """Read a progress line of a distillation.
+
+    Returns:
+        Those of these that the line has: `step`, `held_out` and `loss` in nats per token, `rate` in
+        tokens/s, `memory` in GB. None if it is not a progress line.
     """
-    found = _LINE.search(line)
-    if found is None:
+    match = _LINE.search(line)
+    if match is None:
         return None
-    return {
-        name: float(text.replace(",", ""))
-        for name, text in found.groupdict().items()
-        if text is not None
-    }
+    figures = {}
+    for name, text in match.groupdict().items():
+        if text is not None:
+            figures[name] = float(text.replace(",", ""))
+    return figures
 
 
 def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any]:
-    """Run a distillation until the evaluation of its last step; what it said by then.
+    """Run a distillation until the evaluation of its last step.
+
+    Args:
+        command: Arguments of the Python interpreter.
+        steps: Number of the last step.
+        processes: Number of GPUs that the command can see.
+
+    Returns:
+        `plan`, what the run logs about its samples, and `progress`, its progress lines with the
+        seconds since its start.
 
     Raises:
-        BadInput: It ended before, with the end of what it said.
+        BadInput: The run ends before its last step. The message has the end of its output.
     """
-    start, said, progress = time.monotonic(), list[str](), list[dict[str, float]]()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible(processes), "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    output = list[str]()
+    progress = list[dict[str, float]]()
+    changed = {"CUDA_VISIBLE_DEVICES": visible(processes), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, *command],
-        env=environment,
+        env=os.environ | changed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,84 +92,97 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                said.append(line.rstrip())
-                print(f"{time.monotonic() - start:6.1f} s  {said[-1]}", flush=True)
-                if found := parsed(line):
-                    progress.append(found | {"seconds": round(time.monotonic() - start, 1)})
-                    if found["step"] == steps:
-                        break
+                seconds = time.monotonic() - start
+                output.append(line.rstrip())
+                print(f"{seconds:6.1f} s  {output[-1]}", flush=True)
+                figures = parsed(line)
+                if figures is None:
+                    continue
+                progress.append(figures | {"seconds": round(seconds, 1)})
+                if figures["step"] == steps:
+                    break
         finally:
-            # A launcher that is killed leaves its workers on the GPUs; asked to end, it ends them
-            # first.
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_SECONDS)
-            process.kill()
+            _end(process)
     if not progress or progress[-1]["step"] != steps:
-        raise BadInput(
-            Fault("quantize.qad", "ended before its last step", "see what it said"),
-            *(Fault("it said", line) for line in said[-12:]),
-        )
-    plan = [line for line in said if "samples of about" in line]
+        faults = [Fault("quantize.qad", "ended before its last step", "see its output")]
+        for line in output[-_SHOWN_LINES:]:
+            faults.append(Fault("output", line[:200]))
+        raise BadInput(*faults)
+    plan = [line for line in output if "samples of about" in line]
     return {"plan": plan, "progress": progress}
 
 
-def _run() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0]
-    )
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a launcher and its workers.
+
+    A launcher that is killed leaves its workers running on the GPUs. One that gets SIGTERM ends
+    them first.
+    """
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    process.kill()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("benchmarks.training", __doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the run keeps")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path, required=True, help="the result file")
+    parser.add_argument("--processes", type=int, default=1, help="one per GPU")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="fields of recipes/nvfp4_qad.yaml"
     )
-    given = parser.parse_intermixed_args()
-    if torch.cuda.device_count() < given.processes:
-        there = f"{torch.cuda.device_count()} CUDA devices are there"
-        raise BadInput(Fault("--processes", there, f"{given.processes} are asked for"))
-    given.work.mkdir(parents=True, exist_ok=True)
-    output = given.work / "qad"
-    for left in (output, output.with_name(".qad.qad")):
-        shutil.rmtree(left, ignore_errors=True)
-    few = ["calibrate.samples=4", "accuracy.samples=1", f"distill.held_out={2 * given.processes}"]
-    shape = [
-        f"distill.steps={given.steps}",
-        f"distill.save_every={given.steps}",
-        *few,
-        *given.settings,
-    ]
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(given.processes), *FSDP2]
-    module = [
+    return parser
+
+
+def _command(given: argparse.Namespace, output: Path) -> list[str]:
+    """Return the arguments of the Python interpreter that distil on few samples."""
+    launcher = ["-m", "accelerate.commands.launch"]
+    launcher += ["--num_processes", str(given.processes), *FSDP2]
+    command = [
         "-m",
         "quantize.qad",
-        "recipes/nvfp4_qad.yaml",
+        str(SHIPPED / "nvfp4_qad.yaml"),
         f"model={given.model}",
         f"output={output}",
-        *shape,
+        f"distill.steps={given.steps}",
+        f"distill.save_every={given.steps}",
+        "calibrate.samples=4",
+        "accuracy.samples=1",
+        f"distill.held_out={2 * given.processes}",
+        *given.settings,
     ]
-    options = [
-        "MODEL",
-        "--work",
-        "DIR",
-        "--processes",
-        str(given.processes),
-        "--steps",
-        str(given.steps),
-    ]
+    if given.processes > 1:
+        return [*launcher, *command]
+    return command
+
+
+def _run() -> int:
+    # A plain parse_args gives the positional `key=value` its words together with the model, and
+    # then refuses those after the options.
+    given = _parser().parse_intermixed_args()
+    set_up_logging(given.verbose, given.quiet)
+    if torch.cuda.device_count() < given.processes:
+        what = f"{given.processes} are too many for {torch.cuda.device_count()} CUDA devices"
+        raise BadInput(Fault("--processes", what, "give as many as there are GPUs"))
+    given.work.mkdir(parents=True, exist_ok=True)
+    output = given.work / "qad"
+    state = RunState(output, identity={})
+    shutil.rmtree(output, ignore_errors=True)
+    state.remove()
+    options = ["MODEL", "--work", "DIR", "--processes", str(given.processes)]
+    options += ["--steps", str(given.steps), *given.settings]
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.training", *options, *given.settings]),
-        "device": torch.cuda.get_device_name(),
+        "command": shlex.join(["python", "-m", "benchmarks.training", *options]),
+        "device": device_name("cuda"),
         "processes": given.processes,
         "versions": versions(),
-        "mamba_kernels": find_mamba_kernels() or "mamba_ssm",
-        **measure(
-            [*(launch if given.processes > 1 else []), *module], given.steps, given.processes
-        ),
+        "mamba_kernels": mamba_kernels(),
+        **measure(_command(given, output), given.steps, given.processes),
     }
-    shutil.rmtree(output.with_name(".qad.qad"), ignore_errors=True)
+    state.remove()
     write_json(given.json, result)
     return 0
 

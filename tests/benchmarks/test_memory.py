@@ -1,39 +1,42 @@
-"""The most memory that a command had resident is the kernel's figure of that command, and a failure
-is no result.
-"""
+"""The peak of memory is the kernel's figure for the command itself, and a failure is not a result."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import benchmarks
 
-def measured(path, *command):
-    # A process of its own: a child's first peak is its parent's, and this one has torch.
+ROOT = Path(benchmarks.__file__).parents[1]
+
+
+def run(path, *command):
+    # A process of its own: a child's first peak is its parent's, and this process has torch.
     line = [sys.executable, "-m", "benchmarks.memory", "--json", str(path), "--", *command]
-    done = subprocess.run(line, capture_output=True, text=True)
-    return json.loads(path.read_text()) if path.exists() else done
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(1, 0.0, 0.15), (300_000_000, 0.3, 0.45)])
 def test_the_peak_is_the_commands_own(tmp_path, size, least, most):
-    found = measured(
-        tmp_path / "j", "timeit", "-n", "1", "-r", "1", "-s", f"b'x' * {size}", "'x=/etc/ok'"
-    )
+    path = tmp_path / "result.json"
+    run(path, "timeit", "-n", "1", "-r", "1", "-s", f"b'x' * {size}", "'x=/etc/ok'")
+    found = json.loads(path.read_text())
     assert least < found["peak_resident_gb"] < most
-    assert "=ok" in found["command"], "no folder of this machine"
+    assert "=ok" in found["command"], "the file must not contain folders of this machine"
 
 
 @pytest.mark.parametrize("fails", ["1/0", "import sys; print('other'); sys.exit(1)"])
 def test_a_command_that_fails_leaves_no_file(tmp_path, fails):
-    done = measured(tmp_path / "j", "timeit", "-n", "1", "-s", fails)
+    path = tmp_path / "result.json"
+    done = run(path, "timeit", "-n", "1", "-s", fails)
     assert done.returncode == 2
     assert "ended with exit status 1" in done.stderr
+    assert not path.exists()
 
 
 def test_a_missed_gate_is_a_result_and_is_named(tmp_path):
-    found = measured(
-        tmp_path / "j", "timeit", "-s", "import sys; print('gate missed: top-1'); sys.exit(1)"
-    )
-    assert found["gate"] == "gate missed: top-1"
+    path = tmp_path / "result.json"
+    run(path, "timeit", "-s", "import sys; print('gate missed: top-1'); sys.exit(1)")
+    assert json.loads(path.read_text())["gate"] == "gate missed: top-1"

@@ -1,4 +1,4 @@
-"""Distillation is measured by what its own command prints."""
+"""Distillation is measured by the lines that its own command logs."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from benchmarks import training
 from benchmarks.processes import visible
 from checkpoint.faults import BadInput
 
-LAST = "step 4 of 4: held-out KL 0.04120 nats, step's 0.05130, 1,234 tokens/s, GPU memory at most 71.5 GB"
+LAST = "step 4 of 4: held-out KL 0.04120 nats, step's 0.05130, 1,234 tokens/s, GPU memory at most 71.5 GB"  # noqa: E501
 
 
 @pytest.mark.parametrize(
@@ -27,24 +27,26 @@ def test_a_progress_line_is_read(line, found):
 
 LAUNCHER = f"""
 import subprocess, sys, signal, time
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+worker = subprocess.Popen(sleep, start_new_session=True)
 def end(*_):
     worker.kill(); worker.wait(); sys.exit(1)
 signal.signal(signal.SIGTERM, end)
 print("worker", worker.pid, flush=True)
+print("8 samples of about 414 tokens", flush=True)
 print({LAST!r}, flush=True)
 time.sleep(600)
 """
 
 
-def test_a_run_is_ended_after_its_last_evaluation_with_what_it_launched(capsys):
+def test_a_run_and_its_workers_are_ended_after_the_last_evaluation(capsys):
     start = time.monotonic()
     found = training.measure(["-c", LAUNCHER], 4, 1)
-    assert found["progress"][0].keys() == {"step", "held_out", "loss", "rate", "memory", "seconds"}
     assert time.monotonic() - start < 30
+    assert found["plan"] == ["8 samples of about 414 tokens"]
+    assert found["progress"][0].keys() == {"step", "held_out", "loss", "rate", "memory", "seconds"}
     worker = capsys.readouterr().out.partition("worker ")[2].split()[0]
-    stat = Path(f"/proc/{worker}/stat")
-    assert not stat.exists()
+    assert not Path(f"/proc/{worker}/stat").exists()
 
 
 def test_the_gpus_that_a_user_left_visible_are_taken(monkeypatch):
@@ -54,25 +56,25 @@ def test_the_gpus_that_a_user_left_visible_are_taken(monkeypatch):
     assert visible(2) == "0,1"
 
 
-def test_a_run_that_ends_before_says_why():
+def test_a_run_that_ends_early_is_reported_with_its_output():
     with pytest.raises(BadInput, match="memory of cuda: needs 205 GB"):
         training.measure(["-c", "print('memory of cuda: needs 205 GB')"], 4, 1)
 
 
 def test_fields_may_follow_options_and_more_processes_than_gpus_are_refused(monkeypatch, tmp_path):
-    # argparse gives a `*` positional its words together with the model, and then refuses those
-    # after the options.
-    given = [
-        "x",
-        str(tmp_path),
-        "--work",
-        str(tmp_path),
-        "--json",
-        "j",
-        "--processes",
-        "99",
-        "distill.batch=4",
-    ]
-    monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(BadInput, match="99 are asked for"):
+    given = ["x", str(tmp_path), "--work", str(tmp_path), "--json", "j"]
+    monkeypatch.setattr(sys, "argv", [*given, "--processes", "99", "distill.batch=4"])
+    with pytest.raises(BadInput, match="99 are too many"):
         training._run()
+
+
+def test_one_process_runs_without_a_launcher_and_several_with_fsdp2(tmp_path):
+    parser = training._parser()
+    given = ["MODEL", "--work", str(tmp_path), "--json", "j"]
+    one = training._command(parser.parse_args(given), tmp_path / "qad")
+    assert one[:2] == ["-m", "quantize.qad"]
+    assert Path(one[2]).name == "nvfp4_qad.yaml"
+    two = training._command(parser.parse_args([*given, "--processes", "2"]), tmp_path / "qad")
+    assert two[:4] == ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    assert "--use_fsdp" in two
+    assert "distill.held_out=4" in two

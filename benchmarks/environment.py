@@ -1,0 +1,28 @@
+"""Describes the machine and the libraries that a result was measured with."""
+
+from __future__ import annotations
+
+import torch
+
+from checkpoint.libraries import find_mamba_kernels, prepare_libraries
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU; `CPU` if `device` is not `cuda`."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return "CPU"
+
+
+def mamba_kernels() -> str:
+    """Return `mamba_ssm` if its kernels are used, otherwise why they are not."""
+    return find_mamba_kernels() or "mamba_ssm"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that may change a result."""
+    # The import below also imports the model classes, which need prepared libraries.
+    prepare_libraries()
+    from pipeline.inputs import versions as installed
+
+    return installed()
