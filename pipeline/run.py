@@ -89,6 +89,8 @@ def verify_and_measure(job: Job, way: Way) -> bool:
 def _resumable(job: Job, way: Way) -> Iterator[None]:
     """Turn a lack of memory into advice, and leave only a state that a later run can resume."""
     remedy = "end what else uses it, or give quantize.memory=layers; the same command resumes"
+    if job.distillation is not None:
+        remedy = "start more processes under FSDP2: see recipes/nvfp4_qad.yaml"
     try:
         with memory_advice(way.progress, remedy):
             yield
