@@ -38,8 +38,8 @@ CUDA_ONLY = ("torchaudio", "torchcodec")
 # A .pth line runs at every start of the interpreter, so it must be quick, and do nothing once the
 # plug-in is uninstalled.
 PTH_LINE = (
-    "import importlib.util as u; "
-    "u.find_spec('hybridquant_vllm') and __import__('hybridquant_vllm.torchvision_schemas')\n"
+    "import importlib as i, importlib.util as u; u.find_spec('hybridquant_vllm') "
+    "and i.import_module('hybridquant_vllm.torchvision_schemas').install()\n"
 )
 
 # Runs in the environment to set up.

@@ -1,6 +1,6 @@
 """Makes the CUDA build of torchvision importable beside a CPU build of torch.
 
-A .pth file runs this when the interpreter starts. There is no CPU build of torchvision on PyPI, and
+A .pth file calls `install` when the interpreter starts. There is no CPU build of torchvision on PyPI, and
 vLLM's image processors import it for its transforms. Its C++ extension cannot load without CUDA
 libraries, so `torchvision::nms` and `::qnms` are never declared, and `import torchvision` fails
 where it registers their gradients ("operator torchvision::nms does not exist"). Declaring the two
@@ -44,6 +44,3 @@ def install() -> None:
         if isinstance(finder, DeclareBeforeImport):
             return
     sys.meta_path.insert(0, DeclareBeforeImport())
-
-
-install()

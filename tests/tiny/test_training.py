@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from transformers.models.nemotron_h import modeling_nemotron_h as native
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -12,6 +11,7 @@ from calibrate.evs import retention_mask
 from calibrate.prompts import build_prompt
 from calibrate.sources.synthetic.drawing import BAR_END, blank
 from calibrate.sources.synthetic.scenes import finished
+from checkpoint.libraries import language_model_classes
 from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
 from checkpoint.video import UNPRUNED
@@ -177,6 +177,7 @@ def test_fused_operations_compute_what_the_served_model_computes(untrained, monk
 
         return call
 
+    native = language_model_classes()
     replaced = [Zamba2RMSNormGated, native.NemotronHRMSNorm, native.NemotronHMLP, RadioLayer]
     for kind in replaced:
         monkeypatch.setattr(kind, "forward", kind.forward)  # restored after the test

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from transformers.models.radio.modeling_radio import RadioLayer
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 

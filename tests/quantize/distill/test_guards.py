@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from transformers.models.nemotron_h import modeling_nemotron_h
 
 from checkpoint.faults import BadInput
+from checkpoint.libraries import language_model_classes
 from quantize.distill import student as student_module
 from quantize.distill.weights import weight_of
 from tests.quantize.distill.distilling import (  # noqa: F401
@@ -25,13 +25,13 @@ def fused(projected, *_, outproj_weight, **__):
 
 
 def test_the_fused_mamba_path_is_not_taken(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_nemotron_h, "mamba2_split_conv1d_scan_combined", fused)
+    monkeypatch.setattr(language_model_classes(), "mamba2_split_conv1d_scan_combined", fused)
     result = Small(tiny, tmp_path, steps=1).run()
     assert result.losses[0][1] < 1
 
 
 def test_a_quantizer_that_a_step_does_not_call_stops_the_run_by_name(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_nemotron_h, "mamba2_split_conv1d_scan_combined", fused)
+    monkeypatch.setattr(language_model_classes(), "mamba2_split_conv1d_scan_combined", fused)
     monkeypatch.setattr(student_module, "unfuse_mamba", lambda model: [])
     with pytest.raises(
         RuntimeError, match=r"did not call .*layers\.0\.mixer\.out_proj\.input_quantizer"
