@@ -1,4 +1,4 @@
-"""The peak of memory is the kernel's figure for the command itself, and a failure is not a result."""
+"""The memory peak is the kernel's figure for the command itself; a failure is not a result."""
 
 import json
 import subprocess

@@ -2,9 +2,9 @@
 
     python -m tests.pipeline.run_within_memory BYTES [key=value …]
 
-The limit counts from what Python, torch and ModelOpt hold when they are imported. The run ends when
-the output is written: measuring needs logits of the whole vocabulary, which a smaller model does not
-make smaller.
+The limit counts from what Python, torch and ModelOpt hold when they are imported. The run ends
+when the output is written: measuring needs logits of the whole vocabulary, which a smaller model
+does not make smaller.
 """
 
 import resource

@@ -1,4 +1,4 @@
-"""A run layer by layer: the bytes of the whole model, in one process and in two, and after kills."""
+"""A run layer by layer: the bytes of the whole model, in one process, in two, and after kills."""
 
 import contextlib
 import json
@@ -267,7 +267,7 @@ def test_killed_at_many_random_points_it_ends_with_the_bytes_of_an_uninterrupted
 
 
 def ended(recipe, seconds: float) -> bool:
-    """Run a recipe in a process of its own, kill it after so many seconds; whether it ended before."""
+    """Run a recipe in a process of its own and kill it after a time; whether it ended before."""
     end = time.monotonic() + seconds
     child = os.fork()
     if child == 0:
