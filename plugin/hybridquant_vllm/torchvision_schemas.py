@@ -1,10 +1,11 @@
 """Makes the CUDA build of torchvision importable beside a CPU build of torch.
 
 A .pth file calls `install` when the interpreter starts. There is no CPU build of torchvision on
-PyPI, and vLLM's image processors import it for its transforms. Its C++ extension cannot load without CUDA
-libraries, so `torchvision::nms` and `::qnms` are never declared, and `import torchvision` fails
-where it registers their gradients ("operator torchvision::nms does not exist"). Declaring the two
-is enough: the transforms are plain torch and Pillow. Nothing is imported here until torchvision is.
+PyPI, and vLLM's image processors import it for its transforms. Its C++ extension cannot load
+without CUDA libraries, so `torchvision::nms` and `::qnms` are never declared, and `import
+torchvision` fails where it registers their gradients ("operator torchvision::nms does not
+exist"). Declaring the two is enough: the transforms are plain torch and Pillow. Nothing is
+imported here until torchvision is.
 """
 
 import importlib.abc

@@ -164,7 +164,7 @@ def test_one_flipped_weight_is_found_where_weights_were_not_moved(
 
 def test_verification_says_when_single_weights_are_not_held_to_the_source(made, capsys):
     show_faults(made[2], [])
-    assert ("single weights not" in capsys.readouterr().out) == (
+    assert ("single weights are not" in capsys.readouterr().out) == (
         ALGORITHMS[made[1]].change == "moved"
     )
 
