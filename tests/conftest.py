@@ -1,5 +1,6 @@
 """Fixtures that every room shares: the tiny checkpoint, its config and model, exports of it."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny.checkpoint import write_tiny
 
 # Before any test module imports transformers' model classes; this file must not, at its top.
 prepare_libraries()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
