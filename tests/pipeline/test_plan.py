@@ -56,7 +56,7 @@ def test_memory_of_the_12b_by_processes(full12b, shards, gigabytes):
     """From four on, what counts is that each process loads both models before FSDP divides them."""
     specs = select_prefix(expected_tensors(full12b), full12b.family.language_model)
     weights = sum(math.prod(linear.shape) for linear in language_model_linears(full12b))
-    needed = training_bytes(spec_bytes(specs), weights, taught=True, shards=shards)
+    needed = training_bytes(spec_bytes(specs), weights, is_taught=True, shards=shards)
     assert round(needed / 1e9) == gigabytes
 
 
