@@ -31,7 +31,10 @@ QUICK += ["accuracy.sources=[{type: synthetic, kinds: {document: 1}}]", "accurac
 
 
 def quick(tiny, tmp_path, *overrides):
-    return load_recipe(TINY, [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}", *overrides])
+    """Load the quick recipe; of overrides with the same name, the last one counts."""
+    given = [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}", *overrides]
+    last = {override.partition("=")[0]: override for override in given}
+    return load_recipe(TINY, list(last.values()))
 
 
 def test_the_default_recipe_ends_verified_measured_and_passed(fp8_run, tiny):

@@ -45,7 +45,7 @@ def overrides(tiny, output, *more):
     """Seven short samples, two of them held out, so that four steps of two go through the rest
     nearly twice. Of overrides with the same name, the last one counts.
     """
-    samples = tiny.parent / "samples.jsonl"
+    samples = tiny.parent / "questions_to_distil.jsonl"
     if not samples.exists():
         lines = []
         for number in range(7):
@@ -168,7 +168,7 @@ def test_samples_that_have_changed_are_refused(tiny, tmp_path, monkeypatch, sect
     samples = tmp_path / "mine.jsonl"
     source = f"{section}.sources=[{{type: jsonl, path: {samples}}}]"
     given = overrides(tiny, tmp_path / "out", source)
-    shutil.copyfile(tiny.parent / "samples.jsonl", samples)
+    shutil.copyfile(tiny.parent / "questions_to_distil.jsonl", samples)
     with monkeypatch.context() as patch:
         interrupt_behind_first_checkpoint(patch)
         with pytest.raises(KeyboardInterrupt):
