@@ -21,9 +21,9 @@ from checkpoint.family import Family
 from checkpoint.files import DTYPES, Reader
 from checkpoint.layout import Specs, spec_bytes, split_by_size
 
-OUTSIDE_BYTES = 1_400_000_000
-"""Largest file of tensors outside the layers, unless a single tensor is larger. The 12B's embedding
-matrix of 1.35 GB is a file of its own, so that writing needs no more memory than that."""
+OUTSIDE_BYTES = 400_000_000
+"""Largest file of tensors outside the layers, unless a single tensor is larger. One such file is in
+memory at a time; the 12B's largest is its embedding matrix of 1.35 GB, alone in its file."""
 
 _LAYERS_AHEAD = 3
 """Layers that wait to be written. A layer of the 12B is 0.1 to 0.4 GB."""
@@ -105,7 +105,7 @@ class ShardWriter:
         self.shards = shards
         self._read = read
         self._on_bytes = on_bytes
-        self._outside_thread = ThreadPoolExecutor(2, "write-outside")
+        self._outside_thread = ThreadPoolExecutor(1, "write-outside")
         self._layer_threads = ThreadPoolExecutor(_THREADS, "write-layer")
         self._recorder = ThreadPoolExecutor(1, "record")
         self._room = threading.Semaphore(_LAYERS_AHEAD)
