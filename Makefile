@@ -67,8 +67,9 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
+# Two processes of one thread each: torch's threads wait for each other on shared cores.
 test: lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf out

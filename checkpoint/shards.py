@@ -93,7 +93,10 @@ class ShardWriter:
         read: Reader,
         on_bytes: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Start writing what lies outside the layers; files that exist are kept.
+        """Prepare to write; what lies outside the layers is copied from the first `put` on.
+
+        Until then the caller may hold embeddings and head, which are as large as their copies.
+        Files that exist are kept.
 
         Args:
             directory: Where the files go.
@@ -110,11 +113,8 @@ class ShardWriter:
         self._recorder = ThreadPoolExecutor(1, "record")
         self._room = threading.Semaphore(_LAYERS_AHEAD)
         self._pending: list[Future[None]] = []
+        self._copies_outside = False
         directory.mkdir(parents=True, exist_ok=True)
-        for file, names in shards.outside.items():
-            if not (directory / file).exists():
-                writing = self._outside_thread.submit(self._write, file, names, {}, None)
-                self._pending.append(writing)
 
     def put(
         self,
@@ -131,6 +131,7 @@ class ShardWriter:
             then: Called when this layer and all layers put before it are on the disk.
         """
         self._raise_errors()
+        self._copy_outside()
         self._room.acquire()
         file, names = self.shards.layers[layer]
         copied = _record_event(tensors)
@@ -139,9 +140,20 @@ class ShardWriter:
         self._pending.append(self._recorder.submit(self._finish, writing, then))
 
     def drain(self) -> None:
-        """Wait until everything that was put is written."""
+        """Wait until everything that was put is written, and what lies outside the layers."""
+        self._copy_outside()
         wait(self._pending)
         self._raise_errors()
+
+    def _copy_outside(self) -> None:
+        """Start copying what lies outside the layers, once."""
+        if self._copies_outside:
+            return
+        self._copies_outside = True
+        for file, names in self.shards.outside.items():
+            if not (self.directory / file).exists():
+                writing = self._outside_thread.submit(self._write, file, names, {}, None)
+                self._pending.append(writing)
 
     def _write(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,6 +148,8 @@ class LayerByLayer:
                 "counts": dataclasses.asdict(counts),
                 "seen": seen if name == "held_out" else [],
             }
+        del model
+        gc.collect()  # its modules refer to one another; the layers want the memory
         raise_if_any(self._state.sample_faults(str(digest)))
         kept["digest"] = str(digest)
         kept["skipped"] = skipped.samples

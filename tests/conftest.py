@@ -19,6 +19,15 @@ prepare_libraries()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a whole file, and all that share the server, to one process of `make test`."""
+    for item in items:
+        shares_server = "server" in getattr(item, "fixturenames", ())
+        group = "server" if shares_server else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """The directory of the tiny checkpoint; do not change it, take `tiny_copy`."""

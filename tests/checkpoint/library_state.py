@@ -31,7 +31,6 @@ LIBRARIES = (
     "numpy",
     "omegaconf",
     "openai",
-    "peft",
     "PIL.ImageDraw",
     "PIL.ImageFont",
     "pydantic",
@@ -51,7 +50,7 @@ LIBRARIES = (
 """Everything that the rooms import from elsewhere. What a library changes when it is imported is
 its own affair."""
 
-WATCHED = ("accelerate", "datasets", "modelopt", "peft", "safetensors", "torch", "transformers")
+WATCHED = ("accelerate", "datasets", "modelopt", "safetensors", "torch", "transformers")
 """Libraries whose functions must stay what they are."""
 
 FUNCTIONS = (types.FunctionType, classmethod, staticmethod, property)

@@ -25,7 +25,6 @@ ELSEWHERE = {"vllm", "hybridquant_vllm", "mamba_ssm"}
 """What tests import in scripts that run in the serve environment or on a GPU machine."""
 
 NEEDED_BY_OTHERS = {
-    "peft": "modelopt/torch/opt/plugins/peft.py",
     "requests": "modelopt/torch/utils/dataset_utils.py",
 }
 """Distributions that a library imports for us without requiring them, and the file that does."""
