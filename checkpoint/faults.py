@@ -4,13 +4,20 @@ raised at once.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
 
 _SHOWN = 50
 """Faults that a command prints before it counts the rest."""
+
+_FIRST_SPEAKS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,52 @@ def main(run: Callable[[], int]) -> None:
     try:
         status = run()
     except BadInput as bad:
+        _let_first_process_speak()
         _print_faults(bad.faults)
         status = 2
     except OSError as error:
         _print_system_error(error)
         status = 2
+    except Terminated as terminated:
+        print(f"terminated by {terminated}", file=sys.stderr)
+        status = 128 + terminated.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
+        status = 128 + signal.SIGINT
     sys.exit(status)
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by `raise_on_termination`; everything that handles Ctrl-C handles it alike."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def raise_on_termination() -> None:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that it leaves no half result.
+
+    SIGHUP stays ignored where it is, as under `nohup`.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(number)
+
+
+def _let_first_process_speak() -> None:
+    """Wait on all processes of a launcher but the first.
+
+    Most faults are found by all of them alike. The launcher stops the others as soon as one has
+    ended, so that only what the first does not find is printed by another.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_FIRST_SPEAKS_SECONDS)
 
 
 def _print_faults(faults: tuple[Fault, ...]) -> None:
@@ -89,8 +133,36 @@ def _print_faults(faults: tuple[Fault, ...]) -> None:
         print(f"error: … and {more} more", file=sys.stderr)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another output",
+    errno.EDQUOT: "free some space, or choose another output",
+    errno.EFBIG: "choose an output on a disk that takes files of this size",
+    errno.EROFS: "choose another output",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.ENOENT: "it was there when the command began, or its path is wrong: restore it",
+    errno.ENOTDIR: "a part of its path is a file: give another path",
+    errno.EISDIR: "it is a directory: give a file",
+    errno.EEXIST: "remove it, or choose another output",
+    errno.ENOTEMPTY: "another program writes there: choose another output",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "its symbolic links form a circle: give another path",
+    errno.EBUSY: "another program uses it: end that program",
+    errno.ETXTBSY: "another program uses it: end that program",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "close other programs: the system has too many open files",
+    errno.ENOMEM: "end what else uses memory",
+    errno.EIO: "the disk or the network drive fails: check it, then run the command again",
+    errno.ESTALE: "the network drive fails: mount it again, then run the command again",
+    errno.EPIPE: "the program that reads the output has ended",
+    errno.EADDRINUSE: "give another port",
+    errno.ECONNREFUSED: "start the server, or give another address",
+}
+"""What the user can do about an error of the operating system."""
+
+
 def _print_system_error(error: OSError) -> None:
-    where = error.filename or "output"
+    where = str(error.filename or "the operating system")[:200]
     what = os.strerror(error.errno) if error.errno else str(error)[:200]
-    remedy = "free some space, or choose another output"
+    remedy = _REMEDIES.get(error.errno or 0, "fix it, then run the command again")
     print(f"error: {where}: {what} ({remedy})", file=sys.stderr)

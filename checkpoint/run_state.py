@@ -2,6 +2,7 @@
 
 .NAME.run/run.json       what must be the same for the run to be resumed
 .NAME.run/progress.json  what has been finished
+.NAME.run/lock           held by the process that works here
 .NAME.run/checkpoint/    the output while it is written; renamed to NAME at the end
 .NAME.run/…              files of the way that the run takes (see the modules that write them)
 
@@ -10,8 +11,10 @@ Every piece is written beside its name and renamed when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 from checkpoint.atomic import remove_directory, rename_directory, write_json
 from checkpoint.config import read_json
 from checkpoint.faults import Fault
+from checkpoint.lock import LOCK, lock_faults, locked_directory
 
 _RUN = "run.json"
 _PROGRESS = "progress.json"
@@ -66,7 +70,17 @@ class RunState:
         return written and self.output.exists() and not self.checkpoint.exists()
 
     def faults(self) -> Iterator[Fault]:
-        """Yield every difference from the run that left a state here; none if nothing is begun."""
+        """Yield why a run cannot work here: another one does, what lies here is not a run's, or it
+        differs from the run that was begun here.
+        """
+        held = list(lock_faults(self.directory))
+        if held:
+            yield from held
+            return
+        if self._is_foreign():
+            what = "is in the way of the run's state, and no run has made it"
+            yield Fault(str(self.directory), what, "move it, or give another output")
+            return
         if not self.is_begun:
             return
         before = read_json(self.directory / _RUN)
@@ -78,12 +92,43 @@ class RunState:
                 what = f"was {_short(old)} when {self.directory} was begun, is {_short(new)}"
                 yield Fault(name, what, remedy)
 
-    def begin(self) -> None:
-        """Create the directory and write down what it belongs to; keep what there is to resume."""
-        if not self.is_begun:
-            remove_directory(self.directory)
+    def _is_foreign(self) -> bool:
+        """Whether something lies at `directory` that no run has put there."""
+        directory = self.directory
+        if directory.is_symlink() or not directory.is_dir():
+            return directory.is_symlink() or directory.exists()
+        # `locked` creates the lock before anything else.
+        return any(directory.iterdir()) and not (directory / LOCK).is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the directory and hold its lock for the length of a `with` block.
+
+        Raises:
+            BadInput: Another process holds it.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
+        with locked_directory(self.directory):
+            yield
+
+    def begin(self) -> None:
+        """Write down what the directory belongs to; keep what there is to resume, and only that.
+
+        Call it under `locked`.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / LOCK).touch()
+        if not self.is_begun:
+            self._clear()
         write_json(self.directory / _RUN, self.identity)
+
+    def _clear(self) -> None:
+        """Remove everything but the lock."""
+        for entry in self.directory.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
 
     def progress(self) -> dict[str, Any]:
         """What has been recorded; empty when nothing has."""
@@ -98,6 +143,12 @@ class RunState:
         """Rename the finished checkpoint to the output."""
         self.record(written=True)
         rename_directory(self.checkpoint, self.output)
+
+    def how_to_resume(self) -> str:
+        """What the user can do after an interrupted run, in one sentence."""
+        if self.is_begun:
+            return f"interrupted; the same command resumes from {self.directory}"
+        return "interrupted before anything was kept; the same command starts again"
 
     def remove(self) -> None:
         """Remove the state. Call it when the result is on disk and measured."""

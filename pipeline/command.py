@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.faults import main
+from checkpoint.faults import Fault, main, raise_if_any, raise_on_termination
 from checkpoint.libraries import prepare_libraries
 
+if TYPE_CHECKING:
+    from recipes.schema import Recipe
 
-def front_door(module: str, doc: str | None, default: str) -> None:
+
+def front_door(
+    module: str, doc: str | None, default: str, formats: Collection[str] = (), distils: bool = False
+) -> None:
     """Run the recipe of the command line and exit with its status.
 
     Args:
         module: The module that is run, `quantize.fp8`.
         doc: Its docstring, shown by `--help` above the fields of a recipe.
         default: The recipe below recipes/ that is run if the command line names none.
+        formats: Of these, the recipe must give its linears at least one; any if empty.
+        distils: Whether the recipe must distil, or must not.
     """
-    main(lambda: _run(module, doc, default))
+    main(lambda: _run(module, doc, default, formats, distils))
 
 
-def _run(module: str, doc: str | None, default: str) -> int:
+def _run(
+    module: str, doc: str | None, default: str, formats: Collection[str], distils: bool
+) -> int:
     from recipes.loading import SHIPPED, load_recipe
     from recipes.reference import render_fields
 
@@ -32,8 +43,35 @@ def _run(module: str, doc: str | None, default: str) -> int:
         path = Path(arguments[0])
         arguments = arguments[1:]
     recipe = load_recipe(path, arguments)
+    raise_if_any(purpose_faults(recipe, module, formats, distils))
+    raise_on_termination()
     # torch and ModelOpt take seconds to import; a mistake in a recipe is reported before.
     prepare_libraries()
     from pipeline.run import run
 
     return run(recipe)
+
+
+def purpose_faults(
+    recipe: Recipe, module: str, formats: Collection[str], distils: bool
+) -> Iterator[Fault]:
+    """Yield what keeps a recipe from doing what the command's name says.
+
+    Args:
+        recipe: The recipe.
+        module: The command.
+        formats: As in `front_door`.
+        distils: As in `front_door`.
+    """
+    if distils and recipe.distill is None:
+        what = f"is missing, and {module} distils"
+        yield Fault("distill", what, "add the section, or run quantize.fp8 or quantize.nvfp4")
+    if not distils and recipe.distill is not None:
+        what = f"is given, and {module} does not distil"
+        yield Fault("distill", what, "run quantize.qad, or give distill=null")
+    given = {rule.format for rule in recipe.quantize.layers}
+    if recipe.quantize.auto is not None:
+        given.update(recipe.quantize.auto.formats)
+    if formats and given.isdisjoint(formats):
+        what = f"has no rule with {' or '.join(formats)}, which {module} is for"
+        yield Fault("quantize.layers", what, "add one, or run the command of the recipe's format")

@@ -140,9 +140,10 @@ class LayerByLayer:
                 (job.processes.index, job.processes.count),
                 f"embed {name.replace('_', ' ')}",
             )
-            if name == "calibrate" and counts.samples == 0:
-                what = f"are fewer than the {job.processes.count} processes"
-                raise BadInput(Fault("calibrate.samples", what, "start fewer processes"))
+            # Every process reads every prompt, so that all of them raise this.
+            if digest.count < job.processes.count:
+                what = f"give {digest.count} samples for {job.processes.count} processes"
+                raise BadInput(Fault("calibrate.sources", what, "start fewer processes"))
             kept[name] = {
                 "lengths": stores[name].lengths,
                 "counts": dataclasses.asdict(counts),

@@ -44,9 +44,14 @@ Stores = Mapping[str, Activations]
 
 
 class PromptDigest:
-    """Tells whether two runs were given the same prompts, without keeping them."""
+    """Tells whether two runs were given the same prompts, without keeping them.
+
+    Attributes:
+        count: Prompts so far.
+    """
 
     def __init__(self) -> None:
+        self.count = 0
         self._hash = hashlib.blake2b(digest_size=16)
 
     def over(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
@@ -56,6 +61,7 @@ class PromptDigest:
             # Sums of pixel rows, of their bits: hashing every pixel would cost more than decoding.
             rows = prompt.tiles.view(torch.int32).sum(-1, dtype=torch.int64)
             self._hash.update(rows.numpy().tobytes())
+            self.count += 1
             yield prompt
 
     def __str__(self) -> str:

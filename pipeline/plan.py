@@ -198,7 +198,12 @@ def _way_faults(job: Job) -> Iterator[Fault]:
         if distils:
             what = "a recipe with distill needs the whole model"
             yield Fault("quantize.memory", what, "give auto or whole")
-    elif shares_samples and quantize.memory == "whole":
+    if shares_samples and job.recipe.calibrate.samples < job.processes.count:
+        what = f"is {job.recipe.calibrate.samples} for {job.processes.count} processes"
+        yield Fault("calibrate.samples", what, "start fewer processes")
+    if quantize.memory == "layers":
+        return
+    if shares_samples and quantize.memory == "whole":
         what = f"{job.processes.count} processes share samples layer by layer"
         yield Fault("quantize.memory", what, "give auto or layers, or start one process")
     elif shares_samples and quantize.algorithm != "max":

@@ -36,21 +36,24 @@ def run(recipe: Recipe) -> int:
         BadInput: With everything that is wrong with the input; nothing is left at the output.
     """
     device = pick_device(recipe.device)
-    with joined_processes(device) as processes:
-        job = open_job(recipe, device, processes)
-        plan = make_plan(job)
-        plan.log(processes)
-        check_finite(job.checkpoint)
-        job = choose_formats(job)
-        way = choose_way(plan, job)
+    with contextlib.ExitStack() as until_measured:
+        with joined_processes(device) as processes:
+            job = open_job(recipe, device, processes)
+            plan = make_plan(job)
+            plan.log(processes)
+            check_finite(job.checkpoint)
+            job = choose_formats(job)
+            way = choose_way(plan, job)
+            if processes.is_first:
+                until_measured.enter_context(job.state.locked())
+            with _resumable(job, way):
+                if not job.state.is_written:
+                    write_result(job, way)
+        if not processes.is_first:
+            return 0
         with _resumable(job, way):
-            if not job.state.is_written:
-                write_result(job, way)
-    if not processes.is_first:
-        return 0
-    with _resumable(job, way):
-        passed = verify_and_measure(job, way)
-    job.state.remove()
+            passed = verify_and_measure(job, way)
+        job.state.remove()
     outcome = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
     logger.info("%s: %s", recipe.output, outcome)
     return 0 if passed else 1
@@ -94,7 +97,9 @@ def _resumable(job: Job, way: Way) -> Iterator[None]:
     try:
         with memory_advice(way.progress, remedy):
             yield
-    except BaseException:
+    except BaseException as error:
         if job.processes.is_first:
             job.state.remove_if_useless()
+            if isinstance(error, KeyboardInterrupt):
+                logger.warning("%s", job.state.how_to_resume())
         raise

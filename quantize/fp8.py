@@ -13,4 +13,4 @@ and the gate passed, 1 a verification or the gate failed, 2 bad input.
 from pipeline.command import front_door
 
 if __name__ == "__main__":
-    front_door("quantize.fp8", __doc__, "tiny/fp8.yaml")
+    front_door("quantize.fp8", __doc__, "tiny/fp8.yaml", formats=["fp8"])

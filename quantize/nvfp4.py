@@ -13,4 +13,4 @@ done and the gate passed, 1 a verification or the gate failed, 2 bad input.
 from pipeline.command import front_door
 
 if __name__ == "__main__":
-    front_door("quantize.nvfp4", __doc__, "tiny/nvfp4.yaml")
+    front_door("quantize.nvfp4", __doc__, "tiny/nvfp4.yaml", formats=["nvfp4", "nvfp4_weight_only"])

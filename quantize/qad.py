@@ -18,4 +18,4 @@ astray.
 from pipeline.command import front_door
 
 if __name__ == "__main__":
-    front_door("quantize.qad", __doc__, "tiny/nvfp4_qad.yaml")
+    front_door("quantize.qad", __doc__, "tiny/nvfp4_qad.yaml", distils=True)

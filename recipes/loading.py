@@ -34,9 +34,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raise_if_any(list(_apply_overrides(values, overrides)))
     raw = OmegaConf.to_container(values, resolve=False)
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise BadInput(*_recipe_faults(path, error.errors())) from None
+    raise_if_any(_seed_faults(path, recipe))
+    return recipe
+
+
+def _seed_faults(path: Path, recipe: Recipe) -> Iterator[Fault]:
+    """Yield a fault for each section that would draw the samples that the gate is measured on."""
+    held_out = recipe.accuracy.seed
+    seeds = {"calibrate": recipe.calibrate.seed}
+    if recipe.distill is not None:
+        seeds["distill"] = recipe.distill.seed
+    for section, seed in seeds.items():
+        if seed == held_out:
+            where = f"{_short(str(path))}: accuracy.seed"
+            what = f"is {_shown(held_out)} like {section}.seed, so the samples are not held out"
+            yield Fault(where, what, "give another seed")
 
 
 def _read_yaml(path: Path) -> Any:

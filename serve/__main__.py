@@ -32,7 +32,7 @@ from serve.options import add_setting_options, given_settings
 from serve.precision import read_quantization
 from serve.preflight import checked_settings, preflight
 from serve.process import Server, ServerDied, death_message, full_command, running_server
-from serve.settings import ServeSettings, gate_passed, override
+from serve.settings import ServeSettings, gate_passed, has_manifest, override
 
 logger = get_logger("serve")
 
@@ -71,8 +71,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     environment = environment or find_environment()
     overrides = given_settings(options)
     settings = checked_settings(options.directory, overrides, extra, environment)
-    if gate_passed(options.directory) is False:
-        logger.warning("%s failed its accuracy gate and is served all the same", options.directory)
+    warn_about_gate(options.directory)
     if options.dry_run:
         print(shell_line(options.directory, settings, environment, extra))
         return 0
@@ -91,6 +90,19 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     except KeyboardInterrupt:
         logger.info("stopped")
         return 0
+
+
+def warn_about_gate(directory: Path) -> None:
+    """Log a warning for an export whose accuracy gate was missed or never measured."""
+    if not has_manifest(directory):
+        return
+    passed = gate_passed(directory)
+    if passed is None:
+        logger.warning(
+            "%s has not been verified and measured; run its quantize command again", directory
+        )
+    elif not passed:
+        logger.warning("%s failed its accuracy gate and is served all the same", directory)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -98,6 +98,11 @@ def settings_for(
     return settings
 
 
+def has_manifest(directory: Path) -> bool:
+    """Return whether a checkpoint is an export of ours."""
+    return (directory / MANIFEST).exists()
+
+
 def gate_passed(directory: Path) -> bool | None:
     """Return whether the checkpoint passed its accuracy gate; None when the manifest does not say
     so, or there is none.

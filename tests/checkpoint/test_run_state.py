@@ -74,7 +74,7 @@ def test_a_state_with_nothing_to_resume_from_is_replaced_silently(state, caplog,
     other = RunState(state.output, {"calibrate.seed": 7})
     assert faults(other) == ""
     other.begin()
-    assert names(state.directory) == ["run.json"]
+    assert names(state.directory) == ["lock", "run.json"]
     assert read_json(state.directory / "run.json") == {"calibrate.seed": 7}
     assert caplog.records == []
     assert capsys.readouterr() == ("", "")

@@ -21,4 +21,4 @@ def _with_fsdp(self, *arguments, fsdp_plugin=None, **options):
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _with_fsdp
-    front_door("quantize.qad", qad.__doc__, "tiny/nvfp4_qad.yaml")
+    front_door("quantize.qad", qad.__doc__, "tiny/nvfp4_qad.yaml", distils=True)
