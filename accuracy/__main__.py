@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "--video-pruning-rate", type=float, metavar="Q", help="EVS rate (DIR's manifest)"
     )
     parser.add_argument("--endpoint", metavar="URL", help="ask this server instead of DIR's files")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key (VLLM_API_KEY)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     return parser
 
@@ -93,7 +94,7 @@ def _run() -> int:
     video = compared_video(arguments.directory, arguments.video_pruning_rate)
     logger.info("clips: %s", video)
     if arguments.endpoint:
-        answers = ask_endpoint(arguments.endpoint, samples)
+        answers = ask_endpoint(arguments.endpoint, samples, api_key=arguments.api_key)
     else:
         answers = answer_tasks(variant, samples, video)
     rows = pair(samples, answer_tasks(reference, samples, video), answers)

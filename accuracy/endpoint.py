@@ -9,6 +9,7 @@ import openai
 from tqdm import tqdm
 
 from calibrate.samples import Sample
+from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault
 
 MAX_ANSWER_TOKENS = 24
@@ -20,6 +21,7 @@ def ask_endpoint(
     samples: Mapping[str, Sequence[Sample]],
     max_failed: float = 0.02,
     timeout: float = 600.0,
+    api_key: str | None = None,
 ) -> dict[str, list[str | None]]:
     """Ask every item, greedily.
 
@@ -28,6 +30,7 @@ def ask_endpoint(
         samples: Items by task.
         max_failed: Share of requests that may fail; their answers are None.
         timeout: Seconds for one request.
+        api_key: The server's key; from VLLM_API_KEY when None.
 
     Returns:
         Answers by task in the order of the items.
@@ -35,9 +38,8 @@ def ask_endpoint(
     Raises:
         BadInput: The server cannot be reached, serves no model, or too many requests fail.
     """
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
-    client = openai.OpenAI(base_url=base, api_key="none", timeout=timeout, max_retries=2)
-    model = _first_model(client, url)
+    client = connect(url, api_key, timeout, max_retries=2)
+    model = first_model(client)
     reasons: list[str] = []
 
     def answer(sample: Sample) -> str | None:
@@ -64,17 +66,6 @@ def ask_endpoint(
         raise BadInput(Fault(url, what, "look at the server's log"), *faults)
     remaining = iter(answers)
     return {task: [next(remaining) for _ in items] for task, items in samples.items()}
-
-
-def _first_model(client: openai.OpenAI, url: str) -> str:
-    try:
-        models = client.models.list().data
-    except (openai.OpenAIError, ValueError, AttributeError) as error:
-        what = f"does not answer as an OpenAI endpoint: {_one_line(error)}"
-        raise BadInput(Fault(url, what, "is `python -m serve DIR` running there?")) from None
-    if not models:
-        raise BadInput(Fault(url, "serves no model", "look at its log"))
-    return models[0].id
 
 
 def _one_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from benchmarks.parts import Parts, write_json
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
 from checkpoint.faults import Fault, main, raise_if_any
-from serve.ask import ask, connect
+from serve.ask import ask
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
 from serve.process import running_server
@@ -96,7 +96,7 @@ def measure(
     start = time.monotonic()
     with running_server(Path(path), settings, all_flags) as server:
         ready = time.monotonic() - start
-        client = connect(server.url)
+        client = server.client()
         for title, parts in questions(images, video).items():
             answer = ask(client, server.model, parts, max_tokens)
             answers[title] = dataclasses.asdict(answer)

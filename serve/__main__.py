@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
+from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import main
 from checkpoint.log import get_logger
 from serve.command import build_environment
@@ -129,6 +130,8 @@ def shell_line(
     config = preflight(directory, override(settings, {"port": 0}), environment)
     variables = build_environment(config, environment.device)
     parts = [f"{name}={value}" for name, value in variables.items()]
+    if settings.api_key is not None:
+        parts.append(f'{KEY_VARIABLE}="${KEY_VARIABLE}"')
     parts.append(shlex.join(full_command(directory, settings, environment, extra)))
     return " ".join(parts)
 

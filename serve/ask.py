@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import base64
 import mimetypes
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.command import command_parser, parse_command
+from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.log import get_logger
 from serve.environment import find_environment
@@ -126,39 +126,6 @@ def media_url(source: str | Path, kind: str) -> str:
     return f"data:{media_type};base64,{encoded}"
 
 
-def connect(url: str) -> OpenAI:
-    """Return an OpenAI client for a server at `url`, with or without `/v1`.
-
-    Raises:
-        BadInput: The openai package is missing.
-    """
-    try:
-        from openai import OpenAI
-    except ImportError:
-        remedy = f"{sys.executable} -m pip install openai"
-        raise BadInput(Fault("openai", "is not installed here", remedy)) from None
-    root = url.rstrip("/")
-    if not root.endswith("/v1"):
-        root += "/v1"
-    return OpenAI(base_url=root, api_key="none", max_retries=0, timeout=TIMEOUT_SECONDS)
-
-
-def first_model(client: OpenAI) -> str:
-    """Return the name of the model that the server lists first.
-
-    Raises:
-        BadInput: No server answers there.
-    """
-    from openai import OpenAIError
-
-    try:
-        return client.models.list().data[0].id
-    except OpenAIError as error:
-        what = f"no server answers: {error!s:.200}"
-        remedy = "start one: python -m serve DIR"
-        raise BadInput(Fault(str(client.base_url), what, remedy)) from None
-
-
 def ask(
     client: OpenAI,
     model: str,
@@ -228,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help=temperature_help)
     parser.add_argument("--think", action="store_true", help="let the model reason first")
     parser.add_argument("--model", help="served name (default: the first that the server lists)")
-    add_setting_options(parser, VIDEO_SETTINGS)
+    add_setting_options(parser, (*VIDEO_SETTINGS, "api_key"))
     return parser
 
 
@@ -253,8 +220,9 @@ def _ask_server(options: argparse.Namespace, parts: list[dict[str, Any]]) -> Ans
     """Ask the server whose URL is given."""
     remedy = "start it with python -m serve DIR and the option"
     fixed = given_settings(options)
+    fixed.pop("api_key", None)
     raise_if_any(Fault(name, "cannot be changed on a running server", remedy) for name in fixed)
-    client = connect(options.target)
+    client = connect(options.target, options.api_key, TIMEOUT_SECONDS)
     model = options.model or first_model(client)
     return ask(client, model, parts, options.max_tokens, options.temperature, options.think)
 
@@ -266,7 +234,7 @@ def _serve_and_ask(options: argparse.Namespace, parts: list[dict[str, Any]]) -> 
     overrides = given_settings(options) | {"port": 0}
     settings = checked_settings(directory, overrides, (), environment)
     with running_server(directory, settings, environment=environment) as server:
-        client = connect(server.url)
+        client = server.client(TIMEOUT_SECONDS)
         return ask(
             client, server.model, parts, options.max_tokens, options.temperature, options.think
         )

@@ -110,6 +110,12 @@ def _model_flags(
         ("--trust-remote-code", None),
         ("--dtype", settings.dtype),
     ]
+    for flag, file in (
+        ("--ssl-certfile", settings.ssl_certfile),
+        ("--ssl-keyfile", settings.ssl_keyfile),
+    ):
+        if file is not None:
+            flags.append((flag, str(file)))
     if settings.max_model_len is not None:
         flags.append(("--max-model-len", str(settings.max_model_len)))
     if vllm_version < (0, 20, 0):

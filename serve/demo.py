@@ -19,7 +19,7 @@ from typing import Any
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.log import get_logger
-from serve.ask import Answer, RequestRefused, ask, connect, content_parts
+from serve.ask import Answer, RequestRefused, ask, content_parts
 from serve.environment import find_environment
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.preflight import checked_settings
@@ -135,14 +135,14 @@ def demonstrate(
     answers: dict[str, Answer] = {}
     with running_server(directory, settings) as server:
         print(f"{server.model} at {server.url}, EVS at q = {rate:g}")
-        client = connect(server.url)
+        client = server.client()
         for title, parts in prompts.items():
             answers[title] = ask(client, server.model, parts, max_tokens)
             question = str(parts[-1]["text"]).splitlines()[-1]
             print(f"\n{title}: {question}\n{answers[title]}")
     unpruned = override(settings, {"video.pruning_rate": 0.0})
     with running_server(directory, unpruned) as server:
-        counted = ask(connect(server.url), server.model, prompts["video"], max_tokens=1)
+        counted = ask(server.client(), server.model, prompts["video"], max_tokens=1)
     without = counted.prompt_tokens
     with_evs = answers["video"].prompt_tokens
     fewer = 1 - with_evs / without

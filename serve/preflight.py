@@ -35,7 +35,7 @@ def preflight(
     Raises:
         BadInput: With every fault found.
     """
-    faults = directory_faults(directory, environment)
+    faults = directory_faults(directory, environment, settings.tensor_parallel_size)
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     if faults:
@@ -68,12 +68,12 @@ def checked_settings(
         raise BadInput(*bad.faults, *faults) from None
 
 
-def directory_faults(directory: Path, environment: ServeEnvironment) -> list[Fault]:
-    """Return all faults of a checkpoint directory, for this vLLM and this device."""
+def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int = 1) -> list[Fault]:
+    """Return all faults of a checkpoint directory, for this vLLM and the GPUs of so many ranks."""
     faults: list[Fault] = []
     try:
         config = read_config(directory)
-        faults += precision_faults(config, environment)
+        faults += precision_faults(config, environment, ranks)
     except BadInput as bad:
         faults += bad.faults
     if directory.is_dir():
@@ -181,8 +181,10 @@ def has_chat_template(directory: Path) -> bool:
         return False
 
 
-def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) -> Iterator[Fault]:
-    """Yield faults of a precision that this vLLM or this device cannot run.
+def precision_faults(
+    config: CheckpointConfig, environment: ServeEnvironment, ranks: int = 1
+) -> Iterator[Fault]:
+    """Yield faults of a precision that this vLLM, or a GPU of so many ranks, cannot run.
 
     Raises:
         BadInput: hf_quant_config.json cannot be read.
@@ -205,7 +207,7 @@ def precision_faults(config: CheckpointConfig, environment: ServeEnvironment) ->
         what = f"is {algo}, which vLLM {_dotted(environment.vllm)} cannot load"
         major, minor, _ = precision.loaded_since
         yield Fault(where, what, f"install {major}.{minor} or newer")
-    device = environment.device
+    device = environment.device.first(ranks)
     if device.kind == "cpu" and environment.plugin is None:
         remedy = f"run hybridquant setup-serve {environment.python}"
         yield Fault(where, f"is {algo}, for which vLLM has no CPU kernel", remedy)

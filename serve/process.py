@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -11,18 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
+from serve.own_server import OwnServer, own_server
 from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings, override
 from serve.vllm_flags import setting_values
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 logger = get_logger(__name__)
 
@@ -45,9 +49,6 @@ _STAGES = (
 _ERROR = re.compile(
     r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$"
 )
-
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-"""Where to reach a server that listens on all addresses."""
 
 
 class ServerDied(Exception):
@@ -73,6 +74,10 @@ class Server:
     log: Path
     settings: ServeSettings
     process: ServerProcess
+
+    def client(self, timeout: float = 600.0) -> OpenAI:
+        """Return an OpenAI client for the server; `timeout` is in seconds."""
+        return own_server(self.settings).client(timeout)
 
 
 class ServerProcess:
@@ -197,11 +202,13 @@ def running_server(
         settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
     variables = build_environment(config, environment.device)
+    if settings.api_key is not None:
+        variables[KEY_VARIABLE] = settings.api_key  # other users see a command line
     with ServerProcess(command, variables, log or new_log(settings)) as process:
-        host = _ANY_ADDRESS.get(settings.host, settings.host)
-        url = f"http://{host}:{settings.port}"
-        wait_until_ready(process, url, READY_SECONDS)
-        yield Server(f"{url}/v1", served_name(url), process.log, settings, process)
+        reached = own_server(settings)
+        wait_until_ready(process, reached, READY_SECONDS)
+        name = reached.served_name()
+        yield Server(f"{reached.url}/v1", name, process.log, settings, process)
 
 
 def full_command(
@@ -224,15 +231,15 @@ def new_log(settings: ServeSettings) -> Path:
     return Path(name)
 
 
-def wait_until_ready(process: ServerProcess, url: str, seconds: float) -> None:
-    """Wait for `url`/health, and log how far vLLM is.
+def wait_until_ready(process: ServerProcess, reached: OwnServer, seconds: float) -> None:
+    """Wait until the server is healthy, and log how far vLLM is.
 
     Raises:
         ServerDied: vLLM ends, or does not answer within `seconds`.
     """
     started = time.monotonic()
     progress = _Progress()
-    while not _is_healthy(url):
+    while not reached.is_healthy():
         waited = time.monotonic() - started
         status = process.poll()
         if status is not None:
@@ -243,16 +250,6 @@ def wait_until_ready(process: ServerProcess, url: str, seconds: float) -> None:
             raise ServerDied(death_message(process.log, what))
         progress.report(waited, process.log)
         time.sleep(0.5)
-
-
-def served_name(url: str) -> str:
-    """Return the first model name that a server at `url` (without /v1) lists.
-
-    Raises:
-        OSError: It does not answer.
-    """
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
-        return str(json.load(response)["data"][0]["id"])
 
 
 def death_message(log: Path, what: str) -> str:
@@ -279,14 +276,6 @@ def _first_error(lines: Sequence[str]) -> str | None:
 
 def _read_log(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:  # refused, reset, or an error status
-        return False
 
 
 class _Progress:

@@ -54,6 +54,12 @@ class ServeSettings(Serve):
     """Share of the GPU's memory that vLLM may take; without it, vLLM's own default."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Number of GPUs that the weights are split over."""
+    api_key: Annotated[str, Field(min_length=1)] | None = Field(default=None, repr=False)
+    """Key that every request must carry; from VLLM_API_KEY when it is not given."""
+    ssl_certfile: Path | None = None
+    """TLS certificate; with it the server speaks https."""
+    ssl_keyfile: Path | None = None
+    """Private key of the certificate."""
     allowed_local_media_path: Path | None = None
     """Directory that requests may name with file:// URLs; without it, none."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -36,6 +36,9 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--video-pruning-rate": ("video.pruning_rate", float),
     "--max-model-len": ("max_model_len", _length),
     "--tensor-parallel-size": ("tensor_parallel_size", int),
+    "--api-key": ("api_key", str),
+    "--ssl-certfile": ("ssl_certfile", str),
+    "--ssl-keyfile": ("ssl_keyfile", str),
 }
 """Flags that mean a setting of ours: its dotted name, and what parses the value."""
 

@@ -82,13 +82,13 @@ def test_an_empty_answer_or_no_text_is_counted_and_never_right(endpoint, content
 
 
 def test_an_endpoint_that_is_down():
-    with pytest.raises(BadInput, match="does not answer as an OpenAI endpoint"):
+    with pytest.raises(BadInput, match="no server answers"):
         ask_endpoint("http://127.0.0.1:9", {"a": samples(1)})
 
 
 def test_an_endpoint_of_another_protocol(endpoint):
     endpoint.models = (200, "<html>hello</html>")
-    with pytest.raises(BadInput, match="does not answer as an OpenAI endpoint"):
+    with pytest.raises(BadInput, match="does not answer as an OpenAI-compatible server"):
         ask_endpoint(endpoint.url, {"a": samples(1)})
 
 

@@ -57,18 +57,21 @@ def test_a_recipe_for_something_else_ends_with_exit_2(command, message):
     assert "Traceback" not in result.stderr
 
 
-def test_a_signal_leaves_nothing_half_done_and_says_how_to_go_on(tiny, tmp_path, caplog):
+def test_a_signal_leaves_nothing_half_done_and_says_how_to_go_on(
+    tiny, tmp_path, monkeypatch, caplog
+):
     def stop(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         yield
+
+    monkeypatch.setattr("pipeline.layer_by_layer.LayerByLayer.packed_layers", stop)
 
     before = signal.getsignal(signal.SIGTERM)
     overrides = [f"model={tiny}", f"output={tmp_path / 'out'}", "accuracy.tasks=null"]
     recipe = load_recipe(SHIPPED / "tiny" / "fp8.yaml", ["quantize.memory=layers", *overrides])
     raise_on_termination()
     try:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Terminated):
-            patch.setattr("pipeline.layer_by_layer.LayerByLayer.packed_layers", stop)
+        with pytest.raises(Terminated):
             run(recipe)
     finally:
         signal.signal(signal.SIGTERM, before)

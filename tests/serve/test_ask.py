@@ -11,7 +11,7 @@ from calibrate.samples import Sample
 from checkpoint.faults import BadInput
 from checkpoint.opened import load_tokenizer
 from serve import demo
-from serve.ask import ask, connect, content_parts, first_model
+from serve.ask import ask, content_parts, first_model
 from serve.demo import demonstrate, draw_page, draw_square, draw_video, questions
 
 
@@ -28,7 +28,7 @@ def media(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return connect(server.url)
+    return server.client()
 
 
 def run(*arguments):

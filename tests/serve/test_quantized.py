@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import run_module
 
-from serve.ask import ask, connect, content_parts
+from serve.ask import ask, content_parts
 from serve.environment import find_python
 from serve.precision import PRECISIONS
 from serve.process import running_server
@@ -56,7 +56,7 @@ def test_vllm_reads_the_precision_without_being_told(read_by_vllm, algo):
 def generate(directory):
     with running_server(directory) as server:
         parts = content_parts(["What is it?"])
-        answer = ask(connect(server.url), server.model, parts, max_tokens=8)
+        answer = ask(server.client(), server.model, parts, max_tokens=8)
         return answer, server.log.read_text()
 
 
