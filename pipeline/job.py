@@ -126,6 +126,7 @@ def _identity(
     accuracy = recipe.accuracy.model_dump(mode="json")
     parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
     parts["source"] = {file.name: file_stamp(file) for file in weights}
+    parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)
     parts["samples"] = source_digests(recipe)
     parts["versions"] = versions()
