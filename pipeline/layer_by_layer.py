@@ -139,6 +139,8 @@ class LayerByLayer:
                 (job.processes.index, job.processes.count),
                 f"embed {name.replace('_', ' ')}",
             )
+            if name == "calibrate" and job.processes.count == 1:
+                job.warn_of_fewer(counts.samples)
             if name == "calibrate" and counts.samples == 0:
                 what = f"are fewer than the {job.processes.count} processes"
                 raise BadInput(Fault("calibrate.samples", what, "start fewer processes"))

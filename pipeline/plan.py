@@ -150,7 +150,10 @@ def _measure_needs(job: Job) -> Needs:
     lengths = [prompt.length for prompt in itertools.islice(prompts, _PEEKED)]
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
+    # Sources that end within the peek have no more samples than that.
     samples = recipe.calibrate.samples
+    if len(lengths) < _PEEKED:
+        samples = len(lengths)
     activation = 2 * checkpoint.config.hidden_size * mean
     cost = measure_layer_cost(checkpoint, job.device, int(mean))
     at_once = max(longest, min(recipe.quantize.batch_tokens, mean * samples))

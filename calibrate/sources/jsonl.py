@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,28 +47,43 @@ def read_jsonl(path: str | Path, skipped: Skipped | None = None) -> Iterator[Sam
     """
     path = Path(path)
     skipped = skipped if skipped is not None else Skipped()
-    fault = regular_file_fault(path)
-    if fault is not None:
-        reason = fault.what.replace("no such file", "No such file")
-        what = f"cannot be read: {reason}"
-        raise BadInput(Fault(str(path), what, _EXPECTED))
     none = Fault(str(path), "contains no usable sample", 'one {"messages": […]} per line')
 
     def parse(number: int, row: Any) -> Sample:
-        if isinstance(row, str):
-            row = _json_object(row, f"{path}: line {number}")
-        if not isinstance(row, dict):
-            what = f"is a JSON {type(row).__name__}, not an object"
-            raise BadInput(Fault(f"{path}: element {number}", what, "one object per element"))
-        return sample_from_row(row, str(path), str(number), path.parent)
+        return sample_from_row(row_object(row, path, number), str(path), str(number), path.parent)
 
+    with open_rows(path) as rows:
+        yield from usable_samples(rows, parse, skipped, none)
+
+
+@contextlib.contextmanager
+def open_rows(path: Path) -> Iterator[Iterator[tuple[int, Any]]]:
+    """Open the numbered lines of a JSON Lines file, or the elements of an array in a `.json` file.
+
+    Raises:
+        BadInput: It is not a file, cannot be read, or is not JSON.
+    """
+    fault = regular_file_fault(path)
+    if fault is not None:
+        reason = fault.what.replace("no such file", "No such file")
+        raise BadInput(Fault(str(path), f"cannot be read: {reason}", _EXPECTED))
     try:
         # Bytes that are not UTF-8 become surrogates, and only their own line cannot be used.
         # utf-8-sig drops the byte order mark that Windows programs write.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield from usable_samples(_rows(file, path), parse, skipped, none)
+            yield _rows(file, path)
     except OSError as error:
         raise BadInput(Fault(str(path), f"cannot be read: {error.strerror}", _EXPECTED)) from None
+
+
+def row_object(row: Any, path: Path, number: int) -> dict[str, Any]:
+    """Return a row of `open_rows` as an object; raises `BadInput` if it is none."""
+    if isinstance(row, str):
+        return _json_object(row, f"{path}: line {number}")
+    if not isinstance(row, dict):
+        what = f"is a JSON {type(row).__name__}, not an object"
+        raise BadInput(Fault(f"{path}: element {number}", what, "one object per element"))
+    return row
 
 
 def _rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
