@@ -340,7 +340,7 @@ def _check_template_knows(
     conversation: list[dict[str, Any]], sample: Sample, template: str
 ) -> None:
     """Refuse what the template has no place for: a server would drop it without a word."""
-    wanted = {}
+    wanted: dict[str, tuple[str, ...]] = {}
     if sample.tools:
         wanted["tools"] = ("tools",)
     for message in conversation:

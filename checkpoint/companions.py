@@ -226,6 +226,7 @@ def _json_faults(path: Path) -> Iterator[Fault]:
 
 def _template_faults(directory: Path) -> Iterator[Fault]:
     path = directory / "chat_template.jinja"
+    template: Any
     try:
         if path.exists():
             template = read_small_file(path).decode("utf-8")
