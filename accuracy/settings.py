@@ -40,6 +40,8 @@ class Accuracy(Section):
     """Held-out prompts to compare on."""
     seed: int = 1_000_003
     """Another seed than calibration's, so that the samples are held out."""
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    """Bad samples to skip and count before the run stops."""
     max_kl: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Largest mean KL divergence from BF16's next-token distributions, in nats."""
     min_top1: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -6,7 +6,9 @@ get_video_repl) and vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py c
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,11 +17,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from calibrate.evs import retained_tokens
-from calibrate.samples import Sample, Skipped, media_bytes
+from calibrate.samples import Sample, Skipped, faults_of_sample, media_bytes
 from calibrate.tiles import frame_tiles, image_tiles, load_image
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.memory import is_out_of_memory
 from checkpoint.video import Video
 
 VIDEO_TOKEN = "<video>"
@@ -133,6 +136,18 @@ def build_prompt(
         BadInput: A medium cannot be read, the text contains a placeholder of its own, the template
             cannot render the messages, or the prompt is too long.
     """
+    with faults_of_sample(sample.where):
+        return _build_prompt(sample, config, tokenizer, video, add_generation_prompt, max_length)
+
+
+def _build_prompt(
+    sample: Sample,
+    config: CheckpointConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    video: Video,
+    add_generation_prompt: bool,
+    max_length: int | None,
+) -> Prompt:
     where = sample.where
     conversation, urls = _conversation(sample, config)
     text = _render(conversation, sample, tokenizer, add_generation_prompt)
@@ -142,15 +157,18 @@ def build_prompt(
         "video": tokenizer.encode(VIDEO_TOKEN, add_special_tokens=False),
     }
     places = _find_placeholders(token_ids, placeholders)
-    _check_order([kind for kind, _ in places], [kind for kind, _ in urls], where)
+    _check_media([kind for kind, _ in places], [kind for kind, _ in urls], where)
+    waiting = {kind: [url for of, url in urls if of == kind] for kind in _MEDIA}
     built: list[int] = []
     media: list[Media] = []
     tiles: list[torch.Tensor] = []
     tile_count = 0
     done = 0
-    for (kind, start), (_, url) in zip(places, urls, strict=True):
+    for kind, start in places:
         built += token_ids[done:start]
-        data = media_bytes(url, where)
+        # As in vLLM, the n-th placeholder of a kind takes the n-th medium of that kind, wherever
+        # the template puts it.
+        data = media_bytes(waiting[kind].pop(0), where)
         if kind == "image":
             replacement = _image(data, where, config, tokenizer)
         else:
@@ -174,8 +192,8 @@ def build_prompt(
     return prompt
 
 
-def _check_order(found: list[Medium], expected: list[Medium], where: str) -> None:
-    if found != expected:
+def _check_media(found: list[Medium], expected: list[Medium], where: str) -> None:
+    if sorted(found) != sorted(expected):
         what = f"chat template renders media {found}, expected {expected}"
         raise BadInput(Fault(where, what, "check the template"))
 
@@ -187,6 +205,13 @@ def answer_length(
 
     The answer is what follows the opened turn of the assistant.
     """
+    with faults_of_sample(sample.where):
+        return _answer_length(sample, config, tokenizer)
+
+
+def _answer_length(
+    sample: Sample, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
+) -> int:
     conversation, _ = _conversation(sample, config)
     if not conversation or conversation[-1]["role"] != "assistant":
         return 0
@@ -281,8 +306,55 @@ def _conversation(
             else:
                 what = f"unknown content part {part['type']!r:.80}"
                 raise BadInput(Fault(sample.where, what, "give text, image or video"))
-        conversation.append({"role": message["role"], "content": parts})
+        given: dict[str, Any] = {"role": message["role"], "content": parts}
+        conversation.append(given | _template_fields(message, parts))
     return conversation, urls
+
+
+def _template_fields(message: dict[str, Any], parts: list[dict[str, str]]) -> dict[str, Any]:
+    """The other fields of a message as vLLM gives them to the template.
+
+    (vllm/renderers/chat_utils.py, `_parse_chat_message_content` and `_postprocess_messages`.)
+    """
+    fields: dict[str, Any] = {}
+    for key in ("name", "tool_call_id"):
+        if key in message:
+            fields[key] = message[key]
+    if "reasoning" in message:
+        fields["reasoning"] = message["reasoning"]
+        fields["reasoning_content"] = message["reasoning"]
+    if "tool_calls" in message:
+        calls = copy.deepcopy(message["tool_calls"])
+        for call in calls:
+            arguments = call["function"].get("arguments") or {}
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            call["function"]["arguments"] = arguments
+        fields["tool_calls"] = calls
+    if message["role"] == "tool" and all(part["type"] == "text" for part in parts):
+        fields["content"] = "\n".join(part["text"] for part in parts)
+    return fields
+
+
+def _check_template_knows(
+    conversation: list[dict[str, Any]], sample: Sample, template: str
+) -> None:
+    """Refuse what the template has no place for: a server would drop it without a word."""
+    wanted: dict[str, tuple[str, ...]] = {}
+    if sample.tools:
+        wanted["tools"] = ("tools",)
+    for message in conversation:
+        if message["role"] == "tool":
+            wanted["messages of the role tool"] = ('"tool"', "'tool'")
+        if "tool_calls" in message:
+            wanted["tool_calls"] = ("tool_calls",)
+        if "reasoning" in message:
+            wanted["reasoning_content"] = ("reasoning",)
+    for name, spellings in wanted.items():
+        if not any(spelling in template for spelling in spellings):
+            what = f"the chat template ignores {name}, as a server would"
+            remedy = "remove the sample, or write it into the content"
+            raise BadInput(Fault(sample.where, what, remedy))
 
 
 def _check_no_placeholder(text: str, sample: Sample, config: CheckpointConfig) -> None:
@@ -302,12 +374,16 @@ def _render(
     if not conversation:
         raise BadInput(Fault(sample.where, "messages is empty", "give at least one message"))
     open_turn = open_turn and conversation[-1]["role"] != "assistant"
+    _check_template_knows(conversation, sample, str(tokenizer.chat_template))
+    tools: Any = sample.tools
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=open_turn
+            conversation, tools=tools, tokenize=False, add_generation_prompt=open_turn
         )
     except Exception as error:  # a template raises whatever its author chose
-        what = f"chat template refuses the messages: {str(error)[:200]}"
+        if is_out_of_memory(error):
+            raise
+        what = f"chat template refuses the messages: {shortened(error)}"
         raise BadInput(Fault(sample.where, what, "reorder them")) from None
     return str(text)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +20,26 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.memory import is_out_of_memory
+from checkpoint.reading import regular_file_fault
 
 Row = TypeVar("Row")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _MEDIUM_BY_TYPE = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _PART_TYPES = ("text", *_MEDIUM_BY_TYPE)
 _MIME = {"image": "image/png", "video": "video/mp4"}
+_LONGEST_PATH = 4096
+_FIELDS = {
+    "assistant": ("tool_calls", "reasoning", "reasoning_content", "name"),
+    "tool": ("tool_call_id", "name"),
+    "user": ("name",),
+    "system": ("name",),
+}
+"""Fields of a message besides `role` and `content`, by role: those that vLLM gives the template."""
+
+_TEMPLATE_COLUMNS = ("documents", "functions", "chat_template_kwargs", "reasoning_effort")
+"""Columns of a row that a server would give the template, and that are not read here."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +52,42 @@ class Sample:
             `video_url` parts.
         source: Where it came from: file, dataset or generator.
         answer: The expected answer, if the source knows one.
+        tools: The functions that the assistant may call, as vLLM gives them to the template.
     """
 
     id: str
     messages: list[dict[str, Any]]
     source: str
     answer: str | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def where(self) -> str:
         """How faults name this sample."""
-        return f"{self.source}: sample {self.id}"
+        return f"{self.source}: sample {shortened(self.id, 80)}"
+
+
+@contextlib.contextmanager
+def faults_of_sample(where: str) -> Iterator[None]:
+    """Turn whatever building one sample raises into a fault that names the sample.
+
+    Libraries raise nearly anything on a strange file or text. Lack of memory is not the sample's.
+
+    Args:
+        where: Names the sample.
+
+    Raises:
+        BadInput: The body raised an exception other than for lack of memory.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"cannot be used: {type(error).__name__}: {shortened(error)}"
+        raise BadInput(Fault(where, what, "fix or remove the sample")) from error
 
 
 @dataclass
@@ -99,13 +140,19 @@ def media_bytes(url: str, where: str) -> bytes:
         data = _decode_base64(url, where)
     else:
         path = Path(url2pathname(urlsplit(url).path))
+        fault = regular_file_fault(path)
+        if fault is not None:
+            reason = fault.what.removeprefix("cannot be read: ")
+            reason = reason.replace("no such file", "No such file")
+            what = f"{shortened(url)} cannot be read: {reason}"
+            raise BadInput(Fault(where, what, "give an existing file"))
         try:
             data = path.read_bytes()
         except OSError as error:
-            what = f"{url[:200]} cannot be read: {error.strerror}"
+            what = f"{shortened(url)} cannot be read: {error.strerror}"
             raise BadInput(Fault(where, what, "give an existing file")) from None
     if not data:
-        raise BadInput(Fault(where, f"{url[:60]} is empty", "copy the file again"))
+        raise BadInput(Fault(where, f"{shortened(url, 60)} is empty", "copy the file again"))
     return data
 
 
@@ -113,27 +160,37 @@ def _decode_base64(url: str, where: str) -> bytes:
     encoded = url.partition(",")[2]
     try:
         return base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
-        what = f"data URL is not base64: {error}"
+    except (binascii.Error, ValueError) as error:
+        what = f"data URL is not base64: {shortened(error)}"
         raise BadInput(Fault(where, what, "encode the file again")) from None
 
 
 def _local_url(url: object, base: Path, where: str) -> str:
     """Return a path or URL as a `file://` or `data:` URL; raises `BadInput` for any other."""
     if not isinstance(url, str) or not url or "\0" in url:
-        what = f"media URL is {str(url)[:200]!r}"
+        what = f"media URL is {shortened(url)!r}"
         raise BadInput(Fault(where, what, "give a path or a data: URL"))
-    if url.startswith("data:"):
+    if url[:5].lower() == "data:":
         if not url.partition(",")[0].endswith(";base64"):
-            what = f"data URL {url[:40]}… is not base64"
+            what = f"data URL {shortened(url, 40)} is not base64"
             raise BadInput(Fault(where, what, "write data:TYPE;base64,DATA"))
-        return url
+        return f"data:{url[5:]}"
     if url.startswith("file://"):
         return url
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url):
-        what = f"{url[:200]} is not local, and nothing is downloaded"
+        what = f"{shortened(url)} is not local, and nothing is downloaded"
         raise BadInput(Fault(where, what, "download it and give its path"))
+    if _is_bare_base64(url):
+        what = f"media URL {shortened(url, 40)} is base64 without a `data:` prefix"
+        raise BadInput(Fault(where, what, "write data:TYPE;base64,DATA"))
     return (base / url).absolute().as_uri()
+
+
+def _is_bare_base64(url: str) -> bool:
+    """Whether a text is too long for a path, or looks like the base64 of a picture or a clip."""
+    if len(url) > _LONGEST_PATH:
+        return True
+    return len(url) >= 200 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", url) is not None
 
 
 def usable_samples(
@@ -157,7 +214,8 @@ def usable_samples(
     skipped_before = skipped.samples
     for number, row in rows:
         try:
-            sample = parse(number, row)
+            with faults_of_sample(f"{none.where}: row {number}"):
+                sample = parse(number, row)
         except BadInput as bad:
             skipped.add(*bad.faults)
             continue
@@ -182,15 +240,63 @@ def sample_from_row(row: dict[str, Any], source: str, number: str, base: Path) -
     """
     identifier = number if row.get("id") is None else str(row["id"])
     answer = None if row.get("answer") is None else str(row["answer"])
-    where = f"{source}: sample {identifier}"
+    where = f"{source}: sample {shortened(identifier, 80)}"
     converter = _RowConverter(row, base, where)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         what = f"messages is {messages!r:.60}"
-        raise BadInput(Fault(where, what, "give a non-empty list of chat messages"))
+        remedy = "give a non-empty list of chat messages"
+        if row.get("conversations"):
+            what = "has `conversations` in place of `messages`"
+            remedy = "give the source the type llava, which reads LLaVA and ShareGPT rows"
+        raise BadInput(Fault(where, what, remedy))
+    for column in _TEMPLATE_COLUMNS:
+        if row.get(column):
+            what = f"{column} would be lost: it is not read"
+            raise BadInput(Fault(where, what, "remove it, or the sample"))
     converted = [converter.message(message) for message in messages]
     converter.check_all_used()
-    return Sample(identifier, converted, source, answer)
+    tools = _tools(row.get("tools"), where)
+    sample = Sample(identifier, converted, source, answer, tools)
+    _check_encodable([sample.messages, tools, answer, identifier], where)
+    return sample
+
+
+def _check_encodable(parts: list[Any], where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON may contain and UTF-8 cannot."""
+    try:
+        json.dumps(parts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        what = "text contains half of a surrogate pair, which is no character"
+        raise BadInput(Fault(where, what, "write the text again in UTF-8")) from None
+
+
+def _tools(value: object, where: str) -> list[dict[str, Any]] | None:
+    """The functions that may be called, with the keys and the order that vLLM gives the template.
+
+    (vllm/entrypoints/generate/base/protocol.py, FunctionDefinition.)
+    """
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        what = f"tools is a {type(value).__name__}, not a list of functions"
+        raise BadInput(Fault(where, what, "write them as OpenAI does"))
+    tools = []
+    for tool in value:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            what = f"tools contains {shortened(tool, 60)}, not a function with a name"
+            raise BadInput(Fault(where, what, "write it as OpenAI does"))
+        unknown = set(tool) - {"type", "function"}
+        unknown |= set(function) - {"name", "description", "parameters", "strict"}
+        if unknown or tool.get("type", "function") != "function":
+            what = f"a tool has {shortened(sorted(unknown) or tool.get('type'), 60)}"
+            raise BadInput(Fault(where, what, "give type function, name, description, parameters"))
+        kept = {key: function.get(key) for key in ("name", "description", "parameters")}
+        if function.get("strict") is not None:
+            kept["strict"] = function["strict"]
+        tools.append({"type": "function", "function": kept})
+    return tools
 
 
 class _RowConverter:
@@ -207,29 +313,97 @@ class _RowConverter:
             found = message.get("role") if isinstance(message, dict) else message
             what = f"a message has role {found!r:.60}"
             raise BadInput(Fault(self._where, what, f"choose from {', '.join(ROLES)}"))
+        extra = self._extra_fields(message)
         content = message.get("content")
+        if content is None and ("tool_calls" in extra or "reasoning" in extra):
+            return {"role": message["role"], "content": "", **extra}
         if isinstance(content, str):
-            return {"role": message["role"], "content": content}
+            return {"role": message["role"], "content": content, **extra}
         if not isinstance(content, list) or not content:
             what = f"a message has content {content!r:.60}"
             raise BadInput(Fault(self._where, what, "give text or a list of parts"))
-        return {"role": message["role"], "content": [self._part(part) for part in content]}
+        parts = [self._part(part) for part in content]
+        return {"role": message["role"], "content": parts, **extra}
+
+    def _extra_fields(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The fields that vLLM hands on to the template; any other is refused by name."""
+        role = message["role"]
+        extra = {}
+        for key, value in message.items():
+            if key in ("role", "content") or value is None or value == [] or value == "":
+                continue
+            if key not in _FIELDS[role]:
+                what = f"field {shortened(key, 60)} of a message of the {role} would be lost"
+                raise BadInput(Fault(self._where, what, "remove it, or the sample"))
+            extra["reasoning" if key == "reasoning_content" else key] = value
+        if "tool_calls" in extra:
+            extra["tool_calls"] = self._tool_calls(extra["tool_calls"])
+        for key in ("reasoning", "name", "tool_call_id"):
+            if not isinstance(extra.get(key, ""), str):
+                what = f"{key} of a message is {shortened(extra[key], 60)}"
+                raise BadInput(Fault(self._where, what, "give a string"))
+        return extra
+
+    def _tool_calls(self, calls: object) -> list[dict[str, Any]]:
+        """Calls of functions as OpenAI writes them: the arguments are a JSON object, or its text.
+
+        The arguments become an object for the template, as in vLLM, when the prompt is built.
+        """
+        if not isinstance(calls, list):
+            what = f"tool_calls is {shortened(calls, 60)}"
+            raise BadInput(Fault(self._where, what, "give a list"))
+        for call in calls:
+            function = call.get("function") if isinstance(call, dict) else None
+            if not isinstance(function, dict) or call.get("type", "function") != "function":
+                what = f"tool_calls contains {shortened(call, 60)}, not a call of a function"
+                raise BadInput(Fault(self._where, what, "write it as OpenAI does"))
+            arguments = function.get("arguments") or {}
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments)
+                except (ValueError, RecursionError):
+                    arguments = None
+            if not isinstance(arguments, dict):
+                found = shortened(function.get("arguments"), 60)
+                what = f"arguments of a tool call are {found}, not a JSON object"
+                raise BadInput(
+                    Fault(self._where, what, "a server would drop them: write an object")
+                )
+        return copy.deepcopy(calls)
 
     def _part(self, part: object) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(part, dict) or kind not in _PART_TYPES:
             what = f"unknown content part {part!r:.80}"
             raise BadInput(Fault(self._where, what, f"type is one of {', '.join(_PART_TYPES)}"))
         if kind == "text":
+            self._check_part_fields(part, ("text",))
             return {"type": "text", "text": self._text(part)}
         medium = _MEDIUM_BY_TYPE[kind]
-        value = part.get(kind)
+        names = (medium, f"{medium}_url", "url", "path", "base64")
+        self._check_part_fields(part, (*names, "detail"))
+        given = [name for name in names if part.get(name) is not None]
+        if len(given) > 1:
+            what = f"a part of type {kind} has both {given[0]} and {given[1]}"
+            raise BadInput(Fault(self._where, what, "give one of them"))
+        value = part[given[0]] if given else None
         if isinstance(value, dict) and "url" in value:
             value = value["url"]
         if value is None:
             value = self._next_medium(kind, medium)
+        elif given == ["base64"] and isinstance(value, str) and value[:5].lower() != "data:":
+            value = f"data:{_MIME[medium]};base64,{value}"
         url = self._media_url(value, medium)
         return {"type": f"{medium}_url", f"{medium}_url": {"url": url}}
+
+    def _check_part_fields(self, part: dict[str, Any], known: tuple[str, ...]) -> None:
+        """Refuse fields that would be lost, such as the frames per second of one clip."""
+        for key, value in part.items():
+            if key != "type" and key not in known and value is not None:
+                what = f"field {shortened(key, 60)} of a part of type {part['type']} would be lost"
+                raise BadInput(Fault(self._where, what, "remove it, or the sample"))
 
     def _text(self, part: dict[str, Any]) -> str:
         text = part.get("text")

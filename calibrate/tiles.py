@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 MAX_TILES = 12
 MAX_PIXELS = 178_956_970
@@ -32,6 +32,9 @@ video would not fit into memory."""
 
 _SMALLER = "make it smaller"
 
+_DEEP_MODES = ("I", "F")
+"""Pillow's modes of 16 or 32 bits a pixel, with those that begin with `I;`."""
+
 
 def load_image(data: bytes, where: str) -> Image.Image:
     """Decode an image file to RGB.
@@ -44,9 +47,13 @@ def load_image(data: bytes, where: str) -> Image.Image:
         where: Names the sample in faults.
 
     Raises:
-        BadInput: It is not an image, it is truncated, or it has more than `MAX_PIXELS` pixels.
+        BadInput: It is not an image, it is truncated, it has more than `MAX_PIXELS` pixels, or more
+            than 8 bits a channel, which a server clips to a white picture.
     """
     image = _open_image(data, where)
+    if image.mode in _DEEP_MODES or image.mode.startswith("I;"):
+        what = f"pixels have more than 8 bits (mode {image.mode}), and turn white when served"
+        raise BadInput(Fault(where, what, "scale them to 8 bits a channel"))
     with contextlib.suppress(Exception):  # an unreadable EXIF block is ignored, as in serving
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
@@ -75,7 +82,7 @@ def _open_image(data: bytes, where: str) -> Image.Image:
         what = f"at most {MAX_PIXELS} pixels are served: {error}"
         raise BadInput(Fault(where, what, _SMALLER)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        what = f"image cannot be read: {str(error)[:200]}"
+        what = f"image cannot be read: {shortened(error)}"
         raise BadInput(Fault(where, what, "give PNG, JPEG or WebP")) from None
     return image
 

@@ -27,6 +27,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary neighbour to write; at the end it is renamed to `path`.
 
     The neighbour is on the disk before it is renamed. It is removed when the body raises.
+
+    Raises:
+        OSError: With `path` as its file name where the system names none, as for a full disk.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -34,8 +37,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
         partial.chmod(0o644)  # safetensors writes files that only their owner can read
         flush(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

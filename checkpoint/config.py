@@ -6,14 +6,15 @@ Imports neither torch nor transformers, so the serve environment and every prefl
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint.family import NEMOTRON_NANO_VL_V2, Family, find_family, known_architectures
-from checkpoint.faults import BadInput, Fault, raise_if_any
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.reading import parse_json, read_small_file
 
 # Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. vLLM's
 # RadioConfig has the same numbers (vllm/transformers_utils/configs/radio.py, VIT_TIMM_DIM_BY_NAME).
@@ -55,6 +56,23 @@ _TEXT_KEYS = (
     "vocab_size",
     "max_position_embeddings",
 )
+_COUNTS = (
+    "force_image_size",
+    "img_context_token_id",
+    "patch_size",
+    "projector_hidden_size",
+    "vit_hidden_size",
+)
+"""Keys of the top level that must be positive integers; of `_TEXT_KEYS` all but the pattern are."""
+
+_LARGEST_COUNT = 2**31 - 1
+_MOST_LAYERS = 10_000
+"""Layers of the language model or the vision tower at most, so that a wrong number ends here."""
+
+_MOST_ENTRIES = 10_000
+"""Entries of a quantization section's lists at most. The 12B has 120 linears, and vLLM compares
+each of them with every entry."""
+
 _COPY_CONFIG = "copy config.json from the released checkpoint"
 
 
@@ -177,17 +195,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Raises:
-        BadInput: The file is missing, cannot be read, or is not a JSON object.
+        BadInput: The file is missing, cannot be read, is not a JSON object, or would take unbounded
+            time or memory: see checkpoint/reading.py.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            Fault(str(path), "no such file", "is this a checkpoint directory?")
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        what = f"cannot be read as JSON: {error}"
-        raise BadInput(Fault(str(path), what, "copy the file again")) from None
+    if not path.exists():
+        raise BadInput(Fault(str(path), "no such file", "is this a checkpoint directory?"))
+    value = parse_json(read_small_file(path), path)
     if not isinstance(value, dict):
         what = f"is a JSON {type(value).__name__}, not a JSON object"
         raise BadInput(Fault(str(path), what, "copy the file again"))
@@ -210,7 +223,8 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     family = find_family(raw.get("architectures"))
     if family is None:
         known = ", ".join(known_architectures())
-        what = f"architectures is {str(raw.get('architectures'))[:200]}, expected one of: {known}"
+        found = shortened(raw.get("architectures"))
+        what = f"architectures is {found}, expected one of: {known}"
         raise BadInput(Fault(str(path), what, "only these models are supported"))
     raise_if_any(_config_faults(raw, family, str(path)))
     return CheckpointConfig(directory, raw, family)
@@ -220,37 +234,125 @@ def _config_faults(raw: Mapping[str, Any], family: Family, where: str) -> Iterat
     for key in _TOP_KEYS:
         if key not in raw:
             yield Fault(where, f"key {key} is missing", _COPY_CONFIG)
+    yield from _count_faults(raw, _COUNTS, "", where)
+    yield from _scale_faults(raw, where)
+    yield from _dtype_faults(raw, "", where)
     text = raw.get("llm_config")
     if isinstance(text, dict):
         yield from _text_faults(text, family, where)
     else:
         yield Fault(where, "llm_config is missing", _COPY_CONFIG)
     yield from _vision_faults(raw.get("vision_config"), where)
+    yield from _quantization_faults(raw.get("quantization_config"), where)
+
+
+def _count_faults(
+    section: Mapping[str, Any], keys: tuple[str, ...], prefix: str, where: str
+) -> Iterator[Fault]:
+    """Yield the keys whose value is not a positive integer that a tensor's shape may contain."""
+    for key in keys:
+        value = section.get(key)
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if key in section and not (is_count and 0 < section[key] <= _LARGEST_COUNT):
+            what = f"{prefix}{key} is {shortened(repr(value), 60)}, not a positive integer"
+            yield Fault(where, what, _COPY_CONFIG)
+
+
+def _scale_faults(raw: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """Check what pixels are scaled by."""
+    ratio = raw.get("downsample_ratio", 0.5)
+    if not _is_number(ratio) or not 0 < ratio <= 1:
+        what = f"downsample_ratio is {shortened(repr(ratio), 60)}, not between 0 and 1"
+        yield Fault(where, what, _COPY_CONFIG)
+    for key in ("norm_mean", "norm_std"):
+        values = raw.get(key, [1.0, 1.0, 1.0])
+        is_sound = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
+        if not is_sound or (key == "norm_std" and 0 in values):
+            what = f"{key} is {shortened(repr(values), 60)}, not three numbers"
+            yield Fault(where, what, _COPY_CONFIG)
+    for key in ("img_context_token", "img_start_token", "img_end_token"):
+        if key in raw and not (isinstance(raw[key], str) and raw[key]):
+            what = f"{key} is {shortened(repr(raw[key]), 60)}, not a token"
+            yield Fault(where, what, _COPY_CONFIG)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _text_faults(text: Mapping[str, Any], family: Family, where: str) -> Iterator[Fault]:
     for key in _TEXT_KEYS:
         if key not in text:
             yield Fault(where, f"key llm_config.{key} is missing", _COPY_CONFIG)
+    counts = tuple(key for key in _TEXT_KEYS if key != "hybrid_override_pattern")
+    yield from _count_faults(text, counts, "llm_config.", where)
     pattern = str(text.get("hybrid_override_pattern", ""))
+    if len(pattern) > _MOST_LAYERS:
+        what = f"llm_config.hybrid_override_pattern has {len(pattern)} layers"
+        yield Fault(where, what, _COPY_CONFIG)
+        return
     unknown = sorted(set(pattern) - set(family.mixers))
     if unknown:
         allowed = " ".join(family.mixers)
-        what = f"llm_config.hybrid_override_pattern contains {unknown}, allowed are {allowed}"
+        found = shortened(unknown, 60)
+        what = f"llm_config.hybrid_override_pattern contains {found}, allowed are {allowed}"
         yield Fault(where, what, "mixture-of-experts layers are not supported")
     layers = text.get("num_hidden_layers", len(pattern))
     if layers != len(pattern):
-        what = f"num_hidden_layers is {layers}, the pattern has {len(pattern)} layers"
+        what = (
+            f"num_hidden_layers is {shortened(layers, 60)}, the pattern has {len(pattern)} layers"
+        )
         yield Fault(where, what, _COPY_CONFIG)
     # vLLM reads the dtype of the embeddings from this key and asserts that it is one.
-    if (text.get("torch_dtype") or text.get("dtype")) != "bfloat16":
+    if not (text.get("torch_dtype") or text.get("dtype")):
         yield Fault(where, "llm_config.torch_dtype is not bfloat16", "add it: vLLM requires it")
+    yield from _dtype_faults(text, "llm_config.", where)
+
+
+def _dtype_faults(section: Mapping[str, Any], prefix: str, where: str) -> Iterator[Fault]:
+    """Yield a fault for a dtype other than bfloat16, which fine-tuning tends to leave."""
+    for key in ("torch_dtype", "dtype"):
+        value = section.get(key)
+        if value is not None and str(value).removeprefix("torch.") != "bfloat16":
+            what = f"{prefix}{key} is not bfloat16 but {shortened(value, 60)}"
+            remedy = (
+                "write bfloat16, and cast the weights if they are not: docs/trouble.md shows how"
+            )
+            yield Fault(where, what, remedy)
 
 
 def _vision_faults(vision: object, where: str) -> Iterator[Fault]:
     args = vision.get("args") if isinstance(vision, dict) else None
     if not isinstance(args, dict) or "cpe_max_size" not in args:
         yield Fault(where, "vision_config.args.cpe_max_size is missing", _COPY_CONFIG)
-    elif args.get("model") not in VIT_BY_NAME:
-        what = f"vision_config.args.model is {args.get('model')!r}"
+        return
+    model = args.get("model")
+    if not isinstance(model, str) or model not in VIT_BY_NAME:
+        what = f"vision_config.args.model is {shortened(repr(model), 60)}"
         yield Fault(where, what, f"known: {', '.join(VIT_BY_NAME)}")
+    counts = ["cpe_max_size"]
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if key in args:
+            counts.append(key)
+    yield from _count_faults(args, tuple(counts), "vision_config.args.", where)
+    for key in ("num_hidden_layers", "register_multiple", "cpe_num_registers"):
+        value = args.get(key) or 0
+        if not isinstance(value, int) or not 0 <= value <= _MOST_LAYERS:
+            what = f"vision_config.args.{key} is {shortened(repr(value), 60)}"
+            yield Fault(where, what, _COPY_CONFIG)
+    teachers = args.get("teachers") or []
+    is_list = isinstance(teachers, list)
+    if not is_list or not all(isinstance(item, dict) and "name" in item for item in teachers):
+        what = "vision_config.args.teachers is not a list of named teachers"
+        yield Fault(where, what, _COPY_CONFIG)
+
+
+def _quantization_faults(section: object, where: str) -> Iterator[Fault]:
+    """Yield the lists of a quantization section that would take for ever to compare with."""
+    if not isinstance(section, dict):
+        return
+    for key in ("ignore", "exclude_modules", "quantized_layers"):
+        entries = section.get(key)
+        if isinstance(entries, list | dict) and len(entries) > _MOST_ENTRIES:
+            what = f"quantization_config.{key} has {len(entries):,} entries, at most"
+            yield Fault(where, f"{what} {_MOST_ENTRIES:,} are read", "export again")

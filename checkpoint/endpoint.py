@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -69,9 +69,9 @@ def _host_of(url: str) -> str:
         host = parts.hostname
         _ = parts.port  # raises ValueError if it is not a port
     except ValueError as error:
-        raise BadInput(Fault(url[:200], f"is not a URL: {error!s:.200}", remedy)) from None
+        raise BadInput(Fault(shortened(url), f"is not a URL: {shortened(error)}", remedy)) from None
     if parts.scheme not in ("http", "https") or not host:
-        raise BadInput(Fault(url[:200], "is not an http or https URL with a host", remedy))
+        raise BadInput(Fault(shortened(url), "is not an http or https URL with a host", remedy))
     return host
 
 
@@ -92,7 +92,7 @@ def first_model(client: OpenAI) -> str:
     """
     from openai import AuthenticationError, OpenAIError, PermissionDeniedError
 
-    where = str(client.base_url)[:200]
+    where = shortened(client.base_url)
     try:
         models = client.models.list().data
         names = [model.id for model in models]
@@ -102,7 +102,7 @@ def first_model(client: OpenAI) -> str:
         remedy = f"give --api-key, or set {KEY_VARIABLE}"
         raise BadInput(Fault(where, "refuses the API key", remedy)) from None
     except OpenAIError as error:
-        what = f"no server answers: {_one_line(error)}"
+        what = f"no server answers: {shortened(error)}"
         raise BadInput(Fault(where, what, "start one: python -m serve DIR")) from None
     except (ValueError, AttributeError, TypeError):
         what = "does not answer as an OpenAI-compatible server: a web page, or another program"
@@ -110,7 +110,3 @@ def first_model(client: OpenAI) -> str:
     if not names:
         raise BadInput(Fault(where, "serves no model", "look at its log"))
     return names[0]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

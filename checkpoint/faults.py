@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -19,10 +20,47 @@ _SHOWN = 50
 
 _FIRST_SPEAKS_SECONDS = 5.0
 
+FOREIGN = 200
+"""Characters of foreign text, such as a path or a server's answer, that a message may contain."""
+
+_LONGEST_WORD = 120
+"""Characters of foreign text without a space that are shown: what is longer is encoded data."""
+
+_LONGEST_PART = 600
+"""Characters of each part of a fault, whatever it was made of."""
+
+
+def shortened(value: object, limit: int = FOREIGN) -> str:
+    """Return foreign text as it may stand in a message: one line, printable, at most `limit` long.
+
+    Encoded data, such as a picture in base64, is cut to its beginning. Of a text that is still too
+    long, beginning and end are kept: the reason of an error stands at one of the two.
+
+    Args:
+        value: Any value; its `str` is shown.
+        limit: Most characters of the result.
+    """
+    text = str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+    if len(text) <= limit:
+        return text
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", _beginning, text)
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 3]} … {text[-end:]}"
+
+
+def _beginning(word: re.Match[str]) -> str:
+    return f"{word[0][:40]}…"
+
 
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with the input.
+
+    Foreign text in it is passed through `shortened` by whoever makes the fault. Each part is bound
+    here as well, so that a sample or a file can never fill the screen.
 
     Attributes:
         where: The file, tensor, field or sample that is wrong.
@@ -33,6 +71,12 @@ class Fault:
     where: str
     what: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "remedy"):
+            text = getattr(self, name)
+            if len(text) > _LONGEST_PART:
+                object.__setattr__(self, name, shortened(text, _LONGEST_PART))
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
@@ -162,7 +206,7 @@ _REMEDIES = {
 
 
 def _print_system_error(error: OSError) -> None:
-    where = str(error.filename or "the operating system")[:200]
-    what = os.strerror(error.errno) if error.errno else str(error)[:200]
+    where = shortened(error.filename or "the operating system")
+    what = os.strerror(error.errno) if error.errno else shortened(error)
     remedy = _REMEDIES.get(error.errno or 0, "fix it, then run the command again")
     print(f"error: {where}: {what} ({remedy})", file=sys.stderr)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from checkpoint.config import read_json
 from checkpoint.dtypes import TORCH_NAMES
-from checkpoint.faults import BadInput, Fault, raise_if_any
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.layout import Specs, TensorSpec
+from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
 """torch's dtypes by the names that safetensors gives them."""
@@ -31,6 +32,8 @@ THREADS = 8
 """Threads that read and compare tensors. Each holds one tensor of the source and a few copies of a
 part of it.
 """
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -68,13 +71,12 @@ class TensorFiles:
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise BadInput(Fault(str(path), "has no weight_map", "copy the file again"))
-            if not all(isinstance(file, str) for file in weight_map.values()):
+            if not all(isinstance(file, str) and file for file in weight_map.values()):
                 what = "its weight_map has values that are not file names"
                 raise BadInput(Fault(str(path), what, "copy the file again"))
             return weight_map
         if not (self.directory / SINGLE).exists():
-            what = f"contains neither {INDEX} nor {SINGLE}"
-            raise BadInput(Fault(str(self.directory), what, "copy the weights"))
+            raise BadInput(_no_weights(self.directory))
         return {}
 
     def _index_faults(self, index: Mapping[str, str]) -> Iterator[Fault]:
@@ -85,6 +87,10 @@ class TensorFiles:
 
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
+        fault = checkpoint_file_fault(path, self.directory)
+        if fault is not None and path.exists():
+            yield fault
+            return
         try:
             # safe_open checks the header. Framework "pt" would map the whole file as private
             # memory, which counts against a limit on the process.
@@ -102,7 +108,10 @@ class TensorFiles:
         except FileNotFoundError:
             yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         except (SafetensorError, OSError, ValueError) as error:
-            what = f"is truncated or not a safetensors file: {str(error)[:200]}"
+            if is_lfs_pointer(path):
+                yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
+                return
+            what = f"is truncated or not a safetensors file: {shortened(error)}"
             yield Fault(str(path), what, "copy the file again")
 
     def __iter__(self) -> Iterator[str]:
@@ -135,6 +144,23 @@ class TensorFiles:
     def total_bytes(self) -> int:
         """Size of all weight files on disk."""
         return sum((self.directory / file).stat().st_size for file in self.files)
+
+
+def _no_weights(directory: Path) -> Fault:
+    """What is wrong with a directory without safetensors, by what it holds instead."""
+    what = f"contains neither {INDEX} nor {SINGLE}"
+    remedy = "copy the weights"
+    others = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
+            others.append(path.name)
+    if "adapter_model.safetensors" in others:
+        remedy = f"it is an adapter: {MERGE}"
+    elif others:
+        remedy = "save the model again with save_pretrained(…, safe_serialization=True)"
+    if others:
+        what = f"{what}, but {shortened(', '.join(others))}"
+    return Fault(str(directory), what, remedy)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

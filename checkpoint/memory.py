@@ -36,6 +36,13 @@ def device_available(device: str) -> int:
     return host_available()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or a GPU has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)) is not None
+
+
 @contextlib.contextmanager
 def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
     """Turn an out-of-memory error into a fault.
@@ -50,10 +57,9 @@ def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
-        text = " ".join(str(error).split())
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and not _EXHAUSTED.search(text):
+        if not is_out_of_memory(error):
             raise
+        text = " ".join(str(error).split())
         details = text[:200] or "no details"
         raise BadInput(Fault("memory", f"{where()}: {details}", remedy)) from None
 

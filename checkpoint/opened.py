@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from checkpoint.companions import Companions, companion_faults, find_companions
 from checkpoint.config import CheckpointConfig, read_config
-from checkpoint.faults import BadInput, Fault, raise_if_any
-from checkpoint.files import TensorFiles, layout_faults, nonfinite_faults
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.files import MERGE, TensorFiles, layout_faults, nonfinite_faults
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
+
+_ADAPTER = re.compile(
+    r"\.(lora_\w+|base_layer|modules_to_save|ia3_\w+|vera_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)"
+)
+"""Parts of the names that PEFT gives the tensors of an adapter."""
+
+_WRAPPERS = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "module.",
+    "base_model.model.",
+    "base_model.",
+    "model.",
+)
+"""What torch.compile, FSDP, DDP and PEFT put into the names of a model that they wrap."""
+
+_FEW = 3
+"""Wrong tensors that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,15 @@ class Checkpoint:
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer of the language model's blocks, in order."""
         return tuple(language_model_linears(self.config))
+
+    @cached_property
+    def companions(self) -> Companions:
+        """The files beside the weights as they are at the first look.
+
+        Raises:
+            BadInput: One of them must not or cannot be read.
+        """
+        return find_companions(self.directory, tuple(self.tensors.files))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -71,10 +102,64 @@ def open_bf16(directory: str | Path) -> Checkpoint:
         what = "is quantized already"
         raise BadInput(Fault(str(config.directory), what, "give the BF16 checkpoint"))
     checkpoint = Checkpoint(config, TensorFiles(directory))
+    raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors
     found = checkpoint.tensors.specs
     raise_if_any(layout_faults(found, checkpoint.layout, str(config.directory), optional))
     return checkpoint
+
+
+def check_companions(checkpoint: Checkpoint) -> None:
+    """Check the files beside the weights, and remember their content for the export.
+
+    Raises:
+        BadInput: With every one that is missing, damaged or must not be read.
+    """
+    raise_if_any(companion_faults(checkpoint.directory))
+    _ = checkpoint.companions
+
+
+def naming_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
+    """Yield one fault for what fine-tuning does to all tensors of a checkpoint at once."""
+    where = str(checkpoint.directory)
+    found = checkpoint.tensors.specs
+    expected = checkpoint.layout
+    adapter = next((name for name in found if _ADAPTER.search(name)), None)
+    if adapter is not None:
+        what = f"contains an adapter that is not merged, such as {shortened(adapter)}"
+        yield Fault(where, what, MERGE)
+        return
+    wrapper = _wrapper(found, expected)
+    if wrapper is not None:
+        what = f"tensor names contain {wrapper!r}, which the release's do not"
+        yield Fault(where, what, "save the model that is inside the wrapper")
+        return
+    cast: dict[str, list[str]] = {}
+    for name, spec in found.items():
+        is_other = name in expected and spec.shape == expected[name].shape
+        if is_other and spec.dtype in ("F16", "F32", "F64") and expected[name].dtype == "BF16":
+            cast.setdefault(spec.dtype, []).append(name)
+    for dtype, names in cast.items():
+        if len(names) > _FEW:
+            what = f"{len(names)} tensors are {dtype}, not BF16, such as {names[0]}"
+            yield Fault(where, what, "cast them to bfloat16: docs/trouble.md shows how")
+
+
+def _wrapper(found: Specs, expected: Specs) -> str | None:
+    """The text in front of, or inside, most names that makes them others than the release's."""
+    unknown = [name for name in found if name not in expected]
+    if len(unknown) <= _FEW:
+        return None
+    candidates = list(_WRAPPERS)
+    last = f"{next(iter(expected))}"
+    for name in unknown:
+        if name.endswith(last):
+            candidates.insert(0, name.removesuffix(last))
+    for wrapper in candidates:
+        known = sum(name.replace(wrapper, "") in expected for name in unknown) if wrapper else 0
+        if known > len(unknown) // 2:
+            return wrapper
+    return None
 
 
 def check_finite(checkpoint: Checkpoint) -> None:

@@ -5,7 +5,6 @@ else bit for bit.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from checkpoint.files import INDEX
 from checkpoint.opened import Checkpoint
 from checkpoint.shards import ShardWriter, plan_shards
 from export.layout import output_specs
-from export.manifest import MANIFEST, Manifest, write_manifest
+from export.manifest import Manifest, write_manifest
 from export.matching import exclude_list
 from quantize.formats.registry import FORMATS, UNQUANTIZED, find_format
 from quantize.policy import Policy
 
-_OURS = ("config.json", "hf_quant_config.json", MANIFEST, INDEX)
 _KV_CACHE_ALGOS = {"fp8": "FP8", None: None}
 """`kv_cache_quant_algo` by the name that recipes write."""
 
@@ -55,7 +53,7 @@ def write_companions(
     source: Checkpoint, policy: Policy, directory: Path, manifest: Manifest
 ) -> None:
     """Write everything beside the weights: index, configs, the source's other files, manifest."""
-    _copy_other_files(source.directory, directory)
+    source.companions.copy_to(directory)
     shards = plan_shards(output_specs(source, policy), source.config.family)
     metadata = {"total_size": shards.total_bytes}
     write_json(directory / INDEX, {"metadata": metadata, "weight_map": shards.weight_map})
@@ -83,18 +81,3 @@ def quantization_config(policy: Policy) -> dict[str, Any]:
         section.update(format.config_entry)
     producer = {"name": "modelopt", "version": modelopt.__version__}
     return {"producer": producer, "quantization": section}
-
-
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Copy what the source has besides weights and our own files: tokenizer, Python files,
-    templates, processor settings, licence, those in its folders too.
-    """
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if is_hidden or "__pycache__" in relative.parts or not file.is_file():
-            continue
-        if relative.suffix == ".safetensors" or str(relative) in _OURS:
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / relative)

@@ -15,7 +15,7 @@ from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
 from calibrate.sources.source import Source
 from checkpoint.faults import BadInput, Fault
-from checkpoint.opened import Checkpoint, open_bf16
+from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
 from checkpoint.run_state import file_digest
 from checkpoint.video import Video
@@ -41,9 +41,12 @@ def open_source(recipe: Recipe) -> Checkpoint:
         BadInput: It is not a BF16 checkpoint of a known architecture.
     """
     if recipe.model != TINY:
-        return open_bf16(recipe.model)
-    config = tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
-    return open_bf16(config.directory)
+        checkpoint = open_bf16(recipe.model)
+    else:
+        config = tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
+        checkpoint = open_bf16(config.directory)
+    check_companions(checkpoint)
+    return checkpoint
 
 
 def pick_device(name: str | None) -> str:

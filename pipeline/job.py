@@ -12,6 +12,7 @@ from accuracy.agreement import States
 from calibrate.prompts import Prompt
 from calibrate.samples import Skipped
 from checkpoint.faults import raise_if_any
+from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
 from checkpoint.run_state import RunState, file_stamp, identity_of
@@ -29,6 +30,8 @@ from quantize.layerwise import FinishedLayer
 from quantize.policy import Policy, make_policy
 from quantize.sensitivity import Search, search_faults
 from recipes.schema import Recipe
+
+logger = get_logger(__name__)
 
 _NOT_IDENTITY = {"memory", "host_memory_gb", "batch_tokens"}
 """Fields of `quantize` that change how a run goes, not what comes out."""
@@ -65,10 +68,18 @@ class Job:
         limit = section.max_length
         return prompts_of(section, "calibrate", self.checkpoint, video, skipped, limit)
 
+    def warn_of_fewer(self, samples: int) -> None:
+        """Log when the sources held fewer samples than the recipe asks for."""
+        asked = self.recipe.calibrate.samples
+        if samples < asked:
+            message = "calibrate.sources: %d samples, where calibrate.samples asks for %d"
+            logger.warning(message, samples, asked)
+
     def held_out_prompts(self) -> Iterator[Prompt]:
         """Open the prompts that BF16 and the result are compared on."""
-        video = self.recipe.video
-        return prompts_of(self.recipe.accuracy, "accuracy", self.checkpoint, video, Skipped())
+        section = self.recipe.accuracy
+        skipped = Skipped(section.max_skipped)
+        return prompts_of(section, "accuracy", self.checkpoint, self.recipe.video, skipped)
 
 
 def open_job(recipe: Recipe, device: str, processes: Processes) -> Job:
@@ -124,8 +135,11 @@ def _identity(
     for name in _NOT_IDENTITY:
         del parts["quantize"][name]
     accuracy = recipe.accuracy.model_dump(mode="json")
-    parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
+    parts["accuracy"] = {
+        name: accuracy[name] for name in ("sources", "samples", "seed", "max_skipped")
+    }
     parts["source"] = {file.name: file_stamp(file) for file in weights}
+    parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)
     parts["samples"] = source_digests(recipe)
     parts["versions"] = versions()

@@ -140,6 +140,8 @@ class LayerByLayer:
                 (job.processes.index, job.processes.count),
                 f"embed {name.replace('_', ' ')}",
             )
+            if name == "calibrate" and job.processes.count == 1:
+                job.warn_of_fewer(counts.samples)
             # Every process reads every prompt, so that all of them raise this.
             if digest.count < job.processes.count:
                 what = f"give {digest.count} samples for {job.processes.count} processes"

@@ -132,6 +132,7 @@ def make_plan(job: Job) -> Plan:
         _size_line(job, needs.written),
         f"{needs.samples} samples of about {needs.mean_length:,.0f} tokens, {reason}",
         f"video: {job.recipe.video}",
+        job.checkpoint.companions.summary(),
         f"needs about {memory}; about {_duration(seconds)} for the layers",
     ]
     lines += kernel_lines(job.device)
@@ -149,13 +150,16 @@ def _measure_needs(job: Job) -> Needs:
     lengths = [prompt.length for prompt in itertools.islice(prompts, _PEEKED)]
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
+    # Sources that end within the peek have no more samples than that.
     samples = recipe.calibrate.samples
+    if len(lengths) < _PEEKED:
+        samples = len(lengths)
     activation = 2 * checkpoint.config.hidden_size * mean
     cost = measure_layer_cost(checkpoint, job.device, int(mean))
     at_once = max(longest, min(recipe.quantize.batch_tokens, mean * samples))
     workspace = int(cost.workspace * at_once)
     return Needs(
-        written=spec_bytes(output_specs(checkpoint, job.policy)),
+        written=spec_bytes(output_specs(checkpoint, job.policy)) + checkpoint.companions.nbytes,
         samples=samples,
         mean_length=mean,
         longest=longest,

@@ -89,6 +89,7 @@ class WholeModel:
         )
         for fault in skipped.faults:
             logger.warning("skipped: %s", fault)
+        job.warn_of_fewer(counts.samples)
         return dataclasses.asdict(counts) | {"skipped": skipped.samples}
 
     def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault
+from checkpoint.reading import checkpoint_file_fault
 from serve.environment import ServeEnvironment
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import ServeSettings, settings_for
@@ -92,7 +93,7 @@ def weight_faults(directory: Path) -> list[Fault]:
         return list(bad.faults)
     faults: list[Fault] = []
     for name in files:
-        faults += _safetensors_faults(directory / name)
+        faults += _safetensors_faults(directory / name, directory)
     return faults
 
 
@@ -109,9 +110,13 @@ def _weight_files(directory: Path) -> list[str]:
     raise BadInput(Fault(str(directory), what, "copy the weights"))
 
 
-def _safetensors_faults(path: Path) -> Iterator[Fault]:
+def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
     # vLLM finds this out after it has loaded the shards before it, and names neither the file nor
     # the reason.
+    fault = checkpoint_file_fault(path, directory)
+    if fault is not None and path.exists():
+        yield fault
+        return
     try:
         expected = _expected_size(path)
         size = path.stat().st_size

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.source import Source, register_source
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.memory import is_out_of_memory
 
 
 @register_source
@@ -56,7 +57,9 @@ def read_hub(
             full.
     """
     skipped = skipped if skipped is not None else Skipped()
-    base = Path(name) if Path(name).is_dir() else Path.cwd()
+    base = Path.cwd()
+    if Path(name).exists():
+        base = Path(name) if Path(name).is_dir() else Path(name).parent
 
     def parse(number: int, row: dict[str, Any]) -> Sample:
         return sample_from_row(row, name, str(number), base)
@@ -64,6 +67,11 @@ def read_hub(
     none = Fault(name, f"split {split} contains no usable sample", "it needs a messages column")
     rows = enumerate(_rows(name, split, subset, streaming))
     yield from usable_samples(rows, parse, skipped, none)
+
+
+def dataset_rows(name: str, split: str = "train") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a local file or folder that `datasets` reads."""
+    return _rows(name, split, None, streaming=True)
 
 
 def _rows(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[dict[str, Any]]:
@@ -75,7 +83,9 @@ def _rows(name: str, split: str, subset: str | None, streaming: bool) -> Iterato
     except BadInput:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if is_out_of_memory(error):
+            raise
+        reason = shortened(f"{type(error).__name__}: {error}")
         what = f"split {split} cannot be read: {reason}"
         raise BadInput(Fault(name, what, "check name, split and network")) from None
 
@@ -89,6 +99,10 @@ def _open_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
         data: Any = datasets.load_from_disk(name)
         if isinstance(data, datasets.DatasetDict):
             data = data[split]
+    elif Path(name).is_file():
+        builder = "parquet" if name.lower().endswith(".parquet") else "json"
+        files = {split: str(name)}
+        data = datasets.load_dataset(builder, data_files=files, split=split, streaming=streaming)
     else:
         data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
     if not isinstance(data, datasets.IterableDataset):

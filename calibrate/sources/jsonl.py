@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.source import Source, register_source
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.reading import regular_file_fault
 
 _EXPECTED = "give a JSON Lines file"
 
@@ -34,6 +36,8 @@ class JsonlSource(Source):
 def read_jsonl(path: str | Path, skipped: Skipped | None = None) -> Iterator[Sample]:
     """Yield the samples of a JSON Lines file, one object with `messages` per line.
 
+    A `.json` file may hold an array of such objects instead.
+
     `id` and `answer` are taken over if present. Media are local paths relative to the file's
     directory, `file://` URLs or base64 `data:` URLs. Bad lines go to `skipped`; without it, the
     first bad line raises.
@@ -43,35 +47,80 @@ def read_jsonl(path: str | Path, skipped: Skipped | None = None) -> Iterator[Sam
     """
     path = Path(path)
     skipped = skipped if skipped is not None else Skipped()
+    none = Fault(str(path), "contains no usable sample", 'one {"messages": […]} per line')
+
+    def parse(number: int, row: Any) -> Sample:
+        return sample_from_row(row_object(row, path, number), str(path), str(number), path.parent)
+
+    with open_rows(path) as rows:
+        yield from usable_samples(rows, parse, skipped, none)
+
+
+@contextlib.contextmanager
+def open_rows(path: Path) -> Iterator[Iterator[tuple[int, Any]]]:
+    """Open the numbered lines of a JSON Lines file, or the elements of an array in a `.json` file.
+
+    Raises:
+        BadInput: It is not a file, cannot be read, or is not JSON.
+    """
+    fault = regular_file_fault(path)
+    if fault is not None:
+        reason = fault.what.replace("no such file", "No such file")
+        raise BadInput(Fault(str(path), f"cannot be read: {reason}", _EXPECTED))
     try:
-        file = path.open(encoding="utf-8")
+        # Bytes that are not UTF-8 become surrogates, and only their own line cannot be used.
+        # utf-8-sig drops the byte order mark that Windows programs write.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield _rows(file, path)
     except OSError as error:
         raise BadInput(Fault(str(path), f"cannot be read: {error.strerror}", _EXPECTED)) from None
 
-    def parse(number: int, line: str) -> Sample:
-        row = _json_object(line, f"{path}: line {number}")
-        return sample_from_row(row, str(path), str(number), path.parent)
 
-    none = Fault(str(path), "contains no usable sample", 'one {"messages": […]} per line')
-    with file:
-        yield from usable_samples(_numbered_lines(file, path), parse, skipped, none)
+def row_object(row: Any, path: Path, number: int) -> dict[str, Any]:
+    """Return a row of `open_rows` as an object; raises `BadInput` if it is none."""
+    if isinstance(row, str):
+        return _json_object(row, f"{path}: line {number}")
+    if not isinstance(row, dict):
+        what = f"is a JSON {type(row).__name__}, not an object"
+        raise BadInput(Fault(f"{path}: element {number}", what, "one object per element"))
+    return row
 
 
-def _numbered_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
+def _rows(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+    """The numbered lines of a JSON Lines file, or the elements of a JSON array."""
+    if _begins_with_array(file) and path.suffix.lower() != ".jsonl":
+        yield from enumerate(_array(file, path), start=1)
+        return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line
+
+
+def _begins_with_array(file: TextIO) -> bool:
+    start = file.read(4096).lstrip()
+    file.seek(0)
+    return start.startswith("[")
+
+
+def _array(file: TextIO, path: Path) -> list[Any]:
     try:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
-    except (UnicodeDecodeError, OSError) as error:
-        what = f"cannot be read as UTF-8 text: {str(error)[:200]}"
+        rows = json.load(file)
+    except (ValueError, RecursionError) as error:
+        what = f"is not a JSON array: {shortened(error)}"
         raise BadInput(Fault(str(path), what, _EXPECTED)) from None
+    return list(rows)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadInput(Fault(where, "is not UTF-8 text", "write the file in UTF-8")) from None
+    try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadInput(Fault(where, f"is not JSON: {error}", "one object per line")) from None
+        what = f"is not JSON: {shortened(error)}"
+        raise BadInput(Fault(where, what, "one object per line")) from None
     if not isinstance(value, dict):
         what = f"is a JSON {type(value).__name__}, not an object"
         raise BadInput(Fault(where, what, "one object per line"))

@@ -17,6 +17,8 @@ from checkpoint.settings import Section
 _BUILT_IN = (
     "calibrate.sources.jsonl",
     "calibrate.sources.hub",
+    "calibrate.sources.llava",
+    "calibrate.sources.parquet",
     "calibrate.sources.synthetic.source",
 )
 """Modules that register the sources that come with the project."""

@@ -16,12 +16,15 @@ from calibrate.forward import embed
 from calibrate.prompts import answer_length, build_prompt
 from calibrate.samples import Sample, Skipped
 from checkpoint.faults import BadInput, Fault
+from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import ALONE, Processes
 from checkpoint.video import Video
 
 if TYPE_CHECKING:
     from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
+
+logger = get_logger(__name__)
 
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
@@ -174,10 +177,15 @@ class TrainingDataset(IterableDataset):
             BadInput: None of them can be used.
         """
         batches = []
+        unanswered = 0
         for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
             batch = self._batch(sample, self._rates[number % len(self._rates)])
             if batch is not None:
                 batches.append(answer_only(batch))
+                unanswered += batch["answer_length"] == 0
+        if unanswered:
+            message = "%d of %d held-out samples have no answer: they are judged on their prompts"
+            logger.warning(message, unanswered, len(batches))
         if not batches:
             what = "hold no usable held-out sample"
             raise BadInput(Fault("distill.sources", what, "give more samples"))

@@ -82,7 +82,6 @@ CHATS = {
     "gray and alpha": [user(image_part(picture(80, 50, "LA")))],
     "palette": [user(_palette())],
     "bilevel": [user(image_part(picture(80, 50, "1")))],
-    "sixteen bit": [user(image_part(picture(80, 50, "I;16")))],
     "cmyk": [user(image_part(picture(80, 50, "CMYK"), "JPEG"))],
     "exif": [user(_exif(picture(80, 50)))],
     "webp": [user(image_part(picture(81, 50), "WEBP"))],

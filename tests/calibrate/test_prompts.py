@@ -168,6 +168,68 @@ def test_bad_sample_is_a_fault_that_names_it(name, config, tokenizer):
     assert "test: sample s7" in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_picture_of_more_than_eight_bits_is_a_fault(mode, config, tokenizer):
+    chat = user(image_part(picture(8, 8, "L").convert("I").convert(mode), "TIFF"))
+    with pytest.raises(BadInput, match="more than 8 bits"):
+        build_prompt(sample(chat), config, tokenizer)
+
+
+def test_whatever_a_sample_raises_is_skipped_and_memory_is_not(config, tokenizer, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(building, "load_image", broken)
+    samples = [sample(user(image_part(picture(4, 4))), name="0"), sample(user(text("x")), name="1")]
+    skipped = Skipped(limit=1)
+    (prompt,) = build_prompts(samples, config, tokenizer, skipped=skipped)
+    assert prompt.sample_id == "test: sample 1"
+    assert "test: sample 0: cannot be used: ZeroDivisionError: surprise" in str(skipped.faults[0])
+
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(building, "load_image", exhausted)
+    with pytest.raises(MemoryError):
+        list(build_prompts(samples, config, tokenizer, skipped=Skipped(limit=9)))
+
+
+def test_a_template_may_put_media_in_another_order(config, tokenizer, monkeypatch):
+    """vLLM gives the n-th image placeholder the n-th image, whatever stands between."""
+    monkeypatch.setattr(tokenizer, "chat_template", "<image> then <video>")
+    chat = sample(user(video_part(CLIP), image_part(picture(4, 4))))
+    prompt = build_prompt(chat, config, tokenizer)
+    assert [(item.kind, item.tiles) for item in prompt.media] == [("image", 1), ("video", 6)]
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"a": 1}'}}
+TOOLS = [{"type": "function", "function": {"name": "clock"}}]
+WITH_TOOLS = [
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "content": "", "reasoning": "A tool knows.", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "12:00"},
+]
+
+
+def test_tools_and_reasoning_reach_a_template_that_knows_them(config, tokenizer, monkeypatch):
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}]"
+        "{% elif m.tool_calls %}{{ m.reasoning_content }}{{ m.tool_calls[0].function.arguments.a }}"
+        "{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = Sample("s", WITH_TOOLS, "test", tools=TOOLS)
+    shown = tokenizer.decode(build_prompt(chat, config, tokenizer).token_ids)
+    assert "clock" in shown
+    assert shown.endswith("A tool knows.1[12:00]")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_tools_that_the_template_ignores_are_a_fault(count, config, tokenizer):
+    with pytest.raises(BadInput, match="the chat template ignores"):
+        build_prompt(sample(*WITH_TOOLS[:count]), config, tokenizer)
+
+
 def test_prompt_longer_than_the_limit_is_a_fault(config, tokenizer):
     with pytest.raises(BadInput, match="at most 60 fit"):
         build_prompt(sample(user(image_part(picture(9, 9)))), config, tokenizer, max_length=60)

@@ -1,5 +1,6 @@
 """Samples from JSON Lines, the Hub and mixes of both: every bad row is named with its reason."""
 
+import base64
 import itertools
 import json
 
@@ -81,8 +82,8 @@ BAD_ROWS = {
     "empty messages": ({"messages": []}, "messages is []"),
     "no role": ({"messages": [{"content": "x"}]}, "role None"),
     "unknown role": (
-        {"messages": [{"role": "tool", "content": "x"}]},
-        "choose from system, user, assistant",
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        "choose from system, user, assistant, tool",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "content None"),
     "unknown part": ({"messages": [user({"type": "audio"})]}, "unknown content part"),
@@ -98,6 +99,23 @@ BAD_ROWS = {
         {"messages": [user({"type": "image", "image": "s3://a/b.png"})]},
         "nothing is downloaded",
     ),
+    "unknown field of a message": (
+        {"messages": [{"role": "user", "content": "x", "weight": 0.5}]},
+        "field weight of a message of the user would be lost",
+    ),
+    "unknown field of a part": (
+        {"messages": [user({"type": "video", "video": "a.mp4", "fps": 4})]},
+        "field fps of a part of type video would be lost",
+    ),
+    "half a surrogate pair": (
+        '{"messages": [{"role": "user", "content": "broken \\ud83d"}]}',
+        "half of a surrogate pair",
+    ),
+    "base64 without a prefix": (
+        {"messages": [user({"type": "image", "image": "iVBORw0K" * 100_000})]},
+        "base64 without a `data:` prefix",
+    ),
+    "LLaVA": ({"conversations": [{"from": "human", "value": "x"}]}, "the type llava"),
     "data URL without base64": (
         {"messages": [user({"type": "image", "image": "data:,abc"})]},
         "not base64",
@@ -111,6 +129,32 @@ def test_bad_line_is_a_fault_that_names_line_and_reason(name, tmp_path):
     message = reason(lambda: list(read_jsonl(jsonl(tmp_path, HELLO, row))))
     assert what in message
     assert "line 2" in message or "sample 2" in message
+    assert len(message) < 1000
+
+
+def test_a_byte_order_mark_and_a_json_array_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(HELLO).encode())
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([HELLO, HELLO]).encode())
+    assert len(list(read_jsonl(tmp_path / "a.jsonl"))) == 1
+    assert len(list(read_jsonl(tmp_path / "a.json"))) == 2
+
+
+def test_a_line_that_is_not_utf8_is_skipped_alone(tmp_path):
+    good = json.dumps(HELLO).encode()
+    (tmp_path / "a.jsonl").write_bytes(good + b"\n" + b'{"messages": "\xe9"}\n' + good)
+    skipped = Skipped(limit=1)
+    assert len(list(read_jsonl(tmp_path / "a.jsonl", skipped))) == 2
+    assert "line 2: is not UTF-8" in str(skipped.faults[0])
+
+
+@pytest.mark.parametrize("key", ["url", "path", "base64"])
+def test_other_spellings_of_an_image(key, tmp_path):
+    picture(4, 4).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    value = base64.b64encode(data).decode() if key == "base64" else "a.png"
+    row = {"messages": [user({"type": "image", key: value})]}
+    (sample,) = read_jsonl(jsonl(tmp_path, row))
+    assert media_bytes(sample.messages[0]["content"][0]["image_url"]["url"], "x") == data
 
 
 def test_bad_lines_up_to_the_limit_are_skipped_and_counted(tmp_path):

@@ -41,6 +41,40 @@ class Countdown(Source):
         return [self.file] if self.file else []
 
 
+def test_llava_rows_become_messages_with_their_media_in_place(tmp_path):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat colour?"},
+        {"from": "gpt", "value": "red"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    for name in ("llava", "sharegpt"):
+        source = known_sources()[name](type=name, path=tmp_path / "rows.json")
+        (sample,) = source.read(1, 0, Skipped())
+        assert sample.messages == [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": (tmp_path / "a.png").as_uri()}},
+                    {"type": "text", "text": "\nWhat colour?"},
+                ],
+            },
+            {"role": "assistant", "content": "red"},
+        ]
+
+
+@pytest.mark.parametrize("path", [".", "train.parquet"])
+@pytest.mark.parametrize("name", ["parquet", "hub"])
+def test_a_parquet_file_and_its_folder_are_read(name, path, tmp_path):
+    import datasets
+
+    rows = {"messages": [[{"role": "user", "content": "Hello"}]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    key = "path" if name == "parquet" else "name"
+    source = known_sources()[name].model_validate({"type": name, key: str(tmp_path / path)})
+    (sample,) = source.read(1, 0, Skipped())
+    assert sample.messages == [{"role": "user", "content": "Hello"}]
+
+
 @pytest.fixture
 def countdown():
     register_source(Countdown)
@@ -121,8 +155,9 @@ def test_an_unknown_type_names_the_nearest(countdown):
 
 
 def test_a_type_that_nothing_is_near_to_is_answered_with_all():
-    with pytest.raises(BadInput, match="'parquet': choose from hub, jsonl, synthetic"):
-        recipe("{type: parquet}")
+    known = "hub, jsonl, llava, parquet, sharegpt, synthetic"
+    with pytest.raises(BadInput, match=f"'excel': choose from {known}"):
+        recipe("{type: excel}")
 
 
 @pytest.mark.parametrize("value", ["countdown", "null", "3", "[a]"])
@@ -133,7 +168,7 @@ def test_a_source_that_is_not_a_mapping_is_answered_with_an_example(value):
 
 @pytest.mark.parametrize("value", ["{}", "{path: x}", "{type: null}", "{type: [a]}", "{type: {}}"])
 def test_a_source_without_a_usable_type_is_a_fault(value):
-    with pytest.raises(BadInput, match=r"unknown source type .*choose from hub, jsonl, synthetic"):
+    with pytest.raises(BadInput, match=r"unknown source type .*choose from hub, jsonl, llava"):
         recipe(value)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 from commands import run_module
+from PIL import Image
 
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
@@ -91,14 +92,14 @@ def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_missing_and_misnamed_files_are_all_named(tmp_path):
-    (tmp_path / "note.txt").write_text("x")
+def test_missing_files_and_pictures_of_16_bits_are_all_named(tmp_path):
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
     with pytest.raises(BadInput) as caught:
         content_parts(
-            images=[tmp_path / "none.png", tmp_path / "note.txt"], videos=[tmp_path / "none.mp4"]
+            images=[tmp_path / "none.png", tmp_path / "deep.png"], videos=[tmp_path / "none.mp4"]
         )
     assert [fault.where for fault in caught.value.faults] == [
-        str(tmp_path / name) for name in ("none.png", "note.txt", "none.mp4")
+        str(tmp_path / name) for name in ("none.png", "deep.png", "none.mp4")
     ]
 
 
@@ -132,6 +133,12 @@ def test_a_demo_that_would_show_nothing_is_refused(tiny, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_picture_is_known_by_its_content(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture", "JPEG")
+    (part,) = content_parts(images=[tmp_path / "picture"])
+    assert part["image_url"]["url"].startswith("data:image/jpeg;base64,")
 
 
 def test_urls_go_through_as_they_are():

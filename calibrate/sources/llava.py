@@ -1,0 +1,89 @@
+"""LLaVA and ShareGPT rows: `conversations` of `from` and `value`, with `<image>` in the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
+from calibrate.sources.hub import dataset_rows
+from calibrate.sources.jsonl import open_rows, row_object
+from calibrate.sources.source import Source, register_source
+from checkpoint.faults import BadInput, Fault, shortened
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_MARKER = re.compile(r"<(image|video)>")
+
+
+@register_source
+class LlavaSource(Source):
+    """LLaVA rows with `<image>` or `<video>` in the text: JSON, JSON Lines, Parquet or a folder."""
+
+    type: Literal["llava"]
+    path: Path
+    """The file, or a folder that `load_dataset` reads."""
+    media: Path | None = None
+    """Directory that the rows' media paths are relative to; by default that of the file."""
+
+    def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
+        """Yield the samples of the file, in order."""
+        none = Fault(str(self.path), "contains no usable sample", "it needs conversations")
+        if self.path.is_dir() or self.path.suffix.lower() == ".parquet":
+            rows: Iterator[tuple[int, Any]] = enumerate(dataset_rows(str(self.path)), start=1)
+            yield from usable_samples(rows, self._sample, skipped, none)
+            return
+        with open_rows(self.path) as rows:
+            yield from usable_samples(rows, self._sample, skipped, none)
+
+    def files(self) -> list[Path]:
+        """The file itself."""
+        return [self.path]
+
+    def _sample(self, number: int, row: Any) -> Sample:
+        row = row_object(row, self.path, number)
+        where = f"{self.path}: sample {number}"
+        converted = {key: value for key, value in row.items() if key != "conversations"}
+        turns = row.get("conversations") or row.get("messages")
+        if not isinstance(turns, list) or not turns:
+            what = f"conversations is {shortened(turns, 60)}"
+            raise BadInput(Fault(where, what, "give a non-empty list of turns"))
+        converted["messages"] = [_message(turn, where) for turn in turns]
+        base = self.path if self.path.is_dir() else self.path.parent
+        return sample_from_row(converted, str(self.path), str(number), self.media or base)
+
+
+@register_source
+class ShareGptSource(LlavaSource):
+    """ShareGPT rows, which are read as those of LLaVA."""
+
+    type: Literal["sharegpt"]  # type: ignore[assignment]
+
+
+def _message(turn: object, where: str) -> dict[str, Any]:
+    """A turn as a chat message; each marker becomes a part that takes the row's next medium."""
+    fields = turn if isinstance(turn, dict) else {}
+    given = fields.get("from") or fields.get("role")
+    text = fields.get("value") if fields.get("value") is not None else fields.get("content")
+    if given not in _ROLES or not isinstance(text, str):
+        what = f"a turn is {shortened(turn, 80)}"
+        raise BadInput(Fault(where, what, f"give text from one of {', '.join(_ROLES)}"))
+    unknown = set(fields) - {"from", "role", "value", "content", "weight"}
+    if unknown:
+        what = f"fields {shortened(sorted(unknown), 80)} of a turn would be lost"
+        raise BadInput(Fault(where, what, "remove them, or the sample"))
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(_MARKER.split(text)):
+        if number % 2:  # every second piece is a marker's name
+            parts.append({"type": piece})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    content: str | list[dict[str, Any]] = parts if len(parts) > 1 or "<" in text else text
+    return {"role": _ROLES[str(given)], "content": content}

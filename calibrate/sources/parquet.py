@@ -1,0 +1,32 @@
+"""Parquet files and folders of OpenAI chat messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from calibrate.samples import Sample, Skipped
+from calibrate.sources.hub import read_hub
+from calibrate.sources.source import Source, register_source
+
+
+@register_source
+class ParquetSource(Source):
+    """A Parquet file, or a folder of them, with a `messages` column."""
+
+    type: Literal["parquet"]
+    path: Path
+    """The file or the folder."""
+    split: str = "train"
+    """Which split of a folder to read."""
+
+    def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
+        """Yield the rows, in order."""
+        return read_hub(str(self.path), split=self.split, skipped=skipped)
+
+    def files(self) -> list[Path]:
+        """The file, or the Parquet files of the folder."""
+        if self.path.is_dir():
+            return sorted(self.path.rglob("*.parquet"))
+        return [self.path]
