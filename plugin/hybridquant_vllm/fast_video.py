@@ -50,28 +50,36 @@ def register() -> None:
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.hybridquant")
-    # vLLM calls plug-ins in each of its processes; one line is enough.
-    is_main = multiprocessing.parent_process() is None
     folder = Path(vllm.__file__).parent
     reason = reason_to_step_aside(vllm.__version__, folder)
     if reason is not None:
-        if is_main:
+        # vLLM calls plug-ins in each of its processes; one line is enough.
+        if multiprocessing.parent_process() is None:
             logger.warning("hybridquant: fast video steps aside: %s.", reason)
         return
     from vllm.model_executor.models import ModelRegistry
 
-    # Trap: without PyAV, or in a vLLM whose registry differs, a request would fail, not the start.
-    from hybridquant_vllm import __version__, loader
+    # Without PyAV this raises now, not at the first request.
+    from hybridquant_vllm import loader
 
-    loader.check()
+    loader.refuse_picture_bombs()
     # A string: importing the class here would initialize CUDA in a process that forks later.
     ModelRegistry.register_model(ARCHITECTURE, f"hybridquant_vllm.model:{ARCHITECTURE}")
-    if is_main:
-        logger.info(
-            "hybridquant %s: fast video replaces the loader, the processor and the pixel input of "
-            "%s in vLLM %s (off by %s=0).",
-            __version__,
-            ARCHITECTURE,
-            vllm.__version__,
-            SWITCH,
-        )
+
+
+def announce() -> None:
+    """Log what is replaced, in the process that prepares requests.
+
+    Trap: vLLM loads plug-ins before it has set up its log, so that a line of `register` is lost.
+    """
+    if multiprocessing.parent_process() is not None:
+        return
+    import vllm
+    from vllm.logger import init_logger
+
+    from hybridquant_vllm import __version__
+
+    init_logger("vllm.hybridquant").info_once(
+        f"hybridquant {__version__}: fast video replaces the loader, the processor and the pixel "
+        f"input of {ARCHITECTURE} in vLLM {vllm.__version__} (off by {SWITCH}=0)."
+    )

@@ -7,12 +7,15 @@ file and a few token ids.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from vllm import envs
+from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from hybridquant_vllm import __version__
@@ -62,9 +65,24 @@ class FastVideoLoader(VideoLoader):
         }
 
 
-def check() -> None:
-    """Raise AttributeError if this vLLM has no registry of loaders as we know it."""
-    VIDEO_LOADER_REGISTRY.register  # noqa: B018
+def refuse_picture_bombs() -> None:
+    """Make pictures of far too many pixels a ValueError, which vLLM answers with 400.
+
+    Trap: Pillow refuses such a picture itself, with an exception that vLLM 0.32 and 0.33 do not
+    expect. Symptom: 500 Internal Server Error.
+    """
+    stock = ImageMediaIO.load_bytes
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def load_bytes(self: ImageMediaIO, data: bytes) -> Any:
+        try:
+            return stock(self, data)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"image cannot be read: {error} (make it smaller)") from None
+
+    ImageMediaIO.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 def register_loader(frame_size: int | None) -> str:
@@ -72,10 +90,7 @@ def register_loader(frame_size: int | None) -> str:
 
     Each size has a name of its own: an option could be set by a request, to any size.
     """
-    if frame_size is None:
-        name = "hybridquant"
-    else:
-        name = f"hybridquant_{frame_size}"
+    name = f"hybridquant_{frame_size or 'any'}"
     loader = type("FastVideoLoader", (FastVideoLoader,), {"frame_size": frame_size})
     VIDEO_LOADER_REGISTRY.register(name)(loader)
     return name

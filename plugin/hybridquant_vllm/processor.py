@@ -27,7 +27,7 @@ from vllm.transformers_utils.processors.nano_nemotron_vl import (
     get_video_target_size_and_feature_size,
 )
 
-from hybridquant_vllm import loader
+from hybridquant_vllm import fast_video, loader
 from hybridquant_vllm.pixels import PIXEL_POOL, cut_tiles, resize_all
 
 
@@ -99,6 +99,7 @@ class FastProcessingInfo(NanoNemotronVLProcessingInfo):
 
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
+        fast_video.announce()
         processor = self.get_hf_processor()
         # Frames whose size depends on the clip's are resized by the processor: vLLM reads that
         # size once more, to count their tokens.
