@@ -92,6 +92,8 @@ def png_of_size(width: int, height: int) -> bytes:
 
 SHORT_GROUPS = {"g": "7", "bf": "3"}
 
+HDR = "log-level=error:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"
+
 CLIPS = {
     "h264, short groups": clip(90, 30, options=SHORT_GROUPS),
     "h264, one group": clip(60, 12, options={"g": "600"}),
@@ -119,9 +121,7 @@ ODD_CLIPS = {
     "hdr": clip(
         codec="libx265",
         pixel_format="yuv420p10le",
-        options={
-            "x265-params": "log-level=error:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"
-        },
+        options={"x265-params": HDR},
     ),
     "title in another encoding": clip(title=b"Caf\xe9 Ol\xe9"),
     "every frame a keyframe": clip(codec="mjpeg", form="avi", pixel_format="yuvj420p"),
