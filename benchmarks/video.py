@@ -169,6 +169,7 @@ def _prepare(given: argparse.Namespace) -> int:
     result = {
         "command": f"python -m benchmarks.video prepare {given.film.name}",
         "device": f"CPU, {len(os.sched_getaffinity(0))} cores",
+        "load average of the minute before": round(os.getloadavg()[0], 2),
         "vllm": version("vllm"),
         "versions": {name: version(name) for name in ("av", "torch", "opencv-python-headless")},
         "notes": [

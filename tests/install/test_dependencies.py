@@ -22,7 +22,7 @@ MEASURED_ONLY = {"tests", "benchmarks", "dev"}
 """Folders that are not installed with us; what they import may also be a development dependency."""
 
 ELSEWHERE = {"vllm", "mamba_ssm"}
-"""What tests import in scripts that run in the serve environment or on a GPU machine."""
+"""What tests and benchmarks import in the serve environment or on a GPU machine."""
 
 NEEDED_BY_OTHERS = {
     "peft": "modelopt/torch/opt/plugins/peft.py",
@@ -77,7 +77,7 @@ def distributions() -> dict[str, set[str]]:
             beside = folder.name == "tests" and any(ROOT.glob(f"tests/**/{name}.py"))
             if name in SERVE_ENVIRONMENT.get(folder.name, set()) or beside:
                 continue
-            if folder.name == "tests" and name in ELSEWHERE:
+            if folder.name in MEASURED_ONLY and name in ELSEWHERE:
                 continue
             owners = by_package.get(name)
             assert owners, f"{path} imports {name}, which no installed distribution provides"
