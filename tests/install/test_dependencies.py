@@ -13,16 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 FOLDERS = sorted(ROOMS | {"dev", "plugin", "tests"})
-OURS = ROOMS | {"hybridquant", "tests"}
+OURS = ROOMS | {"hybridquant", "hybridquant_vllm", "tests"}
 
-SERVE_ENVIRONMENT = {"plugin": {"vllm", "torch", "hybridquant_vllm"}, "serve": {"vllm"}}
+SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"vllm"}}
 """What folders import that belongs to the serve environment: vLLM brings it."""
 
 MEASURED_ONLY = {"tests", "benchmarks", "dev"}
 """Folders that are not installed with us; what they import may also be a development dependency."""
 
-ELSEWHERE = {"vllm", "hybridquant_vllm", "mamba_ssm"}
-"""What tests import in scripts that run in the serve environment or on a GPU machine."""
+ELSEWHERE = {"vllm", "mamba_ssm"}
+"""What tests and benchmarks import in the serve environment or on a GPU machine."""
 
 NEEDED_BY_OTHERS = {
     "requests": "modelopt/torch/utils/dataset_utils.py",
@@ -76,7 +76,7 @@ def distributions() -> dict[str, set[str]]:
             beside = folder.name == "tests" and any(ROOT.glob(f"tests/**/{name}.py"))
             if name in SERVE_ENVIRONMENT.get(folder.name, set()) or beside:
                 continue
-            if folder.name == "tests" and name in ELSEWHERE:
+            if folder.name in MEASURED_ONLY and name in ELSEWHERE:
                 continue
             owners = by_package.get(name)
             assert owners, f"{path} imports {name}, which no installed distribution provides"

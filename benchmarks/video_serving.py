@@ -1,0 +1,260 @@
+"""Asks two servers about new clips and pages: how long until the first token, how many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import statistics
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.video_clips import looped
+from checkpoint.log import get_logger
+from serve.command import build_environment
+from serve.environment import find_environment
+from serve.preflight import free_port, preflight
+from serve.own_server import OwnServer
+from serve.process import ServerProcess, full_command, new_log, wait_until_ready
+from serve.settings import ServeSettings, override
+
+logger = get_logger(__name__)
+
+SWITCHES = {"stock": "0", "plugin": "1"}
+"""Value of HYBRIDQUANT_FAST_VIDEO by server."""
+
+START_SECONDS = 420.0
+
+Measured = dict[str, Any]
+
+
+class Asker:
+    """One server that answers.
+
+    Args:
+        url: Its address, without `/v1`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._model = OwnServer(url).served_name()
+
+    def ask(self, kind: str, files: list[Path], tokens: int) -> Measured:
+        """Ask about media that the server reads itself.
+
+        Args:
+            kind: `image` or `video`.
+            files: In a folder that the server may read.
+            tokens: Tokens of the answer.
+
+        Returns:
+            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`.
+        """
+        parts: list[Measured] = []
+        for file in files:
+            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"file://{file}"}})
+        parts.append({"type": "text", "text": "What happens?"})
+        body = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        request = urllib.request.Request(
+            f"{self._url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        start = time.perf_counter()
+        first = 0.0
+        prompt_tokens = 0
+        with urllib.request.urlopen(request, timeout=300) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event["choices"] and not first and _has_token(event["choices"][0]):
+                    first = time.perf_counter() - start
+                if event.get("usage"):
+                    prompt_tokens = event["usage"]["prompt_tokens"]
+        return {"first": first, "all": time.perf_counter() - start, "prompt_tokens": prompt_tokens}
+
+
+def _has_token(choice: Measured) -> bool:
+    """Return whether a streamed choice follows a token: the first one only names the role, and a
+    token may have no text.
+    """
+    return bool(choice["delta"].get("content") or choice.get("finish_reason"))
+
+
+@contextlib.contextmanager
+def servers(directory: Path, media: Path, flags: list[str]) -> Iterator[dict[str, Asker]]:
+    """Serve one directory twice, stock and with the plug-in, for the length of a `with` block.
+
+    Args:
+        directory: A checkpoint.
+        media: Folder that requests may name files of.
+        flags: More flags of `vllm serve`.
+
+    Raises:
+        BadInput: The preflight finds faults.
+        ServerDied: A vLLM ends before it answers.
+    """
+    environment = find_environment()
+    shared = ServeSettings(allowed_local_media_path=media, max_images=32)
+    with contextlib.ExitStack() as stack:
+        started: dict[str, tuple[ServerProcess, str]] = {}
+        for name, switch in SWITCHES.items():
+            settings = override(shared, {"port": free_port("127.0.0.1")})
+            config = preflight(directory, settings, environment)
+            variables = build_environment(config, environment.device)
+            variables["HYBRIDQUANT_FAST_VIDEO"] = switch
+            command = full_command(directory, settings, environment, flags)
+            process = ServerProcess(command, variables, new_log(settings))
+            stack.enter_context(process)
+            started[name] = (process, f"http://127.0.0.1:{settings.port}")
+        askers = {}
+        for name, (process, url) in started.items():
+            begun = time.monotonic()
+            wait_until_ready(process, OwnServer(url), START_SECONDS)
+            logger.info("%s answers after %.0f s more", name, time.monotonic() - begun)
+            askers[name] = Asker(url)
+        yield askers
+
+
+class Workload:
+    """Clips and pages that no server has seen, written as they are needed.
+
+    Args:
+        folder: Where the files go.
+        films: MP4 files by the height of their frames.
+    """
+
+    def __init__(self, folder: Path, films: dict[int, Path]) -> None:
+        self._folder = folder
+        self.films = films
+        self._count = 0
+
+    def clip(self, height: int, seconds: float) -> Path:
+        """Write a loop of a film whose bytes are new."""
+        self._count += 1
+        path = self._folder / f"clip{self._count}.mp4"
+        path.write_bytes(looped(self.films[height], seconds, self._count))
+        return path
+
+    def page(self) -> Path:
+        """Draw a page of A4 at 300 dots per inch, full of text."""
+        from PIL import Image, ImageDraw
+
+        self._count += 1
+        words = random.Random(self._count)
+        image = Image.new("RGB", (2480, 3508), "white")
+        pen = ImageDraw.Draw(image)
+        for line in range(60):
+            text = " ".join(f"{words.random():.12f}" for _ in range(9))
+            pen.text((120, 120 + 54 * line), text, fill="black", font_size=30)
+        path = self._folder / f"page{self._count}.png"
+        image.save(path, compress_level=1)
+        return path
+
+
+def measure(
+    askers: dict[str, Asker], work: Workload, seconds: float, keep: Callable[[Measured], None]
+) -> Measured:
+    """Measure both servers, in turn, as far as the time goes.
+
+    Args:
+        askers: The servers by name.
+        work: What they are asked about.
+        seconds: Time to spend; a part is begun only before it has passed.
+        keep: Called with everything measured so far after each part.
+    """
+    end = time.monotonic() + seconds
+    parts: dict[str, Callable[[], Measured]] = {
+        "64 s of 720p": partial(first_tokens, askers, partial(work.clip, 720, 64.0), 6),
+        "the same clip again": partial(again, askers, partial(work.clip, 720, 64.0), 4),
+        "12 clips of 32 s at once": partial(
+            at_once, askers, "video", partial(work.clip, 720, 32.0), 12, 12, 128
+        ),
+        "32 pages, 16 at once": partial(at_once, askers, "image", work.page, 32, 16, 16),
+    }
+    for height in sorted(set(work.films) - {720}):
+        clip = partial(work.clip, height, 64.0)
+        parts[f"64 s of {height}p"] = partial(first_tokens, askers, clip, 3)
+    found: Measured = {}
+    for name, part in parts.items():
+        if time.monotonic() > end:
+            found[name] = "not measured: no time left"
+            continue
+        logger.info("%s", name)
+        try:
+            found[name] = part()
+        except OSError as error:  # refused, or too slow: the other parts are still measured
+            found[name] = f"not measured: {error}"
+        keep(found)
+    return found
+
+
+def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
+    """Seconds to the first token of new clips, one after another, the servers in turn."""
+    runs: dict[str, list[Measured]] = {name: [] for name in askers}
+    for _ in range(count):
+        for name, asker in askers.items():
+            runs[name].append(asker.ask("video", [new_clip()], 1))
+    return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
+        "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
+    }
+
+
+def again(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
+    """Seconds to the first token of a clip that is known: what is left is decoding and prefill."""
+    clip = new_clip()
+    seconds = {}
+    for name, asker in askers.items():
+        runs = [asker.ask("video", [clip], 1)["first"] for _ in range(count)]
+        seconds[name] = runs
+    return _compared(seconds)
+
+
+def _compared(seconds: dict[str, list[float]]) -> Measured:
+    """Return all times, the first, and medians of the others."""
+    medians = {name: statistics.median(runs[1:]) for name, runs in seconds.items()}
+    return {
+        "seconds": {name: [round(run, 3) for run in runs] for name, runs in seconds.items()},
+        "median without the first": {name: round(value, 3) for name, value in medians.items()},
+        "times faster": round(medians["stock"] / medians["plugin"], 2),
+    }
+
+
+def at_once(
+    askers: dict[str, Asker],
+    kind: str,
+    new_file: Callable[[], Path],
+    count: int,
+    width: int,
+    tokens: int,
+) -> Measured:
+    """Requests per second of `count` requests, `width` of them at a time, twice for each server."""
+    rates: dict[str, list[float]] = {name: [] for name in askers}
+    for _ in range(2):
+        for name, asker in askers.items():
+            files = [[new_file()] for _ in range(count)]
+            start = time.perf_counter()
+            with ThreadPoolExecutor(width) as pool:
+                answers = [pool.submit(asker.ask, kind, part, tokens) for part in files]
+                for answer in answers:
+                    answer.result()
+            rates[name].append(count / (time.perf_counter() - start))
+    best = {name: max(found) for name, found in rates.items()}
+    return {
+        "requests per second": {n: [round(rate, 3) for rate in r] for n, r in rates.items()},
+        "times as many": round(best["plugin"] / best["stock"], 2),
+    }

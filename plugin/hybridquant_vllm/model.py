@@ -1,0 +1,138 @@
+"""The model class: takes uint8 frames and tiles, and normalizes them on its device.
+
+Traps of vLLM 0.32 and 0.33 (tests/plugin/test_expected_classes.py):
+
+- vLLM caches the flags it reads off a class under the bytes of this one file: none of them may
+  depend on an environment variable.
+- The decorator of the base class does not reach a subclass; it is repeated here.
+- Some of vLLM's tables are keyed by the name of the class, so it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.model_executor.models import nano_nemotron_vl
+from vllm.model_executor.models.nano_nemotron_vl import NanoNemotronVLDummyInputsBuilder
+from vllm.model_executor.models.radio import RadioModel, RadioVisionEncoderLayer
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from hybridquant_vllm.processor import FastMultiModalProcessor, FastProcessingInfo
+
+_FRAMES_AT_ONCE = 16
+"""Frames normalized at once: in float32 all frames of a clip would take four times the memory."""
+
+
+class UnscaledEncoderLayer(RadioVisionEncoderLayer):
+    """A block of the tower without its two layer scales, which this model does not have.
+
+    vLLM loads no weights for them, so both multiply all activations by ones.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, mask_meta: Any = None) -> torch.Tensor:
+        """Return the block's output, [batch, tokens, hidden]."""
+        attended = self.attn(self.norm1(hidden_states), mask_meta=mask_meta)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+def normalize(
+    pixels: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Normalize uint8 pixels as vLLM's processor does, in float32, and cast.
+
+    Args:
+        pixels: uint8 [N, 3, H, W], in any memory layout.
+        mean: float32 [1, 3, 1, 1], of values between 0 and 1.
+        deviation: The same.
+        dtype: Of the result.
+
+    Returns:
+        [N, 3, H, W], contiguous.
+    """
+    normalized = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
+    for start in range(0, len(pixels), _FRAMES_AT_ONCE):
+        part = slice(start, start + _FRAMES_AT_ONCE)
+        values = pixels[part].to(torch.float32)
+        values.div_(255.0).sub_(mean).div_(deviation)
+        normalized[part].copy_(values)
+    return normalized
+
+
+def _planes_first(pixels: Any) -> Any:
+    """Return uint8 [..., H, W, 3] as a view [..., 3, H, W], in lists too; others unchanged."""
+    if isinstance(pixels, (list, tuple)):
+        return [_planes_first(part) for part in pixels]
+    if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
+        return pixels.movedim(-1, -3)
+    return pixels
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FastMultiModalProcessor,
+    info=FastProcessingInfo,
+    dummy_inputs=NanoNemotronVLDummyInputsBuilder,
+)
+class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
+    """vLLM's class of this model, for pixels in uint8."""
+
+    def extract_feature(
+        self, pixel_values: torch.Tensor, num_frames: int | None = None
+    ) -> torch.Tensor:
+        """Return the tower's features of tiles or frames.
+
+        Args:
+            pixel_values: [N, 3, H, W], uint8 or normalized.
+            num_frames: Frames of the clip, where the tower joins consecutive frames.
+
+        Returns:
+            [N, tokens, hidden].
+        """
+        if pixel_values.dtype != torch.uint8:
+            return super().extract_feature(pixel_values, num_frames)
+        if num_frames is None and len(pixel_values) > 1:
+            return self._features_of_different(pixel_values)
+        return super().extract_feature(self._normalized(pixel_values), num_frames)
+
+    def _features_of_different(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Compute the features of frames that equal the one before only once.
+
+        Slides, paused screens and static cameras have many of them.
+        """
+        is_new = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        is_new[1:] = (pixels[1:] != pixels[:-1]).flatten(1).any(1)
+        places = is_new.cumsum(0) - 1
+        different = pixels[is_new]
+        features = super().extract_feature(self._normalized(different), None)
+        if len(different) == len(pixels):
+            return features
+        return features[places]
+
+    def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor(self.config.norm_mean, device=pixels.device).reshape(1, 3, 1, 1)
+        deviation = torch.tensor(self.config.norm_std, device=pixels.device).reshape(1, 3, 1, 1)
+        return normalize(pixels, mean, deviation, self.llm_dtype)
+
+    def _parse_and_validate_image_input(self, **kwargs: object) -> Any:
+        if "pixel_values_flat" in kwargs:
+            kwargs["pixel_values_flat"] = _planes_first(kwargs["pixel_values_flat"])
+        return super()._parse_and_validate_image_input(**kwargs)
+
+    def _parse_and_validate_video_input(self, **kwargs: object) -> Any:
+        if "pixel_values_flat_video" in kwargs:
+            frames = kwargs["pixel_values_flat_video"]
+            kwargs["pixel_values_flat_video"] = _planes_first(frames)
+        return super()._parse_and_validate_video_input(**kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load the weights, then drop the tower's layer scales if all are ones."""
+        loaded = super().load_weights(weights)
+        if isinstance(self.vision_model, RadioModel):
+            for layer in self.vision_model.model.encoder.layers:
+                scales = torch.stack([layer.ls1, layer.ls2])
+                # vLLM builds the blocks itself and takes no class for them.
+                if type(layer) is RadioVisionEncoderLayer and bool((scales == 1).all()):
+                    layer.__class__ = UnscaledEncoderLayer
+        return loaded

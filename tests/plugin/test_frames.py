@@ -1,0 +1,175 @@
+"""The decoder: the right frames, the same ones in parallel, and what is refused."""
+
+import io
+import time
+
+import av
+import numpy as np
+import pytest
+from plugin_media import CLIPS, ODD_CLIPS, clip, picture, png_of_size, sound
+
+from hybridquant_vllm import frames
+from hybridquant_vllm.frames import ClipError, read_clip, sample_indices
+
+ALL_CLIPS = CLIPS | ODD_CLIPS
+
+
+def read(data, **options):
+    return read_clip(data, **({"fps": 2, "max_frames": 128} | options))
+
+
+def every_frame(data):
+    """All frames of a clip in PyAV's own order, in RGB."""
+    with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.fixture
+def stretches(monkeypatch):
+    """The numbers of stretches that clips were divided into."""
+    counts = []
+    divide = frames._stretches
+
+    def counting(*arguments):
+        found = divide(*arguments)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(frames, "_stretches", counting)
+    return counts
+
+
+@pytest.mark.parametrize("name", ALL_CLIPS)
+@pytest.mark.parametrize("sampling", [{}, {"fps": 0.7, "max_frames": 3}, {"fps": -1}])
+def test_parallel_decoding_gives_the_frames_of_serial_decoding(name, sampling):
+    data = ALL_CLIPS[name]
+    parallel = read(data, **sampling)
+    serial = read(data, parallel=False, **sampling)
+    assert parallel.indices == serial.indices
+    assert np.array_equal(parallel.frames, serial.frames)
+
+
+@pytest.mark.parametrize("name", ALL_CLIPS)
+def test_frames_are_those_of_their_indices(name):
+    taken = read(ALL_CLIPS[name])
+    every = every_frame(ALL_CLIPS[name])
+    assert taken.total == len(every)
+    assert list(taken.indices) == sample_indices(len(every), taken.fps, 2, 128)
+    if name == "h264, rotated":
+        every = [np.rot90(frame) for frame in every]
+    for frame, index in zip(taken.frames, taken.indices, strict=True):
+        gaps = [np.abs(frame.astype(int) - other).mean() for other in every]
+        assert int(np.argmin(gaps)) == index
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("h264, short groups", 3),  # three sampled frames, each in a stretch of its own
+        ("h264, one group", 1),
+        ("mpeg-ts", 0),
+        ("raw h264", 0),
+        ("gif", 0),
+    ],
+)
+def test_only_stretches_with_sampled_frames_are_decoded(name, expected, stretches):
+    fps = 1 if name == "h264, short groups" else 2
+    read(ALL_CLIPS[name], fps=fps)
+    assert stretches == [expected]
+
+
+def test_a_stretch_that_loses_frames_makes_the_clip_be_counted(monkeypatch):
+    whole = read(CLIPS["h264, short groups"])
+
+    def lose(*arguments):
+        raise frames._NotParallel
+
+    monkeypatch.setattr(frames, "_decode_stretch", lose)
+    counted = read(CLIPS["h264, short groups"])
+    assert np.array_equal(counted.frames, whole.frames)
+
+
+def test_a_damaged_clip_is_counted_as_opencv_does(stretches):
+    data = bytearray(clip(form="matroska", options={"bf": "3", "g": "8"}))
+    middle = len(data) // 2
+    data[middle : middle + 200] = bytes(200)
+    damaged = read(bytes(data))
+    assert np.array_equal(damaged.frames, read(bytes(data), parallel=False).frames)
+
+
+def test_frames_come_in_the_size_that_is_asked_for():
+    small = read(CLIPS["h264, short groups"], size=(32, 48))
+    assert small.frames.shape[1:] == (32, 48, 3)
+    large = read(CLIPS["h264, short groups"])
+    assert large.frames.shape[1:] == (64, 96, 3)
+
+
+def test_no_more_frames_are_held_than_there_are_slots(monkeypatch):
+    held = []
+
+    class Counting:
+        def __init__(self):
+            self.now = 0
+
+        def acquire(self):
+            self.now += 1
+            held.append(self.now)
+
+        def release(self):
+            self.now -= 1
+
+    monkeypatch.setattr(frames, "_SLOTS", Counting())
+    read(CLIPS["h264, short groups"], fps=-1)
+    assert len(held) == 90
+
+
+REFUSED = {
+    "text": (b"no video at all", "video cannot be read"),
+    "empty": (b"", "video cannot be read"),
+    "playlist": (b"#EXTM3U\n#EXTINF:10,\nfile:///etc/hostname\n", "video cannot be read"),
+    "no index": (clip()[:900], "video cannot be read"),
+    "sound": (sound(), "file has no video stream"),
+    "sound with a cover": (sound(cover=True), "only a cover picture"),
+    "picture": (png_of_size(8, 8), "file is a picture (png)"),
+    "bomb": (png_of_size(100_000, 100_000), "file is a picture (png)"),
+    "8K": (clip(2, 2, size=(7680, 4320), options={"preset": "ultrafast"}), "at most 16777216"),
+    "ten hours": (clip(2, 1, form="matroska", options={"g": "1"}), "seconds long"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused_at_once(name, monkeypatch):
+    data, reason = REFUSED[name]
+    if name == "ten hours":
+        monkeypatch.setattr(frames, "MAX_SECONDS", 1)
+    started = time.process_time()
+    with pytest.raises(ClipError) as caught:
+        read(data)
+    assert time.process_time() - started < 1
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+def test_larger_frames_than_the_limit_are_refused():
+    with pytest.raises(ClipError, match="at most 1000 are served"):
+        read(CLIPS["gif"], max_pixels=1000)
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    (tmp_path / "clip.ts").write_bytes(ODD_CLIPS["mpeg-ts"])
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n"
+    with pytest.raises(ClipError, match="cannot be read"):
+        read(playlist.encode())
+
+
+@pytest.mark.parametrize(
+    ("fps", "max_frames", "indices"),
+    [(-1, -1, list(range(10))), (-1, 2, [0, 9]), (5, -1, [0, 2, 4, 6, 9]), (0.1, 5, [0])],
+)
+def test_either_limit_may_be_left_out_as_in_vllm(fps, max_frames, indices):
+    assert sample_indices(10, 10, fps, max_frames) == indices
+
+
+def test_pictures_of_the_clips_differ():
+    assert not np.array_equal(picture(0, 96, 64), picture(1, 96, 64))

@@ -1,0 +1,176 @@
+"""The plug-in in vLLM: prompts and pixels equal calibration's, bad media are bad requests, and each
+trap of the classes that it subclasses.
+
+tests/calibrate/test_against_vllm.py compares the same prompts with stock vLLM's, token for token.
+"""
+
+import base64
+import io
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plugin_media import CLIPS, ODD_CLIPS, clip, picture, png_of_size, sound
+
+from calibrate.prompts import build_prompt
+from calibrate.samples import Sample
+from checkpoint.video import UNPRUNED
+from hybridquant_vllm import __version__
+from serve.environment import find_python
+
+REPORT = Path(__file__).with_name("plugin_report.py")
+PLUGIN = Path(__file__).parents[2] / "plugin"
+
+
+def png(width, height):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(1, width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def messages(kind, *files):
+    parts = []
+    for data in files:
+        url = f"data:{kind}/x;base64,{base64.b64encode(data).decode()}"
+        parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]
+
+
+GOOD = {name: messages("video", data) for name, data in (CLIPS | ODD_CLIPS).items()}
+GOOD["two clips"] = messages("video", clip(20), clip(9, 3, size=(64, 64)))
+GOOD["page"] = messages("image", png(620, 877))
+GOOD["three pictures"] = messages("image", png(100, 100), png(256, 256), png(700, 300))
+
+BAD = {
+    "truncated": (messages("video", clip()[:900]), "video cannot be read"),
+    "sound": (messages("video", sound()), "no video stream"),
+    "sound with a cover": (messages("video", sound(cover=True)), "only a cover picture"),
+    "picture as a clip": (messages("video", png(64, 64)), "file is a picture"),
+    "clip as a picture": (messages("image", clip()), "Failed to load image"),
+    "bomb": (messages("image", png_of_size(100_000, 100_000)), "make it smaller"),
+    "bomb as a clip": (messages("video", png_of_size(100_000, 100_000)), "file is a picture"),
+}
+
+
+@pytest.fixture(scope="module")
+def report(tiny, tmp_path_factory):
+    """Everything that vLLM's side says, from one process."""
+    at = tmp_path_factory.mktemp("plugin")
+    cases = {name: {"messages": chat} for name, chat in GOOD.items()}
+    cases |= {name: {"messages": chat} for name, (chat, _) in BAD.items()}
+    first = GOOD["h264, short groups"]
+    cases["again"] = {"messages": first}
+    cases["other rate"] = {"messages": first, "video": {"fps": 1}}
+    (at / "cases.json").write_text(json.dumps(cases))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": str(PLUGIN), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_CACHE_ROOT": str(at / "cache")}
+    done = subprocess.run(
+        [find_python(), REPORT, tiny, at / "cases.json", at / "out.npz"],
+        env=environment,
+        cwd=at,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    found["log"] = (done.stdout + done.stderr).splitlines()
+    found["pixels"] = np.load(at / "out.npz")
+    return found
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_prompts_and_pixels_equal_those_of_calibration(name, report, tiny_checkpoint):
+    config = tiny_checkpoint.config
+    sample = Sample(name, GOOD[name], "test")
+    prompt = build_prompt(sample, config, tiny_checkpoint.tokenizer, UNPRUNED)
+    assert report["media"][name]["ids"] == prompt.token_ids
+    mean = torch.tensor(config.raw["norm_mean"]).reshape(1, 3, 1, 1)
+    deviation = torch.tensor(config.raw["norm_std"]).reshape(1, 3, 1, 1)
+    seen = {"image": 0, "video": 0}
+    for item in prompt.media:
+        pixels = report["pixels"][f"{name}/{item.kind}/{seen[item.kind]}"]
+        seen[item.kind] += 1
+        assert pixels.dtype == np.uint8
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+        tiles = prompt.tiles[item.first_tile : item.first_tile + item.tiles]
+        assert torch.equal((values / 255.0 - mean) / deviation, tiles)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_media_are_bad_requests_with_a_reason_at_once(name, report):
+    answer = report["media"][name]
+    assert BAD[name][1] in answer["error"]
+    assert answer["is_bad_request"]
+    assert answer["seconds"] < 1
+
+
+def test_the_cache_key_follows_the_file_and_how_it_is_sampled(report):
+    first = report["media"]["h264, short groups"]["hashes"]
+    assert report["media"]["again"]["hashes"] == first
+    assert report["media"]["other rate"]["hashes"] != first
+
+
+def test_one_line_says_what_is_replaced_and_in_which_vllm(report):
+    lines = [line for line in report["log"] if "fast video replaces" in line]
+    assert len(lines) == 1
+    assert __version__ in lines[0]
+    assert "HYBRIDQUANT_FAST_VIDEO=0" in lines[0]
+
+
+def test_clips_come_through_the_loader_in_the_models_size(report, tiny_checkpoint):
+    size = tiny_checkpoint.config.tile_size
+    assert report["options"]["video"]["video_backend"] == f"hybridquant_{size}"
+    assert report["loader"] == size
+
+
+def test_normalizing_on_the_device_gives_vllms_values(report):
+    assert report["model"]["normalized_equal"]
+    assert report["model"]["normalized_is_contiguous"]
+
+
+def test_frames_that_equal_the_one_before_are_computed_once(report):
+    assert report["model"]["reused"] == {"asked": [5], "equal": True}
+
+
+def test_upstream_trap_the_processor_must_be_registered_for_the_subclass(report):
+    """A decorator of the base class; without ours, vLLM would resize in float32 silently."""
+    assert report["model"]["stock_has_own_processor"]
+    assert report["model"]["has_own_processor"]
+    assert report["processor"] == "FastMultiModalProcessor"
+
+
+def test_upstream_trap_tables_by_the_name_of_the_class(report):
+    assert report["model"]["name"] == "NemotronH_Nano_VL_V2"
+    assert report["model"]["registered"] == "hybridquant_vllm.model"
+    assert report["model"]["is_multimodal"]
+
+
+def test_upstream_trap_sequential_encoding_is_asked_with_hasattr(report):
+    """Setting it False would do nothing; the subclass keeps it."""
+    assert report["model"]["sequential"]
+
+
+def test_upstream_trap_layer_scales_are_multiplied_and_never_loaded(report):
+    """If this fails, `UnscaledEncoderLayer` may go, or must load them."""
+    assert report["model"]["layer_scales"]
+    assert not report["model"]["scales_are_loaded"]
+
+
+def test_vllm_does_not_normalize_this_model_on_the_device_itself(report):
+    assert not report["model"]["device_normalize"]
+
+
+def test_the_overridden_methods_have_the_arguments_that_we_know(report):
+    assert report["model"]["signatures"] == {
+        "extract_feature": ["self", "pixel_values", "num_frames"],
+        "images": ["self", "images", "max_num_tiles"],
+        "video": ["self", "text", "videos"],
+        "layer": ["self", "hidden_states", "mask_meta"],
+    }

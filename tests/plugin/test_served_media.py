@@ -1,0 +1,58 @@
+"""Bad media on a running server: 400 with a reason at once, while good requests are answered."""
+
+import base64
+import json
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from plugin_media import CLIPS, ODD_CLIPS, clip, png_of_size, sound
+
+
+def ask(server, kind, data):
+    """Ask about one medium and return (status, answer or reason, seconds)."""
+    url = f"data:{kind}/x;base64,{base64.b64encode(data).decode()}"
+    parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}]
+    parts.append({"type": "text", "text": "What is it?"})
+    body = {
+        "model": server.model,
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": parts}],
+    }
+    headers = {"Content-Type": "application/json"}
+    address = f"{server.url}/chat/completions"
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    started = time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)["choices"][0]["message"]["content"]
+            return response.status, answer, time.monotonic() - started
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), time.monotonic() - started
+
+
+BAD = {
+    "truncated": ("video", clip()[:900], "video cannot be read"),
+    "sound": ("video", sound(), "no video stream"),
+    "8K": ("video", clip(2, 2, size=(7680, 4320), options={"preset": "ultrafast"}), "at most"),
+    "bomb": ("image", png_of_size(100_000, 100_000), "make it smaller"),
+    "bomb as a clip": ("video", png_of_size(100_000, 100_000), "file is a picture"),
+}
+
+
+@pytest.mark.server
+def test_bad_media_are_refused_while_good_ones_are_answered(server):
+    good = [CLIPS["h264, short groups"], ODD_CLIPS["no duration"], ODD_CLIPS["one frame"]]
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(ask, server, "video", data) for data in good]
+        refused = {name: ask(server, kind, data) for name, (kind, data, _) in BAD.items()}
+        statuses = [answer.result()[0] for answer in answers]
+    assert statuses == [200, 200, 200]
+    for name, (status, reason, seconds) in refused.items():
+        assert status == 400, (name, reason)
+        assert BAD[name][2] in reason
+        assert seconds < 2, name  # under one where nothing else runs
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert log.count("fast video replaces") == 1
