@@ -18,8 +18,8 @@ from benchmarks.video_clips import looped
 from checkpoint.log import get_logger
 from serve.command import build_environment
 from serve.environment import find_environment
-from serve.preflight import free_port, preflight
 from serve.own_server import OwnServer
+from serve.preflight import free_port, preflight
 from serve.process import ServerProcess, full_command, new_log, wait_until_ready
 from serve.settings import ServeSettings, override
 
