@@ -102,13 +102,11 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
         Slides, paused screens and static cameras have many of them.
         """
         is_new = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-        is_new[1:] = (pixels[1:] != pixels[:-1]).flatten(1).any(1)
-        places = is_new.cumsum(0) - 1
-        different = pixels[is_new]
-        features = super().extract_feature(self._normalized(different), None)
-        if len(different) == len(pixels):
-            return features
-        return features[places]
+        is_new[1:] = (pixels[1:] != pixels[:-1]).any(dim=(1, 2, 3))
+        if bool(is_new.all()):
+            return super().extract_feature(self._normalized(pixels), None)
+        features = super().extract_feature(self._normalized(pixels[is_new]), None)
+        return features[is_new.cumsum(0) - 1]
 
     def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
         mean = torch.tensor(self.config.norm_mean, device=pixels.device).reshape(1, 3, 1, 1)

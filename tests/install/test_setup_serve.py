@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from checkpoint.faults import BadInput
-from serve.setup_environment import set_up
+from serve.setup_environment import DECODER, set_up
+
+ROOT = Path(__file__).parents[2]
 
 # The end of what pip 26.3 prints when a build backend fails.
 BUILD_FAILED = """\
@@ -38,3 +42,8 @@ def test_the_reason_that_pip_gives_is_shown(printed, reason, tmp_path):
     with pytest.raises(BadInput) as caught:
         set_up(python)
     assert reason in str(caught.value)
+
+
+def test_serving_decodes_with_the_release_that_calibration_decodes_with():
+    for name in ("requirements.txt", "requirements-serve-cpu.txt", "requirements-serve-cuda.txt"):
+        assert DECODER in (ROOT / name).read_text(encoding="utf-8").splitlines()
