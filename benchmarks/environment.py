@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from checkpoint.libraries import find_mamba_kernels, prepare_libraries
+from checkpoint.libraries import find_mamba_kernels
 
 
 def device_name(device: str) -> str:
@@ -17,12 +17,3 @@ def device_name(device: str) -> str:
 def mamba_kernels() -> str:
     """Return `mamba_ssm` if its kernels are used, otherwise why they are not."""
     return find_mamba_kernels() or "mamba_ssm"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that may change a result."""
-    # The import below also imports the model classes, which need prepared libraries.
-    prepare_libraries()
-    from pipeline.inputs import versions as installed
-
-    return installed()

@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.parts import write_json
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main
+from checkpoint.libraries import installed_versions
 
 _MISSED = "gate missed:"
 
@@ -38,14 +39,12 @@ def _run() -> int:
     seconds = time.monotonic() - start
     peak = _peak_of_children()
 
-    from benchmarks.environment import versions
-
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     without_folders = re.sub(r"=/(\S*/)?", "=", " ".join(given.command))
     measured = {
         "command": f"python -m benchmarks.memory -- {without_folders}",
         "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.machine()}",
-        "versions": versions(),
+        "versions": installed_versions(),
         "gate": missed or "passed, or none",
         "seconds": round(seconds, 1),
         "peak_resident_gb": round(peak / 1e9, 3),

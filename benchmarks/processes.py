@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import device_name, versions
+from benchmarks.environment import device_name
 from benchmarks.parts import Parts, write_json
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main
 from checkpoint.files import TensorFiles
+from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from export.manifest import read_manifest
 from recipes.loading import SHIPPED
@@ -205,7 +206,7 @@ def measure(work: Path, processes: int, steps: int, device: str) -> dict[str, An
     result: dict[str, Any] = {
         "device": device_name(device),
         "processes": processes,
-        "versions": versions(),
+        "versions": installed_versions(),
         "ptq": ptq(work, processes, device, model, parts),
     }
     if device == "cuda":

@@ -22,11 +22,12 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 
-from benchmarks.environment import device_name, mamba_kernels, versions
+from benchmarks.environment import device_name, mamba_kernels
 from benchmarks.parts import Parts
 from benchmarks.processes import same_files
 from calibrate.activations import Activations, Budget
 from checkpoint.files import TensorFiles
+from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from checkpoint.native import load_model
 from checkpoint.opened import Checkpoint, check_finite, open_bf16
@@ -202,7 +203,7 @@ def _write(
     with open_writer(checkpoint, policy, out) as writer:
         for layer in layers:
             writer.put(layer.index, layer.tensors())
-    manifest = Manifest({}, versions(), policy.counts(), {})
+    manifest = Manifest({}, installed_versions(), policy.counts(), {})
     write_companions(checkpoint, policy, out, manifest)
 
 
@@ -319,7 +320,7 @@ def measure(
     figures = _figures(clock.seconds, samples, tokens)
     return {
         "device": device_name(device),
-        "versions": versions(),
+        "versions": installed_versions(),
         "mamba_kernels": mamba_kernels(),
         "format": format,
         "samples": samples,

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import versions
 from benchmarks.parts import Parts, write_json
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
 from checkpoint.faults import Fault, main, raise_if_any
+from checkpoint.libraries import installed_versions
 from serve.ask import ask
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
@@ -178,7 +178,7 @@ def _run() -> int:
         "command": shlex.join(command),
         "device": environment.device.name,
         "vllm": vllm_version(),
-        "versions": versions(),
+        "versions": installed_versions(),
         "served": found,
     }
     write_json(given.json, result)

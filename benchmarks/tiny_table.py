@@ -19,12 +19,12 @@ from accuracy.answers import answer_tasks
 from accuracy.endpoint import ask_endpoint
 from accuracy.paired import Paired, pair, paired_table
 from accuracy.scoring import result
-from benchmarks.environment import device_name, versions
+from benchmarks.environment import device_name
 from benchmarks.parts import Parts
 from benchmarks.serving import backend_flags, read_log, split_backend, vllm_version
 from benchmarks.tiny_forms import VARIANTS, split_rate
 from calibrate.samples import Sample
-from checkpoint.libraries import prepare_libraries
+from checkpoint.libraries import installed_versions, prepare_libraries
 from checkpoint.opened import open_checkpoint
 from checkpoint.video import UNPRUNED
 from export.manifest import read_manifest
@@ -184,7 +184,7 @@ def measure(
         "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "items": count,
         "split": split,
-        "versions": versions(),
+        "versions": installed_versions(),
         "against_bf16": _plain(against_bf16),
         "evs_bf16": curve,
         "served_against_in_process": _plain(in_process),

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import device_name, mamba_kernels, versions
+from benchmarks.environment import device_name, mamba_kernels
 from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
 from checkpoint.command import command_parser
 from checkpoint.faults import BadInput, Fault, main
+from checkpoint.libraries import installed_versions
 from checkpoint.log import set_up_logging
 from checkpoint.run_state import RunState
 from recipes.loading import SHIPPED
@@ -178,7 +179,7 @@ def _run() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.training", *options]),
         "device": device_name("cuda"),
         "processes": given.processes,
-        "versions": versions(),
+        "versions": installed_versions(),
         "mamba_kernels": mamba_kernels(),
         **measure(_command(given, output), given.steps, given.processes),
     }

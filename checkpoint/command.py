@@ -19,7 +19,7 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=first,
-        epilog=rest.strip() or None,
+        epilog=rest.strip("\n") or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_verbosity_options(parser)

@@ -9,6 +9,7 @@ that the kernels can be found.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import warnings
@@ -82,3 +83,25 @@ def model_classes() -> Any:
     """transformers' module of the vision-language model: `NemotronH_Omni_Reasoning_V3`."""
     find_mamba_kernels()
     return importlib.import_module(_MODEL)
+
+
+_PACKAGES = (
+    "nvidia-modelopt",
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "hybridquant",
+)
+"""Packages whose version may change the result."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that may change the result."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

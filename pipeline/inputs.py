@@ -1,8 +1,7 @@
-"""Opens what a recipe names: checkpoint, device, samples; and the versions of packages."""
+"""Opens what a recipe names: checkpoint, device, samples."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 from collections.abc import Iterator
 
@@ -22,16 +21,6 @@ from checkpoint.video import Video
 from quantize.distill.settings import Distill
 from recipes.schema import TINY, Recipe
 from tiny.checkpoint import tiny_checkpoint
-
-_PACKAGES = (
-    "nvidia-modelopt",
-    "torch",
-    "transformers",
-    "safetensors",
-    "datasets",
-    "hybridquant",
-)
-"""Packages whose version may change the result."""
 
 
 def open_source(recipe: Recipe) -> Checkpoint:
@@ -141,14 +130,3 @@ def source_digests(recipe: Recipe) -> dict[str, str]:
         sources += recipe.distill.sources
     files = {path for source in sources for path in source.files()}
     return {str(path): file_digest(path) for path in sorted(files)}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that may change the result."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -12,6 +12,7 @@ from accuracy.agreement import States
 from calibrate.prompts import Prompt
 from calibrate.samples import Skipped
 from checkpoint.faults import raise_if_any
+from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
@@ -22,7 +23,6 @@ from pipeline.inputs import (
     prompts_of,
     source_digests,
     training_samples,
-    versions,
 )
 from quantize.algorithms import algorithm_faults
 from quantize.distill.plan import DistillationPlan, plan_distillation
@@ -142,7 +142,7 @@ def _identity(
     parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)
     parts["samples"] = source_digests(recipe)
-    parts["versions"] = versions()
+    parts["versions"] = installed_versions()
     parts["processes"] = processes.count
     parts["device"] = device.partition(":")[0]
     return identity_of(parts)
@@ -194,7 +194,7 @@ def make_manifest(job: Job, record: Record) -> Manifest:
     recipe = job.recipe.model_dump(mode="json")
     return Manifest(
         recipe=recipe,
-        versions=versions(),
+        versions=installed_versions(),
         formats=job.policy.counts(),
         calibration=dict(record.calibration),
         video=job.recipe.video,

@@ -92,7 +92,7 @@ class Quantize(Section):
     layers: Annotated[tuple[Rule, ...], Field(min_length=1)]
     """Rules in order; the last that matches a linear wins."""
     kv_cache: Literal["fp8"] | None = None
-    """Format of the KV cache; None leaves it unquantized, as published."""
+    """Format of the KV cache; null leaves it unquantized, as published."""
     algorithm: Literal["max", "mse", "local_hessian", "awq_clip", "gptq"] = "max"
     """ModelOpt's calibration algorithm; `quantize/algorithms.py` describes what each does, and for
     which formats.
