@@ -112,6 +112,12 @@ def prompts_of(
     return itertools.chain([first], prompts)
 
 
+def available_samples(section: Calibrate | Accuracy) -> int:
+    """How many samples a section's sources hold, as far as that is known, of those asked for."""
+    total = sum(source.count(section.samples) for source in section.sources)
+    return min(section.samples, total)
+
+
 def training_samples(section: Distill) -> Iterator[Sample]:
     """Yield one pass over the samples of a distillation, the same at every call."""
     skipped = Skipped(section.max_skipped)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
-from calibrate.sources.hub import dataset_rows
-from calibrate.sources.jsonl import open_rows, row_object
+from calibrate.sources.hub import count_dataset, dataset_rows
+from calibrate.sources.jsonl import count_rows, open_rows, row_object
 from calibrate.sources.source import Source, register_source
 from checkpoint.faults import BadInput, Fault, shortened
 
@@ -36,16 +36,26 @@ class LlavaSource(Source):
     def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
         """Yield the samples of the file, in order."""
         none = Fault(str(self.path), "contains no usable sample", "it needs conversations")
-        if self.path.is_dir() or self.path.suffix.lower() == ".parquet":
+        if self._is_dataset:
             rows: Iterator[tuple[int, Any]] = enumerate(dataset_rows(str(self.path)), start=1)
             yield from usable_samples(rows, self._sample, skipped, none)
             return
         with open_rows(self.path) as rows:
             yield from usable_samples(rows, self._sample, skipped, none)
 
+    def count(self, samples: int) -> int:
+        """Rows, at most `samples`."""
+        if self._is_dataset:
+            return count_dataset(str(self.path), samples)
+        return count_rows(self.path, samples)
+
     def files(self) -> list[Path]:
         """The file itself."""
         return [self.path]
+
+    @property
+    def _is_dataset(self) -> bool:
+        return self.path.is_dir() or self.path.suffix.lower() == ".parquet"
 
     def _sample(self, number: int, row: Any) -> Sample:
         row = row_object(row, self.path, number)

@@ -48,6 +48,13 @@ class Source(Section):
         """
         raise NotImplementedError
 
+    def count(self, samples: int) -> int:
+        """Return how many of `samples` there are rows for, as far as that is known cheaply.
+
+        The plan of a run follows it. Rows that cannot be used are counted too.
+        """
+        return samples
+
     def files(self) -> list[Path]:
         """Files whose content decides the samples; a run is not resumed when one has changed."""
         return []

@@ -12,7 +12,7 @@ from calibrate.samples import Sample, Skipped
 from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
-from pipeline.inputs import prompts_of, source_digests
+from pipeline.inputs import available_samples, prompts_of, source_digests
 from recipes.loading import SHIPPED, load_recipe
 
 
@@ -73,6 +73,66 @@ def test_a_parquet_file_and_its_folder_are_read(name, path, tmp_path):
     source = known_sources()[name].model_validate({"type": name, key: str(tmp_path / path)})
     (sample,) = source.read(1, 0, Skipped())
     assert sample.messages == [{"role": "user", "content": "Hello"}]
+
+
+ROWS = {"messages": [[{"role": "user", "content": "Hello"}]] * 5}
+
+
+def _write_lines(path):
+    lines = [json.dumps({"messages": messages}) for messages in ROWS["messages"]]
+    path.write_text("\n\n".join(lines) + "\n")
+
+
+def _write_array(path):
+    path.write_text(json.dumps([{"messages": messages} for messages in ROWS["messages"]]))
+
+
+def _write_parquet(path):
+    import datasets
+
+    path.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(ROWS).to_parquet(path)
+
+
+def _save(path):
+    import datasets
+
+    datasets.Dataset.from_dict(ROWS).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "written", "given", "write"),
+    [
+        ("jsonl", "path", "rows.jsonl", "rows.jsonl", _write_lines),
+        ("jsonl", "path", "rows.json", "rows.json", _write_array),
+        ("llava", "path", "rows.json", "rows.json", _write_array),
+        ("sharegpt", "path", "rows.jsonl", "rows.jsonl", _write_lines),
+        ("llava", "path", "rows.parquet", "rows.parquet", _write_parquet),
+        ("parquet", "path", "rows.parquet", "rows.parquet", _write_parquet),
+        ("parquet", "path", "data/train.parquet", "data", _write_parquet),
+        ("hub", "name", "data/train.parquet", "data", _write_parquet),
+        ("hub", "name", "saved", "saved", _save),
+    ],
+)
+def test_a_source_counts_its_rows(tmp_path, name, key, written, given, write):
+    write(tmp_path / written)
+    source = known_sources()[name].model_validate({"type": name, key: str(tmp_path / given)})
+    assert source.count(1024) == 5
+    assert source.count(3) == 3
+
+
+def test_a_source_that_cannot_be_counted_is_taken_to_have_enough(tmp_path):
+    values = [{"type": "synthetic"}, {"type": "hub", "name": str(tmp_path / "nowhere")}]
+    for value in values:
+        assert known_sources()[value["type"]].model_validate(value).count(7) == 7
+
+
+def test_what_several_sources_hold_together_is_available(tmp_path):
+    _write_lines(tmp_path / "rows.jsonl")
+    lines = f"{{type: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
+    assert available_samples(recipe(lines, lines, samples=1024).calibrate) == 10
+    assert available_samples(recipe(lines, lines, samples=8).calibrate) == 8
+    assert available_samples(recipe(lines, "{type: synthetic}", samples=99).calibrate) == 99
 
 
 @pytest.fixture
