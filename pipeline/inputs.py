@@ -118,9 +118,13 @@ def available_samples(section: Calibrate | Accuracy) -> int:
     return min(section.samples, total)
 
 
-def training_samples(section: Distill) -> Iterator[Sample]:
-    """Yield one pass over the samples of a distillation, the same at every call."""
-    skipped = Skipped(section.max_skipped)
+def training_samples(section: Distill, skipped: Skipped) -> Iterator[Sample]:
+    """Yield one pass over the samples of a distillation, the same at every call.
+
+    Args:
+        section: With sources, number of samples and seed.
+        skipped: Takes the rows that are no samples, of all passes.
+    """
     return shuffled(_mixed_samples(section, "distill.sources", skipped), section.seed)
 
 

@@ -117,10 +117,12 @@ def _plan_distillation(
     section = recipe.distill
     if section is None:
         return None
-    next(training_samples(section))  # a source that does not exist is reported now
+    skipped = Skipped(section.max_skipped, repeats=True)
+    next(training_samples(section, skipped))  # a source that does not exist is reported now
     return plan_distillation(
         section,
-        lambda: training_samples(section),
+        lambda: training_samples(section, skipped),
+        skipped,
         checkpoint,
         policy,
         recipe.video,

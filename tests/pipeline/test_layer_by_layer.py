@@ -318,8 +318,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=13_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = r"needs .* with what is kept beside it, 0\.01 GB are free"
+    endless = "calibrate.sources=[{type: synthetic, kinds: {text: 1}}]"
     with pytest.raises(BadInput, match=message):
-        endless = "calibrate.sources=[{type: synthetic, kinds: {text: 1}}]"
         run_layers(tiny, tmp_path / "out", "calibrate.samples=3000", endless)
     assert os.listdir(tmp_path) == []
 
