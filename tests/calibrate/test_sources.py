@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from calibrate.prompts import build_prompt
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
+from checkpoint.video import Video
 from pipeline.inputs import available_samples, prompts_of, source_digests
 from recipes.loading import SHIPPED, load_recipe
 
@@ -60,6 +62,58 @@ def test_llava_rows_become_messages_with_their_media_in_place(tmp_path):
             },
             {"role": "assistant", "content": "red"},
         ]
+
+
+WEATHER = {"name": "weather", "arguments": {"city": "Ulm"}}
+
+
+def sharegpt(tmp_path, turns, **columns):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": turns, **columns}))
+    source = known_sources()["sharegpt"](type="sharegpt", path=tmp_path / "rows.jsonl")
+    (sample,) = source.read(1, 0, Skipped())
+    return sample
+
+
+@pytest.mark.parametrize("result", ["observation", "tool"])
+@pytest.mark.parametrize("calls", [[WEATHER], [WEATHER, WEATHER]])
+def test_the_tools_of_sharegpt_become_calls_and_results(tmp_path, tiny_checkpoint, result, calls):
+    turns = [
+        {"from": "human", "value": "Does it rain?"},
+        {"from": "function_call", "value": json.dumps(calls[0] if len(calls) == 1 else calls)},
+        {"from": result, "value": '{"rain": true}'},
+        {"from": "gpt", "value": "It does."},
+    ]
+    tool = {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
+    sample = sharegpt(tmp_path, turns, tools=json.dumps([tool]))
+    assert [message["role"] for message in sample.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    made = [{"type": "function", "function": call} for call in calls]
+    assert sample.messages[1] == {"role": "assistant", "content": "", "tool_calls": made}
+    assert sample.messages[2]["content"] == '{"rain": true}'
+    assert sample.tools == [{"type": "function", "function": tool}]
+    # The tiny checkpoint's template has no place for tools.
+    with pytest.raises(BadInput, match="the chat template ignores tools"):
+        build_prompt(sample, tiny_checkpoint.config, tiny_checkpoint.tokenizer, Video())
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "function_call", "value": "weather(Ulm)"}, "function_call is weather"),
+        ({"from": "function_call", "value": '{"name": "x"}'}, 'function_call is {"name": "x"}'),
+        ({"from": "function_call", "value": "[[" * 9999}, "function_call is "),
+        ({"from": "tool", "value": "<tool_response>7</tool_response>"}, "with markup"),
+        ({"from": "critic", "value": "Good."}, "a turn is "),
+    ],
+)
+def test_turns_that_are_no_calls_are_refused(tmp_path, turn, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        sharegpt(tmp_path, [{"from": "human", "value": "Hello"}, turn])
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("path", [".", "train.parquet"])
