@@ -1,7 +1,7 @@
 """The files beside the weights: which belong to the model, whether they are sound, their content.
 
 What an export copies is decided by rules that allow: tokenizer, processor, chat template, licence,
-readme, and the Python files that auto_map names with what they import. Optimizer states, other
+model card, and the Python files that auto_map names with what they import. Optimizer states, other
 formats of the weights, earlier exports and logs stay behind.
 
 Does not import torch.
@@ -35,13 +35,23 @@ _ALLOWED = (
     "*processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+"""Patterns of the names that are copied, in upper and lower case."""
+
+_DOCUMENTS = (
+    "*.md",
+    "README*",
+    "MODEL_CARD*",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
     "COPYING*",
-    "README*",
+    "COPYRIGHT*",
+    "CITATION*",
 )
-"""Patterns of the names that are copied, in upper and lower case."""
+"""The same for what people read: the model card, its parts on safety or privacy, the licence."""
+
+_BACKUPS = ("*~", "*.bak", "*.orig", "*.old", "*.tmp", "*.swp")
 
 _WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")
 _WRITTEN = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
@@ -109,7 +119,7 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
         BadInput: With every one that must not or cannot be read.
     """
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    copied = [name for name in names if _is_allowed(name)]
+    copied = [name for name in names if _is_allowed(name) or _is_document(directory / name)]
     copied += _needed_python(directory, names)
     digests = {}
     nbytes = 0
@@ -134,7 +144,20 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
 
 
 def _is_allowed(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.upper(), pattern.upper()) for pattern in _ALLOWED)
+    return _matches(name, _ALLOWED)
+
+
+def _is_document(path: Path) -> bool:
+    """Whether a file is to be read by people; folders and empty files are left out."""
+    if not _matches(path.name, _DOCUMENTS) or _matches(path.name, _BACKUPS):
+        return False
+    if path.is_dir():
+        return False
+    return not path.is_file() or path.stat().st_size > 0
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name.upper(), pattern.upper()) for pattern in patterns)
 
 
 def _needed_python(directory: Path, names: list[str]) -> list[str]:
