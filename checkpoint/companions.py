@@ -51,11 +51,13 @@ _DOCUMENTS = (
 )
 """The same for what people read: the model card, its parts on safety or privacy, the licence."""
 
+_READMES = ("README*",)
 _BACKUPS = ("*~", "*.bak", "*.orig", "*.old", "*.tmp", "*.swp")
 
 _WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")
 _WRITTEN = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
 _COPY = "copy it from the released checkpoint"
+_COPY_SOURCE = "copy it from the source"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,33 @@ class Companions:
                     raise
         if changed:
             raise BadInput(*changed)
+
+    def copy_faults(self, target: Path) -> Iterator[Fault]:
+        """Yield one fault for each file of a copy that is not the same, byte for byte.
+
+        Readmes may differ: on the Hub, a copy has one of its own.
+
+        Args:
+            target: The directory that `copy_to` has written to.
+        """
+        for name, digest in self.digests.items():
+            if _matches(name, _READMES):
+                continue
+            path = target / name
+            if not path.exists():
+                yield Fault(str(path), f"no such file, unlike in {self.directory}", _COPY_SOURCE)
+                continue
+            try:
+                data = read_small_file(path, target)
+            except BadInput as bad:
+                yield from bad.faults
+                continue
+            if hashlib.sha256(data).hexdigest() != digest:
+                yield Fault(str(path), f"differs from that of {self.directory}", _COPY_SOURCE)
+        for path in sorted(target.iterdir()):
+            if _is_allowed(path.name) and path.name not in self.digests:
+                what = f"does not exist in {self.directory}"
+                yield Fault(str(path), what, "remove it, if nobody needs it")
 
 
 def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
