@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 # The last is Python's message when there is no memory for a thread's stack.
 _EXHAUSTED = re.compile(
@@ -59,8 +59,7 @@ def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
         if not is_out_of_memory(error):
             raise
-        text = " ".join(str(error).split())
-        details = text[:200] or "no details"
+        details = shortened(error) or "no details"
         raise BadInput(Fault("memory", f"{where()}: {details}", remedy)) from None
 
 

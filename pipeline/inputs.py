@@ -14,7 +14,7 @@ from calibrate.samples import Sample, Skipped
 from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
 from calibrate.sources.source import Source
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
 from checkpoint.run_state import file_digest
@@ -68,7 +68,7 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = shortened(str(error).partition("\n")[0])
         remedy = "give cpu, cuda or cuda:N, or leave it out"
         raise BadInput(Fault("device", f"{name!r:.80}: {reason}", remedy)) from None
     return name

@@ -126,11 +126,11 @@ def ask(
     except APIStatusError as error:
         text = _server_message(error.body) or error.message
         if error.status_code >= 500:
-            raise RequestRefused(text) from None
+            raise RequestRefused(shortened(text)) from None
         remedy = "change the prompt or the server's settings"
         raise BadInput(Fault("request", shortened(text), remedy)) from None
     except APIError as error:
-        raise RequestRefused(f"the server went away: {error}") from None
+        raise RequestRefused(f"the server went away: {shortened(error)}") from None
     seconds = time.monotonic() - started
     usage = reply.usage
     assert usage is not None  # vLLM counts every request that is not streamed
