@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from checkpoint.faults import BadInput, Fault, shortened
 
 # The last is Python's message when there is no memory for a thread's stack.
@@ -32,13 +30,15 @@ def host_available() -> int:
 def device_available(device: str) -> int:
     """Bytes of memory that can still be used on a torch device, the CPU included."""
     if device.startswith("cuda"):
+        import torch  # a recipe is read without it
+
         return int(torch.cuda.mem_get_info(device)[0])
     return host_available()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host or a GPU has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)) is not None
 
