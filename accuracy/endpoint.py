@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from calibrate.samples import Sample
 from checkpoint.endpoint import connect, first_model
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 MAX_ANSWER_TOKENS = 24
 _CONCURRENT_REQUESTS = 8
@@ -69,5 +69,4 @@ def ask_endpoint(
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return shortened(error) or type(error).__name__

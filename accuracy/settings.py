@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from calibrate.settings import DEFAULT_SOURCES, Sources
-from checkpoint.faults import nearest
+from checkpoint.faults import nearest, shortened
 from checkpoint.settings import Section
 from tiny.tasks import TASKS
 
@@ -27,7 +27,7 @@ class Tasks(Section):
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in TASKS:
-                raise ValueError(f"unknown task {name[:80]!r}: {nearest(name, TASKS)}")
+                raise ValueError(f"unknown task {shortened(name, 80)!r}: {nearest(name, TASKS)}")
         return names
 
 

@@ -29,7 +29,7 @@ from benchmarks.environment import device_name, mamba_kernels
 from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
 from checkpoint.command import command_parser
-from checkpoint.faults import BadInput, Fault, main
+from checkpoint.faults import BadInput, Fault, main, shortened
 from checkpoint.libraries import installed_versions
 from checkpoint.log import set_up_logging
 from checkpoint.run_state import RunState
@@ -107,7 +107,7 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
     if not progress or progress[-1]["step"] != steps:
         faults = [Fault("quantize.qad", "ended before its last step", "see its output")]
         for line in output[-_SHOWN_LINES:]:
-            faults.append(Fault("output", line[:200]))
+            faults.append(Fault("output", shortened(line)))
         raise BadInput(*faults)
     plan = [line for line in output if "samples of about" in line]
     return {"plan": plan, "progress": progress}

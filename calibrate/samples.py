@@ -96,11 +96,14 @@ class Skipped:
 
     Attributes:
         limit: How many samples may be skipped before `add` raises; with 0 the first one raises.
+        repeats: Whether samples are read several times, as a training does: then the same faults
+            are counted once.
         faults: Why each was skipped.
         samples: How many were skipped.
     """
 
     limit: int = 0
+    repeats: bool = False
     faults: list[Fault] = field(default_factory=list)
     samples: int = 0
 
@@ -110,6 +113,8 @@ class Skipped:
         Raises:
             BadInput: With every fault so far, once there are more samples than `limit`.
         """
+        if self.repeats and set(faults) <= set(self.faults):
+            return
         self.samples += 1
         self.faults.extend(faults)
         if self.samples <= self.limit:

@@ -1,7 +1,7 @@
 """The files beside the weights: which belong to the model, whether they are sound, their content.
 
 What an export copies is decided by rules that allow: tokenizer, processor, chat template, licence,
-readme, and the Python files that auto_map names with what they import. Optimizer states, other
+model card, and the Python files that auto_map names with what they import. Optimizer states, other
 formats of the weights, earlier exports and logs stay behind.
 
 Does not import torch.
@@ -35,17 +35,29 @@ _ALLOWED = (
     "*processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+"""Patterns of the names that are copied, in upper and lower case."""
+
+_DOCUMENTS = (
+    "*.md",
+    "README*",
+    "MODEL_CARD*",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
     "COPYING*",
-    "README*",
+    "COPYRIGHT*",
+    "CITATION*",
 )
-"""Patterns of the names that are copied, in upper and lower case."""
+"""The same for what people read: the model card, its parts on safety or privacy, the licence."""
+
+_READMES = ("README*",)
+_BACKUPS = ("*~", "*.bak", "*.orig", "*.old", "*.tmp", "*.swp")
 
 _WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")
 _WRITTEN = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
 _COPY = "copy it from the released checkpoint"
+_COPY_SOURCE = "copy it from the source"
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,33 @@ class Companions:
         if changed:
             raise BadInput(*changed)
 
+    def copy_faults(self, target: Path) -> Iterator[Fault]:
+        """Yield one fault for each file of a copy that is not the same, byte for byte.
+
+        Readmes may differ: on the Hub, a copy has one of its own.
+
+        Args:
+            target: The directory that `copy_to` has written to.
+        """
+        for name, digest in self.digests.items():
+            if _matches(name, _READMES):
+                continue
+            path = target / name
+            if not path.exists():
+                yield Fault(str(path), f"no such file, unlike in {self.directory}", _COPY_SOURCE)
+                continue
+            try:
+                data = read_small_file(path, target)
+            except BadInput as bad:
+                yield from bad.faults
+                continue
+            if hashlib.sha256(data).hexdigest() != digest:
+                yield Fault(str(path), f"differs from that of {self.directory}", _COPY_SOURCE)
+        for path in sorted(target.iterdir()):
+            if _is_allowed(path.name) and path.name not in self.digests:
+                what = f"does not exist in {self.directory}"
+                yield Fault(str(path), what, "remove it, if nobody needs it")
+
 
 def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
     """Find and read the files beside the weights.
@@ -109,7 +148,7 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
         BadInput: With every one that must not or cannot be read.
     """
     names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    copied = [name for name in names if _is_allowed(name)]
+    copied = [name for name in names if _is_allowed(name) or _is_document(directory / name)]
     copied += _needed_python(directory, names)
     digests = {}
     nbytes = 0
@@ -134,7 +173,20 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
 
 
 def _is_allowed(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.upper(), pattern.upper()) for pattern in _ALLOWED)
+    return _matches(name, _ALLOWED)
+
+
+def _is_document(path: Path) -> bool:
+    """Whether a file is to be read by people; folders and empty files are left out."""
+    if not _matches(path.name, _DOCUMENTS) or _matches(path.name, _BACKUPS):
+        return False
+    if path.is_dir():
+        return False
+    return not path.is_file() or path.stat().st_size > 0
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name.upper(), pattern.upper()) for pattern in patterns)
 
 
 def _needed_python(directory: Path, names: list[str]) -> list[str]:

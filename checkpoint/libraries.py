@@ -16,6 +16,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+from checkpoint.faults import shortened
 from checkpoint.log import get_logger
 
 logger = get_logger(__name__)
@@ -69,7 +70,7 @@ def find_mamba_kernels() -> str | None:
     try:
         importlib.import_module("mamba_ssm")
     except Exception as error:  # whatever a missing or unsuitable dependency raises
-        return f"mamba_ssm does not import: {type(error).__name__}: {error}"
+        return f"mamba_ssm does not import: {type(error).__name__}: {shortened(error)}"
     return None
 
 

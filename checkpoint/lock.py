@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 LOCK = "lock"
 """Name of the file in the directory. Its text says who wrote it last."""
@@ -47,6 +47,6 @@ def lock_faults(directory: Path) -> Iterator[Fault]:
 
 
 def _held(directory: Path) -> Fault:
-    holder = (directory / LOCK).read_text(encoding="utf-8", errors="replace")[:200]
+    holder = shortened((directory / LOCK).read_text(encoding="utf-8", errors="replace"))
     what = f"another run is working here: {holder or 'a process'}"
     return Fault(str(directory), what, "wait for it to end, or stop it")

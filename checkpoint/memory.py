@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 # The last is Python's message when there is no memory for a thread's stack.
 _EXHAUSTED = re.compile(
@@ -32,13 +30,15 @@ def host_available() -> int:
 def device_available(device: str) -> int:
     """Bytes of memory that can still be used on a torch device, the CPU included."""
     if device.startswith("cuda"):
+        import torch  # a recipe is read without it
+
         return int(torch.cuda.mem_get_info(device)[0])
     return host_available()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host or a GPU has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)) is not None
 
@@ -59,8 +59,7 @@ def memory_advice(where: Callable[[], str], remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own for GPUs only
         if not is_out_of_memory(error):
             raise
-        text = " ".join(str(error).split())
-        details = text[:200] or "no details"
+        details = shortened(error) or "no details"
         raise BadInput(Fault("memory", f"{where()}: {details}", remedy)) from None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from checkpoint.atomic import remove_directory, rename_directory, write_json
 from checkpoint.config import read_json
-from checkpoint.faults import Fault
+from checkpoint.faults import Fault, shortened
 from checkpoint.lock import LOCK, lock_faults, locked_directory
 
 _RUN = "run.json"
@@ -89,7 +89,7 @@ class RunState:
             old = before.get(name)
             new = self.identity.get(name)
             if old != new:
-                what = f"was {_short(old)} when {self.directory} was begun, is {_short(new)}"
+                what = f"was {shortened(old)} when {self.directory} was begun, is {shortened(new)}"
                 yield Fault(name, what, remedy)
 
     def _is_foreign(self) -> bool:
@@ -186,8 +186,3 @@ def file_digest(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from checkpoint.companions import companion_faults
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles, layout_faults
@@ -31,12 +32,13 @@ def directory_faults(directory: Path, source: Path | None) -> list[Fault]:
     original = None
     if source is not None:
         original = open_checkpoint(source)
+    faults = list(_companion_faults(directory, original))
     try:
         tensors = TensorFiles(directory)
     except BadInput as bad:
-        return list(bad.faults)
+        return [*faults, *bad.faults]
     exported = Checkpoint(config, tensors)
-    faults = list(section_faults(config))
+    faults += section_faults(config)
     if original is not None and original.layout != exported.layout:
         what = "describes a model of other dimensions"
         faults.append(Fault(str(source), what, "is this the right --source?"))
@@ -52,6 +54,19 @@ def directory_faults(directory: Path, source: Path | None) -> list[Fault]:
     if not wrong_layout:  # with tensors missing or mis-shaped there is nothing to compare
         faults += _value_faults(exported, formats, original)
     return faults
+
+
+def _companion_faults(directory: Path, original: Checkpoint | None) -> Iterator[Fault]:
+    """Yield one fault for each file beside the weights that is broken or not the source's."""
+    broken = set()
+    for fault in companion_faults(directory):
+        yield fault
+        broken.add(fault.where)
+    if original is None:
+        return
+    for fault in original.companions.copy_faults(directory):
+        if fault.where not in broken:
+            yield fault
 
 
 def _layout_faults(exported: Checkpoint, formats: Mapping[str, str]) -> Iterator[Fault]:

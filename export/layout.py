@@ -13,7 +13,7 @@ import torch
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.family import Family
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.files import TensorFiles
 from checkpoint.layout import (
     Linear,
@@ -95,7 +95,7 @@ def layer_algo(entry: object) -> object:
 def unknown_algo(config: CheckpointConfig, name: str, algo: object) -> Fault:
     """Return the fault of a `quant_algo` that no format has."""
     known = ", ".join(format.algo for format in FORMATS.values())
-    what = f"{name} is {str(algo)[:80]}, not one of {known}, {MIXED_PRECISION}"
+    what = f"{name} is {shortened(algo, 80)}, not one of {known}, {MIXED_PRECISION}"
     return Fault(str(config.directory / "config.json"), what, "export again")
 
 

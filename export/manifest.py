@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from checkpoint.atomic import write_json
 from checkpoint.config import read_json
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.video import Video
 
 MANIFEST = "hybridquant.json"
@@ -79,7 +79,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in ("video", *first["loc"]))
-        what = f"{name} is {str(first['input'])[:80]}: {first['msg']}"
+        what = f"{name} is {shortened(first['input'], 80)}: {shortened(first['msg'])}"
         raise BadInput(Fault(str(path), what, "export again")) from None
     return Manifest(**values)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_json
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.layout import Linear, language_model_linears
 from export.layout import (
     exclude_entries,
@@ -31,7 +31,7 @@ def section_faults(config: CheckpointConfig) -> Iterator[Fault]:
         return
     method = section.get("quant_method")
     if method != "modelopt":
-        yield Fault(where, f"quant_method is {str(method)[:80]!r}, not 'modelopt'", _REMEDY)
+        yield Fault(where, f"quant_method is {shortened(method, 80)!r}, not 'modelopt'", _REMEDY)
     algo = section.get("quant_algo")
     if find_format(algo) is None and str(algo).upper() != MIXED_PRECISION:
         yield unknown_algo(config, "quant_algo", algo)
@@ -50,7 +50,7 @@ def _entry_faults(section: Mapping[str, Any], where: str) -> Iterator[Fault]:
         if not isinstance(entry, str) or not entry or not entry.isprintable():
             # ModelOpt 0.47's exporter appends "\0backbone.pt_name_sentinel" to every entry of this
             # model, so that vLLM excludes nothing.
-            what = f"ignore entry {str(entry)[:80]!r} is not a module name"
+            what = f"ignore entry {shortened(entry, 80)!r} is not a module name"
             yield Fault(where, what, "export.repair, or export again")
 
 
@@ -67,7 +67,7 @@ def _layer_faults(
     names = {linear.name for linear in language_model_linears(config)}
     for name, entry in layers.items():
         if name not in names:
-            what = f"quantized_layers names {name[:200]}, which is not a linear of this model"
+            what = f"quantized_layers names {shortened(name)}, which is not a linear of this model"
             yield Fault(where, what, _REMEDY)
             continue
         if is_excluded(config.family.fused_module(name), entries, config.family):

@@ -3,10 +3,11 @@ source.
 
     python -m export.verify DIR [--source BF16_DIR] [--json]
 
-All faults are shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is not a
-checkpoint. Weights that a distillation has trained (hybridquant.json names them) are not compared
-with the source; their number is printed. How near the others must be follows from the calibration
-algorithm that hybridquant.json records: see export/closeness.py.
+The files beside the weights, such as tokenizer and chat template, must be sound, and with --source
+the same as there. All faults are shown in one table. Exit status: 0 without faults, 1 with faults,
+2 when DIR is not a checkpoint. Weights that a distillation has trained (hybridquant.json names
+them) are not compared with the source; their number is printed. How near the others must be follows
+from the calibration algorithm that hybridquant.json records: see export/closeness.py.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
 
     Args:
         directory: The exported directory.
-        source: The BF16 checkpoint that it was made from; adds the comparison of weights.
+        source: The BF16 checkpoint that it was made from; adds the comparison of weights and of the
+            files beside them.
 
     Returns:
         Every fault found; an empty list for a sound directory.

@@ -13,7 +13,7 @@ from calibrate.samples import Sample, Skipped
 from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
 from calibrate.sources.source import Source
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
 from checkpoint.run_state import file_digest
@@ -57,7 +57,7 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = shortened(str(error).partition("\n")[0])
         remedy = "give cpu, cuda or cuda:N, or leave it out"
         raise BadInput(Fault("device", f"{name!r:.80}: {reason}", remedy)) from None
     return name
@@ -101,9 +101,19 @@ def prompts_of(
     return itertools.chain([first], prompts)
 
 
-def training_samples(section: Distill) -> Iterator[Sample]:
-    """Yield one pass over the samples of a distillation, the same at every call."""
-    skipped = Skipped(section.max_skipped)
+def available_samples(section: Calibrate | Accuracy) -> int:
+    """How many samples a section's sources hold, as far as that is known, of those asked for."""
+    total = sum(source.count(section.samples) for source in section.sources)
+    return min(section.samples, total)
+
+
+def training_samples(section: Distill, skipped: Skipped) -> Iterator[Sample]:
+    """Yield one pass over the samples of a distillation, the same at every call.
+
+    Args:
+        section: With sources, number of samples and seed.
+        skipped: Takes the rows that are no samples, of all passes.
+    """
     return shuffled(_mixed_samples(section, "distill.sources", skipped), section.seed)
 
 

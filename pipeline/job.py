@@ -68,12 +68,17 @@ class Job:
         limit = section.max_length
         return prompts_of(section, "calibrate", self.checkpoint, video, skipped, limit)
 
-    def warn_of_fewer(self, samples: int) -> None:
-        """Log when the sources held fewer samples than the recipe asks for."""
-        asked = self.recipe.calibrate.samples
-        if samples < asked:
-            message = "calibrate.sources: %d samples, where calibrate.samples asks for %d"
-            logger.warning(message, samples, asked)
+    def warn_of_fewer(self, section: str, samples: int) -> None:
+        """Log, in the first process, when a section's sources held fewer samples than it asks for.
+
+        Args:
+            section: `calibrate` or `accuracy`.
+            samples: Usable samples that were found, by all processes together.
+        """
+        asked = getattr(self.recipe, section).samples
+        if samples < asked and self.processes.is_first:
+            message = "%s.sources: %d samples, where %s.samples asks for %s"
+            logger.warning(message, section, samples, section, f"{asked:,}")
 
     def held_out_prompts(self) -> Iterator[Prompt]:
         """Open the prompts that BF16 and the result are compared on."""
@@ -112,10 +117,12 @@ def _plan_distillation(
     section = recipe.distill
     if section is None:
         return None
-    next(training_samples(section))  # a source that does not exist is reported now
+    skipped = Skipped(section.max_skipped, repeats=True)
+    next(training_samples(section, skipped))  # a source that does not exist is reported now
     return plan_distillation(
         section,
-        lambda: training_samples(section),
+        lambda: training_samples(section, skipped),
+        skipped,
         checkpoint,
         policy,
         recipe.video,

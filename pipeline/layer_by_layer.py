@@ -129,6 +129,7 @@ class LayerByLayer:
         }
         kept: dict[str, Any] = {}
         for name, prompts in opened.items():
+            before = digest.count
             seen: list[dict[str, Any]] = []
             counts = embed_into(
                 stores[name],
@@ -140,9 +141,9 @@ class LayerByLayer:
                 (job.processes.index, job.processes.count),
                 f"embed {name.replace('_', ' ')}",
             )
-            if name == "calibrate" and job.processes.count == 1:
-                job.warn_of_fewer(counts.samples)
-            # Every process reads every prompt, so that all of them raise this.
+            # Every process reads every prompt, so that all of them count and raise the same.
+            section = "accuracy" if name == "held_out" else name
+            job.warn_of_fewer(section, digest.count - before)
             if digest.count < job.processes.count:
                 what = f"give {digest.count} samples for {job.processes.count} processes"
                 raise BadInput(Fault("calibrate.sources", what, "start fewer processes"))

@@ -23,6 +23,7 @@ from checkpoint.log import get_logger
 from checkpoint.memory import device_available, host_available
 from checkpoint.processes import Processes
 from export.layout import output_specs
+from pipeline.inputs import available_samples
 from pipeline.job import Job, Way
 from pipeline.layer_by_layer import LayerByLayer
 from pipeline.layer_state import LAYER_PROGRESS
@@ -130,7 +131,7 @@ def make_plan(job: Job) -> Plan:
     seconds = needs.cost.seconds * needs.mean_length * needs.samples / job.processes.count
     lines = [
         _size_line(job, needs.written),
-        f"{needs.samples} samples of about {needs.mean_length:,.0f} tokens, {reason}",
+        _samples_line(job, needs, reason),
         f"video: {job.recipe.video}",
         job.checkpoint.companions.summary(),
         f"needs about {memory}; about {_duration(seconds)} for the layers",
@@ -150,8 +151,8 @@ def _measure_needs(job: Job) -> Needs:
     lengths = [prompt.length for prompt in itertools.islice(prompts, _PEEKED)]
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
-    # Sources that end within the peek have no more samples than that.
-    samples = recipe.calibrate.samples
+    samples = available_samples(recipe.calibrate)
+    # Sources that end within the peek have no more usable samples than that.
     if len(lengths) < _PEEKED:
         samples = len(lengths)
     activation = 2 * checkpoint.config.hidden_size * mean
@@ -163,7 +164,7 @@ def _measure_needs(job: Job) -> Needs:
         samples=samples,
         mean_length=mean,
         longest=longest,
-        activations=int(activation * (samples + recipe.accuracy.samples)),
+        activations=int(activation * (samples + available_samples(recipe.accuracy))),
         whole=checkpoint.tensors.total_bytes + workspace,
         one_by_one=max(outside_layers(checkpoint), 2 * largest_layer(checkpoint) + workspace),
         cost=cost,
@@ -202,9 +203,11 @@ def _way_faults(job: Job) -> Iterator[Fault]:
         if distils:
             what = "a recipe with distill needs the whole model"
             yield Fault("quantize.memory", what, "give auto or whole")
-    if shares_samples and job.recipe.calibrate.samples < job.processes.count:
-        what = f"is {job.recipe.calibrate.samples} for {job.processes.count} processes"
-        yield Fault("calibrate.samples", what, "start fewer processes")
+    if shares_samples:
+        samples = available_samples(job.recipe.calibrate)
+        if samples < job.processes.count:
+            what = f"{samples} samples for {job.processes.count} processes"
+            yield Fault("calibrate.samples", what, "start fewer processes")
     if quantize.memory == "layers":
         return
     if shares_samples and quantize.memory == "whole":
@@ -262,6 +265,14 @@ def _disk_faults(job: Job, needed: int) -> Iterator[Fault]:
     if not faults and not job.state.is_begun:
         faults = list(space_faults(output, needed, " with what is kept beside it"))
     yield from faults
+
+
+def _samples_line(job: Job, needs: Needs, reason: str) -> str:
+    asked = job.recipe.calibrate.samples
+    found = str(needs.samples)
+    if needs.samples < asked:
+        found = f"{found} of the {asked:,}"
+    return f"{found} samples of about {needs.mean_length:,.0f} tokens, {reason}"
 
 
 def _size_line(job: Job, written: int) -> str:

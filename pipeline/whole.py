@@ -52,7 +52,7 @@ class WholeModel:
         """
         job = self._job
         model = load_model(job.checkpoint, job.device)
-        self._reference = self._answers(model, "BF16 answers")
+        self._reference = self._reference_answers(model)
         teacher = None
         if job.distillation is not None and job.distillation.is_taught:
             teacher = frozen_copy(model.language_model)
@@ -89,8 +89,13 @@ class WholeModel:
         )
         for fault in skipped.faults:
             logger.warning("skipped: %s", fault)
-        job.warn_of_fewer(counts.samples)
+        job.warn_of_fewer("calibrate", counts.samples)
         return dataclasses.asdict(counts) | {"skipped": skipped.samples}
+
+    def _reference_answers(self, model: NemotronH_Omni_Reasoning_V3) -> list[States]:
+        states = self._answers(model, "BF16 answers")
+        self._job.warn_of_fewer("accuracy", len(states))
+        return states
 
     def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
         config = self._job.checkpoint.config
@@ -107,7 +112,7 @@ class WholeModel:
         """BF16's states of the held-out prompts; loads BF16 again in a resumed run."""
         if self._reference is None:
             model = load_model(self._job.checkpoint, self._job.device)
-            self._reference = self._answers(model, "BF16 answers")
+            self._reference = self._reference_answers(model)
         return self._reference
 
     def read_back(self) -> tuple[list[States], nn.Module]:

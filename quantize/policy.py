@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint.family import NEMOTRON_NANO_VL_V2, Family
-from checkpoint.faults import Fault, nearest, raise_if_any
+from checkpoint.faults import Fault, nearest, raise_if_any, shortened
 from checkpoint.layout import Linear
 from quantize.formats.registry import FORMATS, MIXED_PRECISION, UNQUANTIZED
 from quantize.settings import Rule
@@ -99,10 +99,10 @@ def make_policy(
 def _unknown_names(rule: Rule, family: Family, where: str) -> Iterator[Fault]:
     known = [*FORMATS, UNQUANTIZED]
     if rule.format not in known:
-        what = f"unknown format {rule.format[:80]!r}"
+        what = f"unknown format {shortened(rule.format, 80)!r}"
         yield Fault(where, what, nearest(rule.format, known))
     elif rule.kind is not None and rule.kind not in family.mixers.values():
-        what = f"unknown kind {rule.kind[:80]!r}"
+        what = f"unknown kind {shortened(rule.kind, 80)!r}"
         yield Fault(where, what, nearest(rule.kind, family.mixers.values()))
 
 

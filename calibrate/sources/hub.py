@@ -29,6 +29,10 @@ class HubSource(Source):
         """Yield the rows of the split, in order."""
         return read_hub(self.name, split=self.split, subset=self.subset, skipped=skipped)
 
+    def count(self, samples: int) -> int:
+        """Rows by the dataset's metadata, at most `samples`."""
+        return count_dataset(self.name, samples, split=self.split, subset=self.subset)
+
 
 def read_hub(
     name: str,
@@ -74,6 +78,50 @@ def dataset_rows(name: str, split: str = "train") -> Iterator[dict[str, Any]]:
     return _rows(name, split, None, streaming=True)
 
 
+def count_dataset(name: str, most: int, split: str = "train", subset: str | None = None) -> int:
+    """Count the rows of a split by its metadata, up to `most`; `most` where it does not say.
+
+    Args:
+        name: As for `read_hub`.
+        most: Rows to count at most.
+        split: Which split.
+        subset: The dataset's configuration.
+    """
+    try:
+        rows = _rows_by_metadata(name, split, subset)
+    except Exception as error:  # reading the dataset says what is wrong with it
+        if is_out_of_memory(error):
+            raise
+        return most
+    return most if rows is None else min(rows, most)
+
+
+def _rows_by_metadata(name: str, split: str, subset: str | None) -> int | None:
+    import datasets
+    from pyarrow import parquet
+
+    if _is_saved(name):
+        data: Any = datasets.load_from_disk(name)
+        return int(data[split].num_rows if isinstance(data, dict) else data.num_rows)
+    if Path(name).is_file():
+        files = [name]
+    else:
+        builder = datasets.load_dataset_builder(name, subset)
+        described = (builder.info.splits or {}).get(split)
+        if described is not None and described.num_examples:
+            return int(described.num_examples)
+        files = [str(file) for file in builder.config.data_files[split]]
+    if not all(Path(file).is_file() and file.lower().endswith(".parquet") for file in files):
+        return None
+    return sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a directory is one that `save_to_disk` wrote."""
+    saved = ("dataset_info.json", "dataset_dict.json")
+    return any((Path(name) / file).exists() for file in saved)
+
+
 def _rows(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[dict[str, Any]]:
     # A dataset's own files and the network can raise anything; all of it is bad input here.
     try:
@@ -94,8 +142,7 @@ def _open_dataset(name: str, split: str, subset: str | None, streaming: bool) ->
     """Open a split as an iterable dataset whose media are left as bytes."""
     import datasets  # slow to import, and only this source needs it
 
-    saved = ("dataset_info.json", "dataset_dict.json")
-    if any((Path(name) / file).exists() for file in saved):
+    if _is_saved(name):
         data: Any = datasets.load_from_disk(name)
         if isinstance(data, datasets.DatasetDict):
             data = data[split]

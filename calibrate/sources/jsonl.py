@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ class JsonlSource(Source):
     def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
         """Yield the samples of the file, in order."""
         return read_jsonl(self.path, skipped)
+
+    def count(self, samples: int) -> int:
+        """Lines or elements, at most `samples`."""
+        return count_rows(self.path, samples)
 
     def files(self) -> list[Path]:
         """The file itself."""
@@ -74,6 +79,12 @@ def open_rows(path: Path) -> Iterator[Iterator[tuple[int, Any]]]:
             yield _rows(file, path)
     except OSError as error:
         raise BadInput(Fault(str(path), f"cannot be read: {error.strerror}", _EXPECTED)) from None
+
+
+def count_rows(path: Path, most: int) -> int:
+    """Count the lines or elements of a file of `open_rows`, up to `most`."""
+    with open_rows(path) as rows:
+        return sum(1 for _ in itertools.islice(rows, most))
 
 
 def row_object(row: Any, path: Path, number: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from calibrate.samples import Sample, Skipped
-from calibrate.sources.hub import read_hub
+from calibrate.sources.hub import count_dataset, read_hub
 from calibrate.sources.source import Source, register_source
 
 
@@ -24,6 +24,10 @@ class ParquetSource(Source):
     def read(self, samples: int, seed: int, skipped: Skipped) -> Iterator[Sample]:
         """Yield the rows, in order."""
         return read_hub(str(self.path), split=self.split, skipped=skipped)
+
+    def count(self, samples: int) -> int:
+        """Rows by the files' metadata, at most `samples`."""
+        return count_dataset(str(self.path), samples, split=self.split)
 
     def files(self) -> list[Path]:
         """The file, or the Parquet files of the folder."""

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
 from calibrate.samples import Sample, Skipped
-from checkpoint.faults import nearest
+from checkpoint.faults import nearest, shortened
 from checkpoint.settings import Section
 
 _BUILT_IN = (
@@ -47,6 +47,13 @@ class Source(Section):
             BadInput: The source cannot be read, or `skipped` is full.
         """
         raise NotImplementedError
+
+    def count(self, samples: int) -> int:
+        """Return how many of `samples` there are rows for, as far as that is known cheaply.
+
+        The plan of a run follows it. Rows that cannot be used are counted too.
+        """
+        return samples
 
     def files(self) -> list[Path]:
         """Files whose content decides the samples; a run is not resumed when one has changed."""
@@ -84,7 +91,9 @@ def _parse_source(value: Any) -> Any:
     sources = known_sources()
     name = value.get("type")
     if not isinstance(name, str) or name not in sources:
-        raise ValueError(f"unknown source type {str(name)[:80]!r}: {nearest(str(name), sources)}")
+        raise ValueError(
+            f"unknown source type {shortened(name, 80)!r}: {nearest(str(name), sources)}"
+        )
     try:
         return sources[name].model_validate(value)
     except ValidationError as error:

@@ -132,6 +132,7 @@ class TrainingDataset(IterableDataset):
         start: Position of the first sample to use. Those before it are not read, so resuming costs
             nothing.
         skipped: Samples that could not be used, each counted once however often it comes.
+        answered: Whether a sample has an answer, for every one that was trained on.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class TrainingDataset(IterableDataset):
         rates: Sequence[float],
         held_out: int,
         seed: int,
-        max_skipped: int,
+        skipped: Skipped,
         processes: Processes = ALONE,
         step_batches: int = 1,
     ) -> None:
@@ -153,14 +154,15 @@ class TrainingDataset(IterableDataset):
             rates: EVS rates. Each batch draws one by `seed` and its position, in whatever process.
             held_out: Samples at the head of every pass that are not trained on.
             seed: Draws the EVS rates.
-            max_skipped: Bad samples before the run stops.
+            skipped: Takes the samples that cannot be used, with those that `samples` leaves out.
             processes: Each of n processes takes every n-th sample, so that an optimizer step has
                 the same samples for any n.
             step_batches: Batches of this process per optimizer step; each such group comes longest
                 first.
         """
         self.start = 0
-        self.skipped = Skipped(max_skipped)
+        self.skipped = skipped
+        self.answered: dict[str, bool] = {}
         self._samples = samples
         self._embed_sample = embed_sample
         self._rates = list(rates)
@@ -191,6 +193,13 @@ class TrainingDataset(IterableDataset):
             raise BadInput(Fault("distill.sources", what, "give more samples"))
         return longest_first(batches)
 
+    def warn_of_unanswered(self) -> None:
+        """Log how many of the samples that were trained on have no answer."""
+        unanswered = sum(1 for has_answer in self.answered.values() if not has_answer)
+        if unanswered:
+            message = "%d of %d training samples have no answer: only their prompts are learnt"
+            logger.warning(message, unanswered, len(self.answered))
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's batches from `start` on; never ends."""
         batches = self._in_order()
@@ -214,6 +223,7 @@ class TrainingDataset(IterableDataset):
                 self._check_any_usable(unusable)
             else:
                 unusable = 0
+                self.answered[sample.where] = batch["answer_length"] > 0
                 yield batch | {"position": position}
 
     def _check_any_usable(self, unusable: int) -> None:

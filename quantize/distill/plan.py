@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import parse_flag_from_env
 
-from calibrate.samples import Sample
+from calibrate.samples import Sample, Skipped
 from checkpoint.atomic import space_faults
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layout import select_prefix, spec_bytes
@@ -35,6 +35,7 @@ class DistillationPlan:
         trained: Checkpoint names of the linears whose weights train.
         directory: Where checkpoints are kept while it runs, and resumed from.
         samples: Opens one pass over the training samples, the same at every call.
+        skipped: Counts the samples that cannot be used, those that `samples` leaves out included.
         checkpoint: The BF16 checkpoint.
         policy: Format by linear.
         video: How clips are sampled; their EVS rates are `rates`.
@@ -49,6 +50,7 @@ class DistillationPlan:
     trained: tuple[str, ...]
     directory: Path
     samples: Callable[[], Iterator[Sample]]
+    skipped: Skipped
     checkpoint: Checkpoint
     policy: Policy
     video: Video
@@ -98,6 +100,7 @@ class DistillationPlan:
 def plan_distillation(
     settings: Distill,
     samples: Callable[[], Iterator[Sample]],
+    skipped: Skipped,
     checkpoint: Checkpoint,
     policy: Policy,
     video: Video,
@@ -111,6 +114,7 @@ def plan_distillation(
     Args:
         settings: The recipe's section.
         samples: Opens one pass over the training samples, the same at every call.
+        skipped: As in `DistillationPlan`.
         checkpoint: The BF16 checkpoint.
         policy: Format by linear.
         video: How clips are sampled; its rate is the default of the settings' rates.
@@ -129,6 +133,7 @@ def plan_distillation(
         trained=_trained(settings.train, policy),
         directory=directory,
         samples=samples,
+        skipped=skipped,
         checkpoint=checkpoint,
         policy=policy,
         video=video,

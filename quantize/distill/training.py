@@ -111,7 +111,9 @@ def distill(
     plan.directory.mkdir(parents=True, exist_ok=True)
     remove_partial(plan)
     with trainable(student, linears), embedding_only(model):
-        trainer = _make_trainer(plan, model, student, teacher, linears)
+        dataset = _make_dataset(plan, model)
+        held_out = dataset.held_out()
+        trainer = DistillationTrainer(plan, student, teacher, linears, dataset, held_out)
         share_ranges(student, plan.processes)
         last = last_checkpoint(plan.directory)
         if last is not None:
@@ -128,6 +130,7 @@ def distill(
     best = 0
     if plan.processes.is_first:
         best = load_weights(linears, plan.directory / BEST)
+        dataset.warn_of_unanswered()
     result = _result(plan, trainer, best)
     del trainer
     # It refers to itself, and holds gradients and moments whose memory the export needs.
@@ -140,25 +143,18 @@ def _trained_linears(plan: DistillationPlan, student: nn.Module) -> Linears:
     return {name: student.get_submodule(family.native_module(name)) for name in plan.trained}
 
 
-def _make_trainer(
-    plan: DistillationPlan,
-    model: NemotronH_Omni_Reasoning_V3,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    linears: Linears,
-) -> DistillationTrainer:
+def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) -> TrainingDataset:
     settings = plan.settings
-    dataset = TrainingDataset(
+    return TrainingDataset(
         plan.samples,
         partial(_embed_sample, plan, model),
         plan.rates,
         settings.held_out,
         settings.seed,
-        settings.max_skipped,
+        plan.skipped,
         plan.processes,
         step_batches=settings.batch // plan.processes.count,
     )
-    return DistillationTrainer(plan, student, teacher, linears, dataset, dataset.held_out())
 
 
 def _embed_sample(

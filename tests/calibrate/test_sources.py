@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from calibrate.prompts import build_prompt
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
-from pipeline.inputs import prompts_of, source_digests
+from checkpoint.video import Video
+from pipeline.inputs import available_samples, prompts_of, source_digests
 from recipes.loading import SHIPPED, load_recipe
 
 
@@ -62,6 +64,58 @@ def test_llava_rows_become_messages_with_their_media_in_place(tmp_path):
         ]
 
 
+WEATHER = {"name": "weather", "arguments": {"city": "Ulm"}}
+
+
+def sharegpt(tmp_path, turns, **columns):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": turns, **columns}))
+    source = known_sources()["sharegpt"](type="sharegpt", path=tmp_path / "rows.jsonl")
+    (sample,) = source.read(1, 0, Skipped())
+    return sample
+
+
+@pytest.mark.parametrize("result", ["observation", "tool"])
+@pytest.mark.parametrize("calls", [[WEATHER], [WEATHER, WEATHER]])
+def test_the_tools_of_sharegpt_become_calls_and_results(tmp_path, tiny_checkpoint, result, calls):
+    turns = [
+        {"from": "human", "value": "Does it rain?"},
+        {"from": "function_call", "value": json.dumps(calls[0] if len(calls) == 1 else calls)},
+        {"from": result, "value": '{"rain": true}'},
+        {"from": "gpt", "value": "It does."},
+    ]
+    tool = {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
+    sample = sharegpt(tmp_path, turns, tools=json.dumps([tool]))
+    assert [message["role"] for message in sample.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    made = [{"type": "function", "function": call} for call in calls]
+    assert sample.messages[1] == {"role": "assistant", "content": "", "tool_calls": made}
+    assert sample.messages[2]["content"] == '{"rain": true}'
+    assert sample.tools == [{"type": "function", "function": tool}]
+    # The tiny checkpoint's template has no place for tools.
+    with pytest.raises(BadInput, match="the chat template ignores tools"):
+        build_prompt(sample, tiny_checkpoint.config, tiny_checkpoint.tokenizer, Video())
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "function_call", "value": "weather(Ulm)"}, "function_call is weather"),
+        ({"from": "function_call", "value": '{"name": "x"}'}, 'function_call is {"name": "x"}'),
+        ({"from": "function_call", "value": "[[" * 9999}, "function_call is "),
+        ({"from": "tool", "value": "<tool_response>7</tool_response>"}, "with markup"),
+        ({"from": "critic", "value": "Good."}, "a turn is "),
+    ],
+)
+def test_turns_that_are_no_calls_are_refused(tmp_path, turn, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        sharegpt(tmp_path, [{"from": "human", "value": "Hello"}, turn])
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("path", [".", "train.parquet"])
 @pytest.mark.parametrize("name", ["parquet", "hub"])
 def test_a_parquet_file_and_its_folder_are_read(name, path, tmp_path):
@@ -73,6 +127,66 @@ def test_a_parquet_file_and_its_folder_are_read(name, path, tmp_path):
     source = known_sources()[name].model_validate({"type": name, key: str(tmp_path / path)})
     (sample,) = source.read(1, 0, Skipped())
     assert sample.messages == [{"role": "user", "content": "Hello"}]
+
+
+ROWS = {"messages": [[{"role": "user", "content": "Hello"}]] * 5}
+
+
+def _write_lines(path):
+    lines = [json.dumps({"messages": messages}) for messages in ROWS["messages"]]
+    path.write_text("\n\n".join(lines) + "\n")
+
+
+def _write_array(path):
+    path.write_text(json.dumps([{"messages": messages} for messages in ROWS["messages"]]))
+
+
+def _write_parquet(path):
+    import datasets
+
+    path.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(ROWS).to_parquet(path)
+
+
+def _save(path):
+    import datasets
+
+    datasets.Dataset.from_dict(ROWS).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "written", "given", "write"),
+    [
+        ("jsonl", "path", "rows.jsonl", "rows.jsonl", _write_lines),
+        ("jsonl", "path", "rows.json", "rows.json", _write_array),
+        ("llava", "path", "rows.json", "rows.json", _write_array),
+        ("sharegpt", "path", "rows.jsonl", "rows.jsonl", _write_lines),
+        ("llava", "path", "rows.parquet", "rows.parquet", _write_parquet),
+        ("parquet", "path", "rows.parquet", "rows.parquet", _write_parquet),
+        ("parquet", "path", "data/train.parquet", "data", _write_parquet),
+        ("hub", "name", "data/train.parquet", "data", _write_parquet),
+        ("hub", "name", "saved", "saved", _save),
+    ],
+)
+def test_a_source_counts_its_rows(tmp_path, name, key, written, given, write):
+    write(tmp_path / written)
+    source = known_sources()[name].model_validate({"type": name, key: str(tmp_path / given)})
+    assert source.count(1024) == 5
+    assert source.count(3) == 3
+
+
+def test_a_source_that_cannot_be_counted_is_taken_to_have_enough(tmp_path):
+    values = [{"type": "synthetic"}, {"type": "hub", "name": str(tmp_path / "nowhere")}]
+    for value in values:
+        assert known_sources()[value["type"]].model_validate(value).count(7) == 7
+
+
+def test_what_several_sources_hold_together_is_available(tmp_path):
+    _write_lines(tmp_path / "rows.jsonl")
+    lines = f"{{type: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
+    assert available_samples(recipe(lines, lines, samples=1024).calibrate) == 10
+    assert available_samples(recipe(lines, lines, samples=8).calibrate) == 8
+    assert available_samples(recipe(lines, "{type: synthetic}", samples=99).calibrate) == 99
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Files beside the weights: what is copied, what is found broken, what must not be read."""
 
 import os
+import socket
 
 import pytest
 
@@ -29,6 +30,22 @@ def test_only_what_belongs_to_the_model_is_copied(tiny_copy):
     left_out = ("checkpoint-500/", "model.gguf", "pytorch_model.bin", "rng_state.pth", "train.py")
     assert found.left_out == left_out
     assert "leaves out 5: checkpoint-500/, model.gguf" in found.summary()
+
+
+def test_the_model_card_in_all_its_parts_and_the_licence_are_copied(tiny_copy, tmp_path):
+    documents = ["MODEL_CARD.md", "bias.md", "safety.md", "privacy.md", "explainability.md"]
+    documents += ["README.md", "LICENSE.txt", "license-2.0", "NOTICE", "Copying", "CITATION.cff"]
+    others = ["README.md.bak", "LICENSE~", "notes.txt", "train.log"]
+    for name in (*documents, *others):
+        (tiny_copy / name).write_text(name)
+    (tiny_copy / "NOTICE.empty").touch()
+    (tiny_copy / "LICENSES").mkdir()
+    found = open_bf16(tiny_copy).companions
+    assert set(documents) <= set(found.digests)
+    assert set(found.left_out) == {*others, "NOTICE.empty", "LICENSES/"}
+    found.copy_to(tmp_path / "out")
+    for name in documents:
+        assert (tmp_path / "out" / name).read_text() == name
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -60,6 +77,48 @@ def test_a_pipe_and_a_link_out_of_the_directory_are_refused(tiny_copy, tmp_path)
     (tiny_copy / "README.md").unlink()
     os.mkfifo(tiny_copy / "README.md")
     assert "is a named pipe" in fault_of(tiny_copy)
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path.name)  # from its directory: an address has 108 bytes at most
+
+
+def link_to_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (make_pipe, "is a named pipe, not a file"),
+        (make_socket, "is a socket, not a file"),
+        (link_to_device, "is a device, not a file"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "configuration.py",
+        "MODEL_CARD.md",
+        "LICENSE",
+    ],
+)
+def test_what_is_no_file_is_refused_and_not_read(tiny_copy, monkeypatch, name, make, what):
+    monkeypatch.chdir(tiny_copy)
+    (tiny_copy / name).unlink(missing_ok=True)
+    make(tiny_copy / name)
+    assert f"{name}: {what}" in fault_of(tiny_copy)
 
 
 def test_the_links_of_a_hub_snapshot_are_read(tiny, tmp_path):

@@ -3,10 +3,18 @@ traceback.
 """
 
 import errno
+import fcntl
 
 import pytest
 
-from checkpoint.faults import BadInput, Fault, main, nearest
+from accuracy.endpoint import _one_line
+from checkpoint.faults import FOREIGN, BadInput, Fault, main, nearest
+from checkpoint.lock import LOCK, lock_faults
+from checkpoint.memory import memory_advice
+from pipeline.inputs import pick_device
+from recipes.loading import SHIPPED, load_recipe
+from serve.process import death_message
+from serve.setup_environment import _pip_reason
 
 
 def ending(error: Exception, capsys) -> tuple[int, str]:
@@ -43,3 +51,61 @@ def test_a_defect_keeps_its_traceback():
 def test_a_misspelt_name_is_answered_with_the_nearest_and_a_strange_one_with_all():
     assert nearest("chrt", ["chart", "table"]) == "did you mean chart?"
     assert nearest("xyz", ["chart", "table"]) == "choose from chart, table"
+
+
+MEDIUM = "data:image/png;base64," + "A/b+" * 100_000
+FOREIGN_TEXT = f"the server could not read\n{MEDIUM}\tthat is\x1b[31m why"
+
+
+def out_of_memory(directory):
+    error = MemoryError(FOREIGN_TEXT)
+    with pytest.raises(BadInput) as caught, memory_advice(lambda: "a run", "wait"):
+        raise error
+    return caught.value.faults[0].what.removeprefix("a run: ")
+
+
+def held(directory):
+    with (directory / LOCK).open("w+") as file:
+        file.write(FOREIGN_TEXT)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (fault,) = lock_faults(directory)
+    return fault.what.removeprefix("another run is working here: ")
+
+
+def last_line_of_a_log(directory):
+    line = FOREIGN_TEXT.replace("\n", " ")
+    (directory / "log").write_text(f"{line}\n")
+    return death_message(directory / "log", "ended").splitlines()[-1]
+
+
+def unknown_device(directory):
+    with pytest.raises(BadInput) as caught:
+        pick_device(FOREIGN_TEXT)
+    return str(caught.value)
+
+
+def unknown_field(directory):
+    with pytest.raises(BadInput) as caught:
+        load_recipe(SHIPPED / "tiny" / "fp8.yaml", [f"calibrate.{MEDIUM}=1"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        out_of_memory,
+        held,
+        last_line_of_a_log,
+        unknown_device,
+        unknown_field,
+        lambda directory: _one_line(ValueError(FOREIGN_TEXT)),
+        lambda directory: _pip_reason(f"ERROR: {FOREIGN_TEXT}"),
+    ],
+)
+def test_foreign_text_is_one_short_line_without_its_media(tmp_path, show):
+    shown = show(tmp_path)
+    assert len(shown) <= 3 * FOREIGN
+    assert "\n" not in shown
+    assert "\x1b" not in shown
+    assert "A/b+" * 15 not in shown

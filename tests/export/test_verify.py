@@ -62,6 +62,55 @@ def test_a_sound_directory_has_no_faults(fp8, tiny):
     assert verify(fp8, tiny) == []
 
 
+COMPANIONS = [
+    ("tokenizer.json", "{}", "is an empty JSON object"),
+    ("tokenizer.json", '{"a": [', "cannot be read as JSON"),
+    ("tokenizer.json", '{"a": 1}', "is not a tokenizer"),
+    ("tokenizer_config.json", "", "is empty"),
+    ("tokenizer_config.json", "version https://git-lfs", "is only a Git LFS pointer"),
+    ("generation_config.json", "[", "cannot be read as JSON"),
+    ("chat_template.jinja", "{% if %}", "is not a chat template"),
+    ("configuration.py", "class :", "is not Python"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what"), COMPANIONS)
+def test_a_broken_file_beside_the_weights_is_one_fault(fp8_copy, tiny, name, content, what):
+    (fp8_copy / name).write_text(content)
+    for source in (None, tiny):
+        (fault,) = verify(fp8_copy, source)
+        assert fault.where == str(fp8_copy / name)
+        assert what in fault.what
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_file_beside_the_weights_is_one_fault(fp8_copy, tiny, name):
+    (fp8_copy / name).unlink()
+    for source in (None, tiny):
+        found = [fault for fault in verify(fp8_copy, source) if fault.where.endswith(name)]
+        assert len(found) == 1
+        assert "no such file" in found[0].what
+
+
+def test_files_that_are_sound_but_not_the_sources_are_faults(fp8_copy, tiny):
+    edit_json(fp8_copy / "tokenizer_config.json", lambda raw: raw.update(model_max_length=7))
+    with (fp8_copy / "configuration.py").open("a") as file:
+        file.write("# changed\n")
+    (fp8_copy / "generation_config.json").unlink()
+    (fp8_copy / "chat_template.jinja").write_text("{{ messages }}")
+    (fp8_copy / "added_tokens.json").write_text('{"<a>": 7}')
+    (fp8_copy / "README.md").write_text("Quantized.")
+    assert verify(fp8_copy) == []
+    found = {Path(fault.where).name: fault.what for fault in verify(fp8_copy, tiny)}
+    assert found == {
+        "tokenizer_config.json": f"differs from that of {tiny}",
+        "configuration.py": f"differs from that of {tiny}",
+        "generation_config.json": f"no such file, unlike in {tiny}",
+        "chat_template.jinja": f"differs from that of {tiny}",
+        "added_tokens.json": f"does not exist in {tiny}",
+    }
+
+
 def test_missing_tensor(fp8_copy):
     edit_tensors(fp8_copy, lambda t: t.pop("mlp1.1.weight"))
     assert "tensor mlp1.1.weight is missing" in messages(fp8_copy)

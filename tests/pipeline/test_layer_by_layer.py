@@ -295,7 +295,7 @@ def ended(recipe, seconds: float) -> bool:
 def test_two_processes_share_the_samples_and_find_the_same_scales(tiny, tmp_path, whole):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *torchrun, "-m", "quantize.fp8", str(RECIPE)]
-    command += overrides(tiny, tmp_path / "out")
+    command += overrides(tiny, tmp_path / "out", "calibrate.samples=10")  # there are nine
     result = subprocess.run(
         command,
         cwd=ROOT,
@@ -307,6 +307,8 @@ def test_two_processes_share_the_samples_and_find_the_same_scales(tiny, tmp_path
     assert result.returncode in (0, 1), result.stderr
     assert_same(tmp_path / "out", whole)
     assert os.listdir(tmp_path) == ["out"]
+    fewer = "calibrate.sources: 9 samples, where calibrate.samples asks for 10"
+    assert result.stderr.count(fewer) == 1
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
@@ -316,8 +318,9 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=13_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = r"needs .* with what is kept beside it, 0\.01 GB are free"
+    endless = "calibrate.sources=[{type: synthetic, kinds: {text: 1}}]"
     with pytest.raises(BadInput, match=message):
-        run_layers(tiny, tmp_path / "out", "calibrate.samples=3000")
+        run_layers(tiny, tmp_path / "out", "calibrate.samples=3000", endless)
     assert os.listdir(tmp_path) == []
 
 

@@ -1,5 +1,7 @@
 """What a run logs and refuses before it starts; training needs far more memory than quantizing."""
 
+import dataclasses
+import json
 import math
 import re
 
@@ -12,7 +14,9 @@ from checkpoint.layout import (
     select_prefix,
     spec_bytes,
 )
+from checkpoint.processes import ALONE
 from pipeline import plan
+from pipeline.job import open_job
 from pipeline.run import run
 from quantize.distill.plan import training_bytes
 from recipes.loading import SHIPPED, load_recipe
@@ -40,6 +44,41 @@ def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
     trained = r"then 24 linears, 1\.1 million weights, train for \d+ steps"
     samples = r"of \d+ samples of about 1\d\d tokens:"
     assert any(re.match(rf"{trained} {samples}", message) for message in caplog.messages)
+
+
+def write_samples(path, count):
+    line = json.dumps({"messages": [{"role": "user", "content": "What is two and two?"}]})
+    path.write_text(f"{line}\n" * count)
+
+
+def planned(tiny, tmp_path, samples):
+    """The plan of a run layer by layer on five samples, and its lines."""
+    write_samples(tmp_path / "five.jsonl", 5)
+    source = f"[{{type: jsonl, path: {tmp_path / 'five.jsonl'}}}]"
+    overrides = [f"model={tiny}", f"output={tmp_path / 'out'}", "accuracy.tasks=null"]
+    overrides += [f"calibrate.sources={source}", f"accuracy.sources={source}"]
+    overrides += [f"calibrate.samples={samples}", f"accuracy.samples={samples}"]
+    overrides.append("quantize.memory=layers")
+    job = open_job(load_recipe(SHIPPED / "tiny" / "fp8.yaml", overrides), "cpu", ALONE)
+    return plan._measure_needs(job), plan.make_plan(job).lines
+
+
+def test_the_plan_follows_the_samples_that_the_sources_hold(tiny, tmp_path):
+    few, lines = planned(tiny, tmp_path, 1024)
+    exact, _ = planned(tiny, tmp_path, 5)
+    assert few.samples == 5
+    assert few.activations == exact.activations
+    assert any(line.startswith("5 of the 1,024 samples of about") for line in lines)
+
+
+def test_more_processes_than_samples_are_refused_by_the_plan(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "available_samples", lambda section: 1)
+    two = dataclasses.replace(ALONE, count=2)
+    recipe = load_recipe(
+        SHIPPED / "tiny" / "fp8.yaml", [f"model={tiny}", f"output={tmp_path / 'out'}"]
+    )
+    with pytest.raises(BadInput, match=r"calibrate\.samples: 1 samples for 2 processes"):
+        plan.make_plan(open_job(recipe, "cpu", two))
 
 
 def test_training_beyond_the_devices_memory_is_refused_before_anything_is_loaded(

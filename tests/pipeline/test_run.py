@@ -22,6 +22,12 @@ from tests.editing import edit_tensors
 
 TINY = SHIPPED / "tiny" / "fp8.yaml"
 ROOT = SHIPPED.parent
+FEWER = {
+    "whole": [("accuracy", "3"), ("calibrate", "1,024")],
+    "layers": [("calibrate", "1,024"), ("accuracy", "3")],
+}
+"""Sections in the order in which each way reads them, and how many samples are asked for."""
+
 QUICK = [
     "calibrate.samples=1",
     "accuracy.samples=1",
@@ -153,6 +159,30 @@ def test_a_bad_sample_among_good_ones_is_skipped_and_counted(tiny, tmp_path):
     assert read_manifest(tmp_path / "out").calibration | {"samples": 2, "skipped": 1} == (
         read_manifest(tmp_path / "out").calibration
     )
+
+
+@pytest.mark.parametrize("memory", ["whole", "layers"])
+def test_fewer_samples_than_asked_for_are_one_warning_of_each_section(
+    tiny, tmp_path, caplog, memory
+):
+    source = jsonl(tmp_path, GOOD, GOOD)
+    held_out = source.replace("calibrate", "accuracy")
+    more = ["calibrate.samples=1024", "accuracy.samples=3", f"quantize.memory={memory}"]
+    with caplog.at_level("WARNING", logger="hybridquant"):
+        run(quick(tiny, tmp_path, source, held_out, *more))
+    assert [message for message in caplog.messages if "asks for" in message] == [
+        f"{section}.sources: 2 samples, where {section}.samples asks for {asked}"
+        for section, asked in FEWER[memory]
+    ]
+
+
+def test_bad_held_out_samples_are_skipped_up_to_accuracy_max_skipped(tiny, tmp_path):
+    held_out = jsonl(tmp_path, GOOD, {"messages": []}, GOOD).replace("calibrate", "accuracy")
+    with pytest.raises(BadInput, match="messages is"):
+        run(quick(tiny, tmp_path, held_out, "accuracy.samples=2"))
+    more = ["accuracy.samples=2", "accuracy.max_skipped=1"]
+    assert run(quick(tiny, tmp_path, held_out, *more)) in (0, 1)
+    assert read_manifest(tmp_path / "out").gate["agreement"]["all"]["tokens"] > 0
 
 
 def test_too_many_bad_samples_in_mid_run_leave_nothing(tiny, tmp_path):

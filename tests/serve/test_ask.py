@@ -1,8 +1,11 @@
 """Questions to a real vLLM, EVS on."""
 
+import base64
 import urllib.request
 from contextlib import contextmanager
 
+import av
+import numpy
 import pytest
 from commands import run_module
 from PIL import Image
@@ -79,7 +82,7 @@ def test_the_command_prints_answer_counts_and_time(server, media):
 
 @pytest.mark.server
 def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n no image")
     for parts in (
         content_parts(["long " * 80_000]),
         content_parts(images=[tmp_path / "broken.png"]),
@@ -139,6 +142,99 @@ def test_a_picture_is_known_by_its_content(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "picture", "JPEG")
     (part,) = content_parts(images=[tmp_path / "picture"])
     assert part["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def faults_of(**media):
+    with pytest.raises(BadInput) as caught:
+        content_parts(**media)
+    (fault,) = caught.value.faults
+    assert len(str(fault)) < 300
+    return f"{fault.what} ({fault.remedy})"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_data_url_of_a_deep_picture_is_refused_as_its_file_is(tmp_path, mode):
+    path = tmp_path / "deep.tiff"
+    Image.new(mode, (400, 400)).save(path)
+    url = f"data:image/tiff;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    for source in (path, url, f"DATA{url[4:]}"):
+        assert f"more than 8 bits (mode {mode}" in faults_of(images=[source])
+
+
+def data_url(kind, path):
+    return f"data:{kind}/any;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def write_audio(path, codec):
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=48000)
+        samples = numpy.zeros((1, 9600), dtype=numpy.int16)
+        frame = av.AudioFrame.from_ndarray(samples, "s16", "mono")
+        frame.sample_rate = 48000
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+
+
+AUDIO = {"a.mp3": "mp3", "a.wav": "pcm_s16le", "a.m4a": "aac", "a.mp4": "aac", "a.aac": "aac"}
+AUDIO |= {"a.flac": "flac", "a.ogg": "libopus", "a.webm": "libopus", "a.mka": "aac"}
+
+
+@pytest.mark.parametrize("name", AUDIO)
+def test_audio_is_neither_a_clip_nor_a_picture(tmp_path, name):
+    write_audio(tmp_path / name, AUDIO[name])
+    for source in (tmp_path / name, data_url("audio", tmp_path / name)):
+        assert faults_of(videos=[source]).startswith("is audio, not a clip")
+        assert faults_of(images=[source]).startswith("is audio, not a picture")
+
+
+CLIPS = {"c.mp4": "mpeg4", "c.mov": "mpeg4", "c.mkv": "mpeg4", "c.avi": "mpeg4", "c.3gp": "mpeg4"}
+CLIPS |= {"c.ts": "mpeg2video", "c.m2ts": "mpeg2video", "c.mpg": "mpeg2video", "c.flv": "flv1"}
+CLIPS |= {"c.webm": "libvpx"}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_is_no_picture_whatever_it_is_called(tmp_path, name):
+    with av.open(tmp_path / name, "w") as container:
+        stream = container.add_stream(CLIPS[name], rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame(176, 144, "yuv420p")))
+        container.mux(stream.encode())
+    path = (tmp_path / name).rename(tmp_path / "clip.png")
+    for source in (path, data_url("image", path)):
+        assert faults_of(images=[source]) == "is a clip, not a picture (give it to --video)"
+        content_parts(videos=[source])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000"])
+def test_a_picture_is_no_clip_whatever_it_is_called(tmp_path, format):
+    path = tmp_path / "picture.mp4"
+    Image.new("RGB", (64, 64), "red").save(path, format)
+    for source in (path, data_url("video", path)):
+        assert faults_of(videos=[source]) == "is a picture, not a clip (give it to --image)"
+        content_parts(images=[source])
+
+
+@pytest.mark.parametrize("text", ["What?", "é" * 4097, "<svg/>", "version https://git-lfs\n"])
+def test_a_text_is_no_medium(tmp_path, text):
+    (tmp_path / "clip.mp4").write_text(text)
+    assert faults_of(videos=[tmp_path / "clip.mp4"]).startswith("is text, not a clip")
+    assert faults_of(images=[tmp_path / "clip.mp4"]).startswith("is text, not a picture")
+    (tmp_path / "clip.mp4").write_text("")
+    assert faults_of(videos=[tmp_path / "clip.mp4"]).startswith("is empty")
+
+
+def test_what_is_both_or_unknown_is_left_to_the_server(tmp_path):
+    frame = Image.new("RGB", (64, 64), "red")
+    other = Image.new("RGB", (64, 64), "blue")
+    for name in ("both.gif", "both.png"):
+        frame.save(tmp_path / name, save_all=True, append_images=[other])
+        assert len(content_parts(images=[tmp_path / name], videos=[tmp_path / name])) == 2
+    (tmp_path / "unknown").write_bytes(bytes(range(256)))
+    assert len(content_parts(images=[tmp_path / "unknown"], videos=[tmp_path / "unknown"])) == 2
+    frame.save(tmp_path / "frame.jpg")
+    encoded = base64.b64encode((tmp_path / "frame.jpg").read_bytes()).decode()
+    assert content_parts(videos=[f"data:video/jpeg;base64,{encoded}"])
 
 
 def test_urls_go_through_as_they_are():

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from calibrate.samples import Sample
+from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
@@ -82,6 +82,7 @@ def small_plan(
     return plan_distillation(
         Distill(**(SETTINGS | settings)),
         samples,
+        Skipped(settings.get("max_skipped", 0)),
         checkpoint,
         make_policy([Rule(format=format)], checkpoint.linears),
         VIDEO,

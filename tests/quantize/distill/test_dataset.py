@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calibrate.prompts import build_prompt
-from calibrate.samples import Sample
+from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import MIXED, draw, synthetic
 from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_model
@@ -56,7 +56,8 @@ def named(sample, rate):
 
 
 def dataset(samples=five, embed=named, rates=(0.5,), **options):
-    defaults = {"held_out": 2, "seed": 1, "max_skipped": 0}
+    skipped = Skipped(options.pop("max_skipped", 0), repeats=True)
+    defaults = {"held_out": 2, "seed": 1, "skipped": skipped}
     return TrainingDataset(samples, embed, rates, **(defaults | options))
 
 
@@ -161,6 +162,35 @@ def test_a_bad_sample_is_replaced_by_the_next_and_counted_once_however_often_it_
     assert lenient.skipped.samples == 1
     with pytest.raises(BadInput, match="is bad"):
         taken(dataset(embed=bad("3")), 6)
+
+
+def test_rows_that_are_no_samples_count_with_those_that_cannot_be_embedded():
+    skipped = Skipped(2, repeats=True)
+
+    def four():
+        """One of five rows is no sample, in every pass."""
+        skipped.add(Fault("rows.jsonl: line 9", "is not JSON"))
+        return itertools.islice(five(), 1, None)
+
+    assert names(dataset(four, bad("2"), held_out=1, skipped=skipped), 6) == "343434"
+    assert skipped.samples == 2
+    with pytest.raises(BadInput, match="3 samples cannot be used, at most 2 may be skipped"):
+        names(dataset(four, bad("2", "4"), held_out=1, skipped=skipped), 6)
+
+
+def test_samples_without_an_answer_are_counted_and_said(caplog):
+    def embed(sample, rate):
+        return named(sample, rate) | {"answer_length": int(sample.id == "3")}
+
+    some = dataset(embed=embed)
+    with caplog.at_level("WARNING", logger="hybridquant"):
+        some.held_out()
+        names(some, 7)
+        some.warn_of_unanswered()
+    assert caplog.messages == [
+        "2 of 2 held-out samples have no answer: they are judged on their prompts",
+        "2 of 3 training samples have no answer: only their prompts are learnt",
+    ]
 
 
 @pytest.mark.parametrize("processes", [Processes(), SECOND, Processes(2, 3)])
