@@ -115,6 +115,7 @@ class ShardWriter:
         self._pending: list[Future[None]] = []
         self._copies_outside = False
         directory.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(directory)
 
     def put(
         self,
@@ -215,6 +216,16 @@ class ShardWriter:
             # After an error, what has not begun is dropped.
             for threads in (self._outside_thread, self._layer_threads, self._recorder):
                 threads.shutdown(cancel_futures=failed)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Remove the files that a killed run had not finished.
+
+    safetensors writes to a file of its own beside the one that it was given, `.tmp` and six
+    letters. Symptom of a kill there: the file becomes part of the result.
+    """
+    for file in directory.glob(".*"):
+        file.unlink()
 
 
 def _unshared(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,8 @@ logger = get_logger(__name__)
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_SECONDS = 10.0
+KILL_SECONDS = 10.0
+"""Seconds that processes get to disappear after SIGKILL: the system may still free their memory."""
 READY_SECONDS = 1800.0
 LAST_LINES = 12
 _LONGEST_LINE = 400
@@ -159,16 +161,29 @@ class ServerProcess:
 
 
 def _kill_session(leader: int) -> None:
-    """Send SIGKILL to every process of the session that the guard led (on Linux; without /proc it
-    finds none).
+    """Send SIGKILL to every process of the session that the guard led, and wait until it is gone
+    (on Linux; without /proc it finds none).
     """
+    deadline = time.monotonic() + KILL_SECONDS
+    while time.monotonic() < deadline:
+        members = list(_session_members(leader))
+        if not members:
+            return
+        for member in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _session_members(leader: int) -> Iterator[int]:
+    """Yield the processes of a session that still run."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             # The name in parentheses may contain spaces.
-            after_name = stat.read_text().rpartition(")")[2]
-            session = int(after_name.split()[3])
-            if session == leader:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+            fields = stat.read_text().rpartition(")")[2].split()
+            has_ended = fields[0] in ("Z", "X")
+            if int(fields[3]) == leader and not has_ended:
+                yield int(stat.parent.name)
 
 
 @contextlib.contextmanager

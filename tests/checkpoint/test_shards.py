@@ -1,6 +1,8 @@
 """One file per layer, written in threads: nothing is recorded that is not on the disk."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -118,6 +120,27 @@ def test_a_resumed_run_keeps_the_files_outside_the_layers(tmp_path, shards):
     write_all(tmp_path, shards, remember)
     assert (tmp_path / outside).stat().st_mtime_ns == before
     assert sorted(read) == [f"{PREFIX}{layer}.source" for layer in range(LAYERS)]
+
+
+def test_what_a_killed_run_had_not_finished_is_removed(tmp_path, shards):
+    (tmp_path / ".tmpLxktwa").write_bytes(b"half a file of safetensors' own writer")
+    (tmp_path / ".model-00001-of-00004.safetensors.partial").write_bytes(b"half a file")
+    write_all(tmp_path, shards)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_safetensors_still_writes_beside_its_file(tmp_path):
+    """The trap above: once this fails, the guard of hidden `.tmp` files can go."""
+    code = (
+        "import resource, signal, sys, torch; from safetensors.torch import save_file; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+        "save_file({'a': torch.zeros(1 << 20)}, sys.argv[1] + '/a.safetensors')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert killed.returncode < 0
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp")
 
 
 def test_a_resumed_run_writes_only_the_layers_that_are_missing(tmp_path, shards):
