@@ -32,7 +32,7 @@ def open_source(recipe: Recipe) -> Checkpoint:
     if recipe.model != TINY:
         checkpoint = open_bf16(recipe.model)
     else:
-        config = tiny_checkpoint(recipe.output.absolute().parent / "tiny-bf16")
+        config = tiny_checkpoint(recipe.output.parent / "tiny-bf16")
         checkpoint = open_bf16(config.directory)
     check_companions(checkpoint)
     return checkpoint

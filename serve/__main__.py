@@ -35,6 +35,7 @@ from serve.precision import read_quantization
 from serve.preflight import checked_settings, preflight
 from serve.process import Server, ServerDied, death_message, full_command, running_server
 from serve.settings import ServeSettings, gate_passed, has_manifest, override
+from serve.vllm_flags import named_flags
 
 logger = get_logger("serve")
 
@@ -74,6 +75,8 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     overrides = given_settings(options)
     settings = checked_settings(options.directory, overrides, extra, environment)
     warn_about_gate(options.directory)
+    if "--trust-remote-code" in named_flags(extra):
+        logger.warning("--trust-remote-code: vLLM runs the Python files of %s", options.directory)
     fast_video = fast_video_state(environment)
     if options.dry_run:
         logger.info("fast video: %s", fast_video)

@@ -107,7 +107,6 @@ def _model_flags(
         ("--served-model-name", config.directory.resolve().name),
         ("--host", settings.host),
         ("--port", str(settings.port)),
-        ("--trust-remote-code", None),
         ("--dtype", settings.dtype),
     ]
     for flag, file in (

@@ -15,7 +15,7 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.reading import checkpoint_file_fault
-from serve.environment import ServeEnvironment
+from serve.environment import ServeEnvironment, parse_version
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import ServeSettings, settings_for
 
@@ -24,6 +24,9 @@ SINGLE = "model.safetensors"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+OLDEST_PLUGIN = (0, 2, 0)
+"""The first version of the plug-in that brings the model's configuration."""
 
 _COPY = "copy it from the BF16 checkpoint"
 
@@ -37,6 +40,7 @@ def preflight(
         BadInput: With every fault found.
     """
     faults = directory_faults(directory, environment, settings.tensor_parallel_size)
+    faults += plugin_faults(environment)
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     if faults:
@@ -213,9 +217,6 @@ def precision_faults(
         major, minor, _ = precision.loaded_since
         yield Fault(where, what, f"install {major}.{minor} or newer")
     device = environment.device.first(ranks)
-    if device.kind == "cpu" and environment.plugin is None:
-        remedy = f"run hybridquant setup-serve {environment.python}"
-        yield Fault(where, f"is {algo}, for which vLLM has no CPU kernel", remedy)
     least = precision.least_capability(environment.vllm)
     if device.kind == "cuda" and device.capability < least:
         needs = f"which needs capability {_dotted(least)}"
@@ -225,6 +226,19 @@ def precision_faults(
 
 def _dotted(numbers: Sequence[int]) -> str:
     return ".".join(str(number) for number in numbers)
+
+
+def plugin_faults(environment: ServeEnvironment) -> Iterator[Fault]:
+    """Yield a fault where the plug-in is missing or too old to give vLLM the model's configuration.
+
+    Without it, vLLM would have to run the Python files of the checkpoint.
+    """
+    installed = environment.plugin
+    if installed is not None and parse_version(installed) >= OLDEST_PLUGIN:
+        return
+    what = "is not installed" if installed is None else f"is version {installed}"
+    where = f"plug-in hybridquant-vllm of {environment.python}"
+    yield Fault(where, what, f"run hybridquant setup-serve {environment.python}")
 
 
 def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> Iterator[Fault]:

@@ -2,6 +2,8 @@
 
 vLLM calls `register` in each of its processes, in some more than once.
 
+- `configuration` gives transformers the model's configuration, so that vLLM runs no Python of a
+  checkpoint and needs no `--trust-remote-code`.
 - `fast_video` replaces how vLLM prepares clips and pictures for Nemotron Nano VL. Off by
   HYBRIDQUANT_FAST_VIDEO=0.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
@@ -25,6 +27,12 @@ def register() -> None:
 
     # Below "vllm", so that vLLM's own log handler prints it.
     logger = init_logger("vllm.hybridquant")
+    try:
+        from hybridquant_vllm import configuration
+
+        configuration.register()
+    except Exception as error:
+        logger.warning("hybridquant: --trust-remote-code is needed (%r).", error)
     try:
         from hybridquant_vllm import fast_video
 

@@ -44,9 +44,7 @@ def main() -> None:
 
 def chats(checkpoint: str, given: dict, result: dict) -> None:
     media = {"video": given["media_io_kwargs"]}
-    arguments = EngineArgs(
-        checkpoint, trust_remote_code=True, max_model_len=65536, media_io_kwargs=media
-    )
+    arguments = EngineArgs(checkpoint, max_model_len=65536, media_io_kwargs=media)
     renderer = renderer_from_config(arguments.create_engine_config())
     for name, chat in given["chats"].items():
         kwargs = {"add_generation_prompt": chat["open_turn"], "tokenize": False}

@@ -30,7 +30,6 @@ def main() -> None:
     checkpoint, cases, out = sys.argv[1:]
     arguments = EngineArgs(
         checkpoint,
-        trust_remote_code=True,
         max_model_len=65536,
         media_io_kwargs={key: dict(value) for key, value in MEDIA_OPTIONS.items()},
     )

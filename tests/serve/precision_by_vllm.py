@@ -39,7 +39,7 @@ def name_precision(directory, file, algo):
 
 def quantization(directory):
     try:
-        config = ModelConfig(model=str(directory), trust_remote_code=True, dtype="bfloat16")
+        config = ModelConfig(model=str(directory), dtype="bfloat16")
     except ValueError as error:
         return f"error: {error}"
     return config.quantization

@@ -44,7 +44,7 @@ def test_every_version_gets_evs_frames_and_a_name(tiny, version):
     assert json.loads(value(command, "--limit-mm-per-prompt")) == {"image": 16, "video": 1}
     assert value(command, "--served-model-name") == "tiny"
     assert value(command, "--dtype") == "bfloat16"
-    assert "--trust-remote-code" in command
+    assert "--trust-remote-code" not in command
     assert "--no-enable-prefix-caching" in command
 
 

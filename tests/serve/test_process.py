@@ -44,7 +44,7 @@ def stub(tmp_path, monkeypatch):
 
     def environment(mode):
         monkeypatch.setenv("STUB_MODE", mode)
-        return ServeEnvironment(script, (0, 32, 0), CPU, "0.1.0")
+        return ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
 
     environment.pids = lambda: [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     return environment

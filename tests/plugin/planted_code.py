@@ -1,0 +1,17 @@
+"""Runs in the serve environment: prepares a checkpoint as `vllm serve` does, up to the processor.
+
+    python tests/plugin/planted_code.py CHECKPOINT
+
+Prints the class of the configuration.
+"""
+
+import sys
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.renderers import renderer_from_config
+
+if __name__ == "__main__":
+    config = EngineArgs(sys.argv[1], max_model_len=65536).create_engine_config()
+    renderer = renderer_from_config(config)
+    assert renderer.mm_processor is not None
+    print(type(config.model_config.hf_config).__name__)
