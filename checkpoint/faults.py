@@ -184,7 +184,7 @@ _REMEDIES = {
     errno.EROFS: "choose another output",
     errno.EACCES: "change its permissions, or give another path",
     errno.EPERM: "change its permissions, or give another path",
-    errno.ENOENT: "it was there when the command began, or its path is wrong: restore it",
+    errno.ENOENT: "check the path, and restore it if it was there when the command began",
     errno.ENOTDIR: "a part of its path is a file: give another path",
     errno.EISDIR: "it is a directory: give a file",
     errno.EEXIST: "remove it, or choose another output",
