@@ -4,6 +4,7 @@ one process does.
 NCCL, mixed precision and memory need GPUs; what was run there is in benchmarks/results/.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,9 +47,12 @@ def kill(process: subprocess.Popen, output) -> None:
     """Kill a launcher and its workers, each of which is in a session of its own."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and str(output) in command_line(entry):
-            os.kill(int(entry), signal.SIGKILL)
+    # Until the last one is gone it holds the lock of the run's state.
+    while workers := [entry for entry in os.listdir("/proc") if str(output) in command_line(entry)]:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def command_line(process: str) -> str:
