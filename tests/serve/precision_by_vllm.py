@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 
 from vllm.config import ModelConfig
+from vllm.plugins import load_general_plugins
 
 
 def main():
     source, *algos = sys.argv[1:]
+    load_general_plugins()  # ours gives the model's configuration
     found = {}
     for algo in algos:
         for file in ("config.json", "hf_quant_config.json"):
