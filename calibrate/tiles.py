@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.reading import deep_pixels_fault
 from hybridquant_vllm.pixels import cut_tiles, resize_all
 
 MAX_TILES = 12
@@ -31,9 +32,6 @@ _DENIED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """Readers that run other programs on the file, or cannot decode; vLLM denies them too."""
 
 _SMALLER = "make it smaller"
-
-_DEEP_MODES = ("I", "F")
-"""Pillow's modes of 16 or 32 bits a pixel, with those that begin with `I;`."""
 
 
 def load_image(data: bytes, where: str) -> Image.Image:
@@ -51,9 +49,9 @@ def load_image(data: bytes, where: str) -> Image.Image:
             than 8 bits a channel, which a server clips to a white picture.
     """
     image = _open_image(data, where)
-    if image.mode in _DEEP_MODES or image.mode.startswith("I;"):
-        what = f"pixels have more than 8 bits (mode {image.mode}), and turn white when served"
-        raise BadInput(Fault(where, what, "scale them to 8 bits a channel"))
+    deep = deep_pixels_fault(image.mode, where)
+    if deep is not None:
+        raise BadInput(deep)
     with contextlib.suppress(Exception):  # an unreadable EXIF block is ignored, as in serving
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":

@@ -11,48 +11,12 @@ plug-in see the same pixels. The indices equal those of vLLM without it for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
 from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
 from hybridquant_vllm import frames as decoder
 
 
-@dataclass(frozen=True)
-class Clip:
-    """The sampled frames of a video.
-
-    Attributes:
-        frames: uint8 [frames, height, width, 3], RGB, upright.
-        indices: Place of each frame in the file, counted from 0.
-        fps: Frame rate of the file.
-    """
-
-    frames: NDArray[np.uint8]
-    indices: tuple[int, ...]
-    fps: float
-
-    @property
-    def frame_duration_ms(self) -> int:
-        """Duration of a frame in whole milliseconds; timestamps are multiples of it."""
-        return int(1000 / self.fps)
-
-
-def sample_indices(total: int, fps: float, video: Video) -> list[int]:
-    """Return the indices of the frames to take, first and last included if there are several.
-
-    Args:
-        total: Frames in the file, > 0.
-        fps: Frame rate of the file; 0 if unknown, which leaves one frame, as in vLLM.
-        video: Frames per second to take, and most frames.
-    """
-    return decoder.sample_indices(total, fps, video.fps, video.max_frames)
-
-
-def decode(data: bytes, where: str, video: Video, size: int | None = None) -> Clip:
+def decode(data: bytes, where: str, video: Video, size: int | None = None) -> decoder.Clip:
     """Decode a video file and sample it.
 
     Frames that cannot be decoded are left out; the others keep their indices.
@@ -69,7 +33,6 @@ def decode(data: bytes, where: str, video: Video, size: int | None = None) -> Cl
     """
     square = None if size is None else (size, size)
     try:
-        clip = decoder.read_clip(data, fps=video.fps, max_frames=video.max_frames, size=square)
+        return decoder.read_clip(data, fps=video.fps, max_frames=video.max_frames, size=square)
     except decoder.ClipError as error:
         raise BadInput(Fault(where, error.what, error.remedy)) from None
-    return Clip(clip.frames, clip.indices, clip.fps)

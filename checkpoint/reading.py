@@ -111,6 +111,19 @@ def read_small_file(path: Path, root: Path | None = None) -> bytes:
     return data
 
 
+def deep_pixels_fault(mode: str, where: str) -> Fault | None:
+    """Return the fault of a picture that a server clips to white, or None.
+
+    Args:
+        mode: Pillow's name of the kind of pixels.
+        where: Names the picture.
+    """
+    if mode not in ("I", "F") and not mode.startswith("I;"):
+        return None
+    what = f"pixels have more than 8 bits (mode {mode}), and turn white when served"
+    return Fault(where, what, "scale them to 8 bits a channel")
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is only the pointer that Git LFS leaves where it fetched nothing."""
     with path.open("rb") as file:

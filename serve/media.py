@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.reading import regular_file_fault
+from checkpoint.reading import deep_pixels_fault, regular_file_fault
 
 Content = Literal["a picture", "a clip", "audio", "text"]
 
@@ -188,9 +188,9 @@ def _image_type(data: bytes, where: str) -> str:
             media_type = Image.MIME.get(str(image.format), "image/png")
     except Exception:  # the server says what is wrong with it
         return "image/png"
-    if mode in ("I", "F") or mode.startswith("I;"):
-        what = f"pixels have more than 8 bits (mode {mode}), and turn white when served"
-        raise BadInput(Fault(where, what, "scale them to 8 bits a channel"))
+    deep = deep_pixels_fault(mode, where)
+    if deep is not None:
+        raise BadInput(deep)
     return media_type
 
 

@@ -94,6 +94,11 @@ class Clip:
     fps: float
     total: int
 
+    @property
+    def frame_duration_ms(self) -> int:
+        """Duration of a frame in whole milliseconds; timestamps are multiples of it."""
+        return int(1000 / self.fps)
+
 
 @dataclass(frozen=True)
 class _Opened:

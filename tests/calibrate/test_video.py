@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from calibrate_media import clip_bytes, image_bytes, picture, trimmed
 
-from calibrate.video import decode, sample_indices
+from calibrate.video import decode
 from checkpoint.faults import BadInput
 from checkpoint.video import UNPRUNED, Video
+from hybridquant_vllm.frames import sample_indices
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from checkpoint.video import UNPRUNED, Video
     ],
 )
 def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
-    indices = sample_indices(total, fps, Video())
+    indices = sample_indices(total, fps, Video().fps, Video().max_frames)
     assert len(indices) == count
     assert (indices[0], indices[-1]) == first_and_last
     assert indices == sorted(set(indices))
@@ -45,7 +46,7 @@ def test_two_frames_a_second_and_at_most_128(total, fps, count, first_and_last):
     ],
 )
 def test_another_rate_and_fewer_frames_are_taken_uniformly(fps, max_frames, indices):
-    assert sample_indices(100, 30, Video(fps=fps, max_frames=max_frames)) == indices
+    assert sample_indices(100, 30, fps, max_frames) == indices
 
 
 def test_a_clip_is_sampled_as_the_video_says():
