@@ -2,12 +2,14 @@
 
     python -m accuracy DIR --reference BF16_DIR [--tasks document,chart] [--items 300]
     python -m accuracy DIR --reference BF16_DIR --endpoint http://localhost:8000
+    python -m accuracy DIR [DIR …] --reference BF16_DIR --suite report [--limit N]
 
 Both sides answer the same held-out items greedily; an answer counts when it is exact. DIR is read
 back from its files, weights dequantized and inputs rounded as served. Clips are sampled and pruned
 as DIR's manifest says, as its server does. With --endpoint the server answers in DIR's place; give
---video-pruning-rate if it was started with another rate. Exit status: 0 measured, 2 bad input, also
-when too many requests fail.
+--video-pruning-rate if it was started with another rate. With --suite each directory is served in
+turn and answers published benchmarks: see docs/accuracy.md. Exit status: 0 measured, and every gate
+of a suite passed; 1 a gate was missed; 2 bad input, also when too many requests fail.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from accuracy.suites.command import add_options, run_suite
 from checkpoint.atomic import write_text
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
@@ -32,16 +35,18 @@ logger = get_logger("accuracy")
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("accuracy", __doc__)
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    directories_help = "what is compared; several with --suite"
+    parser.add_argument("directories", type=Path, metavar="DIR", nargs="+", help=directories_help)
     parser.add_argument("--reference", type=Path, required=True, metavar="BF16_DIR")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="names, separated by commas")
-    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items per task")
+    parser.add_argument("--tasks", help="names, separated by commas (default: all)")
+    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="items per exact task")
     parser.add_argument(
         "--video-pruning-rate", type=float, metavar="Q", help="EVS rate (DIR's manifest)"
     )
     parser.add_argument("--endpoint", metavar="URL", help="ask this server instead of DIR's files")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (VLLM_API_KEY)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add_options(parser)
     return parser
 
 
@@ -76,6 +81,14 @@ def compared_video(directory: Path, override: float | None) -> Video:
 
 def _run() -> int:
     arguments = parse_command(_parser())
+    if arguments.suite:
+        video = compared_video(arguments.directories[0], arguments.video_pruning_rate)
+        return run_suite(arguments, video)
+    if len(arguments.directories) > 1:
+        raise BadInput(Fault("DIR", "is given more than once", "give one, or --suite"))
+    directory = arguments.directories[0]
+    if arguments.tasks is None:
+        arguments.tasks = ",".join(TASKS)
     names = [name for name in arguments.tasks.split(",") if name]
     check_tasks(names)
     if not names:
@@ -90,15 +103,15 @@ def _run() -> int:
     from checkpoint.opened import open_checkpoint
 
     reference = open_checkpoint(arguments.reference)
-    variant = open_checkpoint(arguments.directory)
-    video = compared_video(arguments.directory, arguments.video_pruning_rate)
+    variant = open_checkpoint(directory)
+    video = compared_video(directory, arguments.video_pruning_rate)
     logger.info("clips: %s", video)
     if arguments.endpoint:
         answers = ask_endpoint(arguments.endpoint, samples, api_key=arguments.api_key)
     else:
         answers = answer_tasks(variant, samples, video)
     rows = pair(samples, answer_tasks(reference, samples, video), answers)
-    shown = arguments.endpoint or arguments.directory.name
+    shown = arguments.endpoint or directory.name
     Console().print(paired_table(rows, arguments.reference.name, shown))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ lm-eval is given a model that writes down what it is asked, as the messages that
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,7 +101,8 @@ class Task:
         self._evaluate(model)
         self.asked = model.asked
         items = [{"id": item, "group": ""} for item in self.asked]
-        return {"items": items, "media_root": None}
+        prompts = json.dumps(self.asked, sort_keys=True).encode()
+        return {"items": items, "media_root": None, "data": hashlib.sha256(prompts).hexdigest()}
 
     def prompt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return an item's prompt: OpenAI messages, stop sequences, most tokens."""

@@ -108,13 +108,11 @@ class Suite:
         """
         self.name = request["dataset"]
         folder = Path(request["data"])
-        os.environ["LMUData"] = str(folder)
+        os.environ["LMUData"] = str(folder)  # noqa: SIM112
         if (folder / "hub").is_dir():
             os.environ["HF_HUB_CACHE"] = str(folder / "hub")
         module, class_name = CLASSES[self.name]
-        dataset_class = getattr(
-            importlib.import_module(f"vlmeval.dataset.{module}"), class_name
-        )
+        dataset_class = getattr(importlib.import_module(f"vlmeval.dataset.{module}"), class_name)
         is_own = bool(request["is_own_data"])
         if self.name in VIDEO_REPOSITORIES:
             self.dataset = self._open_video(dataset_class, is_own)
@@ -130,7 +128,12 @@ class Suite:
                 self.rows[name] = row
                 items.append({"id": name, "group": self._group(row)})
         root = getattr(self.dataset, "data_root", None)
-        return {"items": items, "media_root": None if root is None else str(Path(root).resolve())}
+        file = getattr(self.dataset, "data_file", None) or self.dataset.data_path
+        return {
+            "items": items,
+            "media_root": None if root is None else str(Path(root).resolve()),
+            "data": importlib.import_module("vlmeval.smp").md5(str(file)),
+        }
 
     def _open_images(self, dataset_class: Any, folder: Path, is_own: bool) -> Any:
         table = folder / f"{self.name}.tsv"
@@ -271,12 +274,14 @@ class Suite:
         file = self._write(table, folder)
         report = self.dataset.evaluate(file, model="exact_matching")
         results = pd.read_pickle(os.path.join(folder, "answers_exact_matching_result.pkl"))
-        return [results[index]["hit"] for index in table["index"]], 100 * float(report["Overall"].iloc[0])
+        return [results[index]["hit"] for index in table["index"]], 100 * float(
+            report["Overall"].iloc[0]
+        )
 
     def _vqa_scores(self, table: pd.DataFrame, folder: str) -> tuple[list[float], float]:
         # evaluate keeps the matches of each item, not the item's score: what it takes the mean of
         # is what this function of its own returns first.
-        rules = importlib.import_module("vlmeval.dataset.utils.vqa_eval")
+        rules: Any = importlib.import_module("vlmeval.dataset.utils.vqa_eval")
         results: list[list[float]] = []
         calculate = rules.hit_calculate
 

@@ -1,0 +1,167 @@
+"""The options and the run of `python -m accuracy … --suite`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from accuracy.suites.asking import REASONING_OFF, REASONING_ON, Profile
+from accuracy.suites.catalogue import SUITES, choose_tasks
+from accuracy.suites.harness import DataSource, HarnessFailed, Judge, find_python
+from accuracy.suites.report import as_dict, show, show_curve, show_noise
+from accuracy.suites.run import SuitePlan, open_suite
+from accuracy.suites.serving import Model
+from checkpoint.atomic import write_json
+from checkpoint.faults import Fault, raise_if_any
+from checkpoint.lock import locked_directory
+from checkpoint.log import get_logger
+from checkpoint.video import Video
+from serve.environment import find_environment
+from serve.process import ServerDied
+
+logger = get_logger(__name__)
+
+MAX_LOSS = 1.5
+CONCURRENCY = 64
+"""Requests at once on a GPU."""
+_CPU_CONCURRENCY = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of published suites."""
+    group = parser.add_argument_group("published benchmarks (make setup-eval installs them)")
+    group.add_argument("--suite", choices=SUITES, help="run these in place of the exact tasks")
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="N items of each task, always the same"
+    )
+    data_help = "folder of VLMEvalKit's tables (default: $LMUData, or ~/LMUData)"
+    group.add_argument("--data", type=Path, metavar="FOLDER", help=data_help)
+    own_help = "take data with other checksums than the published"
+    group.add_argument("--own-data", action="store_true", help=own_help)
+    tasks_help = "folder of lm-eval task files of your own"
+    group.add_argument("--tasks-folder", type=Path, metavar="FOLDER", help=tasks_help)
+    out_help = "answers and logs; the same command resumes there (default: out/suites)"
+    group.add_argument("--out", type=Path, default=Path("out/suites"), help=out_help)
+    group.add_argument("--think", action="store_true", help="let the models reason first")
+    tokens_help = f"most tokens of an answer ({REASONING_OFF.max_tokens:,}; with --think "
+    tokens_help += f"{REASONING_ON.max_tokens:,})"
+    group.add_argument("--max-tokens", type=int, metavar="N", help=tokens_help)
+    concurrency_help = f"requests at once ({CONCURRENCY}; on a CPU {_CPU_CONCURRENCY})"
+    group.add_argument("--concurrency", type=int, metavar="N", help=concurrency_help)
+    loss_help = f"points that no task may lose, with 95 %% certainty ({MAX_LOSS})"
+    group.add_argument("--max-loss", type=float, default=MAX_LOSS, metavar="POINTS", help=loss_help)
+    judge_help = "endpoint of a judge model; without it MathVista and OCR-Reasoning are scored by "
+    group.add_argument("--judge", metavar="URL", help=judge_help + "a rule, not comparable")
+    group.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    evs_help = "also ask the video tasks at the EVS rates of the published figure"
+    group.add_argument("--evs-curve", action="store_true", help=evs_help)
+    noise_help = "also ask BF16's server twice and count different answers"
+    group.add_argument("--noise-floor", action="store_true", help=noise_help)
+
+
+def run_suite(arguments: argparse.Namespace, video: Video) -> int:
+    """Run the suite that the command line names.
+
+    Args:
+        arguments: Parsed, of `accuracy.__main__`.
+        video: How clips are seen.
+
+    Returns:
+        0 when every gate passed; 1 when one did not, a server died twice or a harness failed.
+
+    Raises:
+        BadInput: With everything that is wrong with the command line or the data.
+    """
+    raise_if_any(_faults(arguments))
+    names = [name for name in (arguments.tasks or "").split(",") if name]
+    tasks = choose_tasks(arguments.suite, names)
+    find_python()
+    plan = SuitePlan(
+        tasks=tasks,
+        source=DataSource(
+            _data_folder(arguments.data),
+            arguments.own_data,
+            arguments.tasks_folder,
+            arguments.limit,
+        ),
+        video=video,
+        profile=_profile(arguments),
+        concurrency=arguments.concurrency or _concurrency(),
+        out=arguments.out,
+        max_loss=arguments.max_loss,
+        judge=_judge(arguments),
+    )
+    reference = Model(arguments.reference)
+    variants = []
+    for directory in arguments.directories:
+        variants.append(Model(directory, arguments.endpoint, arguments.api_key))
+    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked_directory(plan.out), open_suite(plan, arguments.reference) as run:
+            compared = run.compare(reference, variants)
+            show(compared, reference)
+            noise = run.noise(reference) if arguments.noise_floor else []
+            show_noise(noise)
+            points = run.curve([reference, *variants]) if arguments.evs_curve else []
+            if points:
+                show_curve(points)
+            outcome = as_dict(run, arguments.suite, reference, compared, noise, points)
+    except (ServerDied, HarnessFailed) as failed:
+        logger.error("%s", failed)
+        logger.error("answers so far are kept in %s; the same command goes on from there", plan.out)
+        return 1
+    write_json(plan.out / f"{arguments.suite}.json", outcome)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, outcome)
+    return 0 if outcome["passed"] else 1
+
+
+def _faults(arguments: argparse.Namespace) -> Iterator[Fault]:
+    for option, value in (
+        ("--limit", arguments.limit),
+        ("--max-tokens", arguments.max_tokens),
+        ("--concurrency", arguments.concurrency),
+    ):
+        if value is not None and value < 1:
+            yield Fault(option, f"is {value}", "give at least 1")
+    if not 0 < arguments.max_loss < 100:
+        yield Fault("--max-loss", f"is {arguments.max_loss}", "give points between 0 and 100")
+    if (arguments.judge is None) != (arguments.judge_model is None):
+        yield Fault("--judge", "needs a model's name", "give --judge URL and --judge-model NAME")
+    if arguments.endpoint and len(arguments.directories) > 1:
+        yield Fault("--endpoint", "answers in place of one directory", "give one directory")
+    if arguments.evs_curve and arguments.endpoint:
+        what = "has one EVS rate as long as it runs"
+        yield Fault("--endpoint", what, "leave it out: DIR is served at each rate")
+    for path in (arguments.reference, *arguments.directories):
+        if not path.is_dir():
+            yield Fault(str(path), "is not a directory", "check the path")
+
+
+def _data_folder(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    named = os.environ.get("LMUData")  # noqa: SIM112  (VLMEvalKit spells it so)
+    return Path(named) if named else Path.home() / "LMUData"
+
+
+def _profile(arguments: argparse.Namespace) -> Profile:
+    profile = REASONING_ON if arguments.think else REASONING_OFF
+    if arguments.max_tokens is None:
+        return profile
+    return Profile(profile.system, arguments.max_tokens, profile.thinks)
+
+
+def _concurrency() -> int:
+    is_gpu = find_environment().device.kind == "cuda"
+    return CONCURRENCY if is_gpu else _CPU_CONCURRENCY
+
+
+def _judge(arguments: argparse.Namespace) -> Judge | None:
+    if arguments.judge is None:
+        return None
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return Judge(arguments.judge, arguments.judge_model, key)

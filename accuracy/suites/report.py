@@ -1,0 +1,186 @@
+"""Shows a suite's outcome, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from accuracy.suites.published import published_curve, source_of
+from accuracy.suites.run import Compared, CurvePoint, Noise, SuitePlan, SuiteRun
+from accuracy.suites.serving import Model
+from accuracy.suites.verdict import MEAN, Row
+
+_COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "published", "verdict")
+_NOT_COMPARABLE = "not comparable"
+
+
+def show(compared: Sequence[Compared], reference: Model) -> None:
+    """Print a table for each checkpoint, and what its gate says."""
+    console = Console()
+    for one in compared:
+        title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
+        table = Table(title=title, title_justify="left")
+        for column in _COLUMNS:
+            is_text = column in ("task", "published", "verdict")
+            table.add_column(column, justify="left" if is_text else "right")
+        for row in one.rows:
+            table.add_row(*_cells(row))
+        console.print(table)
+        for row in one.rows:
+            for note in _notes(row):
+                console.print(f"{row.task}: {note}", highlight=False)
+        if one.passed:
+            console.print("gate passed", style="green")
+        else:
+            missed = [row.task for row in one.rows if row.outcome != "passed"]
+            console.print(f"gate missed: {', '.join(missed)}", style="red", highlight=False)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    found = row.found
+    if not found.items:
+        return (row.task, "0", "–", "–", "–", "–", _published(row), row.reason)
+    return (
+        row.task,
+        f"{found.items:,}",
+        f"{100 * found.reference:.2f}",
+        f"{100 * found.variant:.2f}",
+        f"{100 * found.difference:+.2f}",
+        f"{100 * found.low:+.2f} … {100 * found.high:+.2f}",
+        _published(row),
+        "" if row.task == MEAN else row.reason,
+    )
+
+
+def _published(row: Row) -> str:
+    if not row.comparable:
+        return _NOT_COMPARABLE
+    parts = [f"{precision} {value:g}" for precision, value in row.published.items()]
+    return ", ".join(parts)
+
+
+def _notes(row: Row) -> list[str]:
+    notes = []
+    if row.reference_failed or row.variant_failed:
+        counts = f"{row.reference_failed} of BF16's and {row.variant_failed} of the variant's"
+        notes.append(f"{counts} requests failed; they count neither right nor wrong")
+    if row.unscored:
+        notes.append(f"the judge did not read {row.unscored} answers; they are left out")
+    if row.truncated:
+        notes.append(f"{row.truncated} of the variant's answers were cut off")
+    if not row.comparable:
+        notes.append("scored by rule, without a judge: not comparable with published figures")
+    return notes
+
+
+def show_noise(noise: Sequence[Noise]) -> None:
+    """Print how many answers of one server differ from its own."""
+    console = Console()
+    for one in noise:
+        console.print(
+            f"{one.task}: asked twice, {one.different} of {one.items} answers differ, "
+            f"{one.scored_differently} are scored differently",
+            highlight=False,
+        )
+
+
+def show_curve(points: Sequence[CurvePoint]) -> None:
+    """Print accuracy by EVS rate, the published curve beside it."""
+    table = Table(title="accuracy by EVS rate, in percent", title_justify="left")
+    for column in ("task", "rate", "checkpoint", "items", "accuracy", "published"):
+        table.add_column(column, justify="right" if column in ("items", "accuracy") else "left")
+    for point in points:
+        published = []
+        for precision, curve in published_curve(point.task).items():
+            published.append(f"{precision} {curve[point.rate]:g}")
+        table.add_row(
+            point.task,
+            f"{point.rate:g}",
+            point.directory.name,
+            f"{point.items:,}",
+            f"{point.accuracy:.2f}",
+            ", ".join(published),
+        )
+    Console().print(table)
+
+
+def as_dict(
+    run: SuiteRun,
+    suite: str,
+    reference: Model,
+    compared: Sequence[Compared],
+    noise: Sequence[Noise] = (),
+    points: Sequence[CurvePoint] = (),
+) -> dict[str, Any]:
+    """Return everything for a JSON file; figures in percent."""
+    plan: SuitePlan = run.plan
+    return {
+        "suite": suite,
+        "settings": {
+            "system": plan.profile.system,
+            "max_tokens": plan.profile.max_tokens,
+            "temperature": 0,
+            "limit": plan.source.limit,
+            "own_data": plan.source.is_own,
+            "video": plan.video.model_dump(),
+            "judge": None if plan.judge is None else plan.judge.model,
+        },
+        "reference": _model(run, reference),
+        "max_loss": plan.max_loss,
+        "passed": all(one.passed for one in compared),
+        "variants": [_compared(run, one) for one in compared],
+        "noise": [vars(one) for one in noise],
+        "evs": [_point(point) for point in points],
+    }
+
+
+def _model(run: SuiteRun, model: Model) -> dict[str, str]:
+    return {"directory": model.directory.name, "hash": run.hash_of(model)}
+
+
+def _compared(run: SuiteRun, one: Compared) -> dict[str, Any]:
+    rows = [_row(row) for row in one.rows]
+    return _model(run, one.model) | {"passed": one.passed, "rows": rows}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    found = row.found
+    return {
+        "task": row.task,
+        "items": found.items,
+        "reference": 100 * found.reference,
+        "variant": 100 * found.variant,
+        "difference": 100 * found.difference,
+        "low": 100 * found.low,
+        "high": 100 * found.high,
+        "worse": found.worse,
+        "better": found.better,
+        "mcnemar_p": found.p_value,
+        "outcome": row.outcome,
+        "reason": row.reason,
+        "items_needed": row.items_needed,
+        "reference_failed": row.reference_failed,
+        "variant_failed": row.variant_failed,
+        "truncated": row.truncated,
+        "unscored": row.unscored,
+        "comparable": row.comparable,
+        "published": dict(row.published),
+        "source": source_of(row.task) if row.published else None,
+    }
+
+
+def _point(point: CurvePoint) -> dict[str, Any]:
+    published = {}
+    for precision, curve in published_curve(point.task).items():
+        published[precision] = curve[point.rate]
+    return {
+        "task": point.task,
+        "directory": point.directory.name,
+        "rate": point.rate,
+        "accuracy": point.accuracy,
+        "items": point.items,
+        "published": published,
+    }

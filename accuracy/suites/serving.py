@@ -1,0 +1,121 @@
+"""Serves a directory while a suite is asked, and starts the server once more when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from accuracy.suites.asking import TIMEOUT_SECONDS, Endpoint, ServerLost
+from checkpoint.endpoint import connect, first_model
+from checkpoint.log import get_logger
+from checkpoint.video import Video
+from serve.environment import find_environment
+from serve.own_server import own_server
+from serve.preflight import checked_settings
+from serve.process import ServerDied, death_message, running_server
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that is asked.
+
+    Attributes:
+        directory: The checkpoint.
+        url: A running server that answers in its place; None to serve it.
+        api_key: That server's key.
+    """
+
+    directory: Path
+    url: str | None = None
+    api_key: str | None = None
+
+
+@contextlib.contextmanager
+def asked_endpoint(
+    model: Model, video: Video, media_root: Path | None, log: Path
+) -> Iterator[Endpoint]:
+    """Yield a server of a checkpoint for the length of a `with` block.
+
+    Args:
+        model: The checkpoint.
+        video: How clips are seen.
+        media_root: Folder of the clips, which a server of ours reads itself.
+        log: File for vLLM's output.
+
+    Raises:
+        BadInput: The directory cannot be served, or nothing answers at the URL.
+        ServerDied: vLLM ended before it answered.
+        ServerLost: It ended while it was asked.
+    """
+    if model.url is not None:
+        client = connect(model.url, model.api_key, TIMEOUT_SECONDS)
+        yield Endpoint(client, first_model(client), is_alive=lambda: True)
+        return
+    environment = find_environment()
+    overrides = {
+        "port": 0,
+        "video.pruning_rate": video.pruning_rate,
+        "video.fps": video.fps,
+        "video.max_frames": video.max_frames,
+        "allowed_local_media_path": None if media_root is None else str(media_root),
+    }
+    settings = checked_settings(model.directory, overrides, (), environment)
+    with running_server(model.directory, settings, (), log, environment) as server:
+        reached = own_server(server.settings)
+        client = server.client(TIMEOUT_SECONDS)
+        try:
+            yield Endpoint(client, server.model, reached.is_healthy, media_root)
+        except ServerLost:
+            what = "vLLM ended while it was asked"
+            raise ServerLost(death_message(log, what)) from None
+
+
+def with_one_restart(
+    model: Model,
+    video: Video,
+    media_root: Path | None,
+    log: Path,
+    ask: Callable[[Endpoint], None],
+) -> None:
+    """Call `ask` with a server of a checkpoint; when the server dies, once more with a new one.
+
+    Args:
+        model: The checkpoint.
+        video: How clips are seen.
+        media_root: As in `asked_endpoint`.
+        log: As in `asked_endpoint`.
+        ask: Asks what has no answer yet.
+
+    Raises:
+        BadInput: As in `asked_endpoint`.
+        ServerDied: The server died twice, or did not start.
+    """
+    try:
+        with asked_endpoint(model, video, media_root, log) as endpoint:
+            ask(endpoint)
+        return
+    except ServerLost as first:
+        logger.warning("%s: %s", model.directory, first)
+        logger.warning("%s: is served once more", model.directory)
+    try:
+        with asked_endpoint(model, video, media_root, _second(log)) as endpoint:
+            ask(endpoint)
+    except ServerLost as second:
+        raise ServerDied(f"{model.directory}: the server died twice: {second}") from None
+
+
+def _second(log: Path) -> Path:
+    return log.with_name(f"{log.stem}-2{log.suffix}")
+
+
+def common_root(roots: list[Path]) -> Path | None:
+    """Return the folder below which all clips are; None when that would be the whole disk."""
+    if not roots:
+        return None
+    common = Path(os.path.commonpath(roots))
+    return None if common == Path(common.anchor) else common

@@ -1,0 +1,138 @@
+"""Keeps requests and answers: one JSON object a line, appended, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from serve.settings import MANIFEST
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an answer is kept under, beside the model.
+
+    Attributes:
+        task: The task's name.
+        item: The item's name.
+        settings: Hash of everything else that decides the answer.
+        repeat: 0, and 1 for the second time that the same server is asked.
+    """
+
+    task: str
+    item: str
+    settings: str
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for a request.
+
+    Attributes:
+        answer: The text; None when the request failed.
+        error: Why it failed; None when it did not.
+        finish_reason: `length` when the answer was cut off.
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens of the answer.
+        seconds: From the request to the answer.
+    """
+
+    answer: str | None
+    error: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+
+class AnswerStore:
+    """The answers of one model, in a file.
+
+    Every line is on the disk before `add` returns. A line that a kill left half written is cut
+    off when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._turn = threading.Lock()
+        self._replies: dict[Key, Reply] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    whole += len(line)
+                    self._remember(json.loads(line))
+        self._file: BinaryIO = path.open("ab")
+        self._file.truncate(whole)
+
+    def get(self, key: Key) -> Reply | None:
+        """Return what was kept under a key; None if nothing was."""
+        return self._replies.get(key)
+
+    def add(self, key: Key, messages: list[dict[str, Any]], reply: Reply) -> None:
+        """Keep a request and what came back."""
+        line = asdict(key) | {"messages": messages} | asdict(reply)
+        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        with self._turn:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._replies[key] = reply
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> AnswerStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        key = Key(**{name: line[name] for name in Key.__dataclass_fields__})
+        self._replies[key] = Reply(**{name: line[name] for name in Reply.__dataclass_fields__})
+
+
+def content_hash(directory: Path) -> str:
+    """Return a hash of all files that are served from a checkpoint directory, by name and content.
+
+    The manifest is left out: the gate writes its outcome there, and what of it is served belongs to
+    the settings.
+    """
+    digest = hashlib.sha256()
+    for file in _files(directory):
+        digest.update(f"{file.relative_to(directory)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _files(directory: Path) -> Iterable[Path]:
+    for file in sorted(directory.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
+        is_served = file.name != MANIFEST and file.suffix != ".md"
+        if file.is_file() and is_served and not is_hidden:
+            yield file
+
+
+def settings_hash(**settings: Any) -> str:
+    """Return a hash of settings, independent of their order."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,183 @@
+"""Compares a directory with BF16 task by task, and judges by the loss that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from accuracy.suites.intervals import Difference, Scores, items_to_tell, paired_difference
+
+MAX_FAILED = 0.02
+"""Share of an answer set that may be missing before the task is not judged."""
+
+Outcome = Literal["passed", "failed", "too small", "incomplete"]
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one model's answers to one task were worth.
+
+    Attributes:
+        scores: Between 0 and 1, by item.
+        asked: Items asked.
+        failed: Requests that failed: neither right nor wrong.
+        truncated: Answers that were cut off at the most tokens.
+        empty: Answers without text.
+        unscored: Answers that the judge failed to read.
+    """
+
+    scores: Mapping[str, float]
+    asked: int
+    failed: int = 0
+    truncated: int = 0
+    empty: int = 0
+    unscored: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Items without a score."""
+        return self.failed + self.unscored
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task, or the mean of all, under BF16 and a variant.
+
+    Attributes:
+        task: Its name; `mean` for the unweighted mean over tasks.
+        found: The comparison.
+        outcome: What the gate says.
+        reason: The outcome in words.
+        comparable: Whether published figures were scored in the same way.
+        reference_failed: Failed requests of the reference.
+        variant_failed: Failed requests of the variant.
+        truncated: Answers of the variant that were cut off.
+        unscored: Answers of either that the judge failed to read.
+        published: Published figures in percent, by precision.
+        items_needed: How many items would tell; None when it is known, or more would not help.
+    """
+
+    task: str
+    found: Difference
+    outcome: Outcome
+    reason: str
+    comparable: bool = True
+    reference_failed: int = 0
+    variant_failed: int = 0
+    truncated: int = 0
+    unscored: int = 0
+    published: Mapping[str, float] = field(default_factory=dict)
+    items_needed: int | None = None
+
+
+def compare_tasks(
+    reference: Mapping[str, TaskScores],
+    variant: Mapping[str, TaskScores],
+    groups: Mapping[str, Mapping[str, str]],
+    max_loss: float,
+    published: Mapping[str, Mapping[str, float]],
+    not_comparable: Sequence[str] = (),
+) -> list[Row]:
+    """Compare two models on the items that both answered; the mean over tasks is the last row.
+
+    Args:
+        reference: BF16's scores by task.
+        variant: The variant's.
+        groups: For tasks that average over groups first: the group of each item.
+        max_loss: Points that may be lost: the lower end of each interval must be above.
+        published: Published figures by task.
+        not_comparable: Tasks that were scored otherwise than the published figures.
+    """
+    rows = []
+    resampled: list[Scores] = []
+    for task, ours in reference.items():
+        theirs = variant[task]
+        common = [item for item in ours.scores if item in theirs.scores]
+        if not common:
+            rows.append(_without_items(task, ours, theirs))
+            continue
+        first = np.array([ours.scores[item] for item in common])
+        second = np.array([theirs.scores[item] for item in common])
+        grouped = groups.get(task)
+        named = None if grouped is None else [grouped[item] for item in common]
+        found, samples = paired_difference(first, second, named)
+        resampled.append(samples)
+        most_missing = max(ours.missing / ours.asked, theirs.missing / theirs.asked)
+        outcome, reason, needed = _judge(found, max_loss / 100, most_missing)
+        rows.append(
+            Row(
+                task=task,
+                found=found,
+                outcome=outcome,
+                reason=reason,
+                comparable=task not in not_comparable,
+                reference_failed=ours.failed,
+                variant_failed=theirs.failed,
+                truncated=theirs.truncated,
+                unscored=ours.unscored + theirs.unscored,
+                published=published.get(task, {}),
+                items_needed=needed,
+            )
+        )
+    if len(resampled) > 1:
+        rows.append(_mean(rows, resampled))
+    return rows
+
+
+def gate_passed(rows: Sequence[Row]) -> bool:
+    """Return whether no task may have lost more than is allowed. The mean is shown, not judged."""
+    judged = [row for row in rows if row.task != MEAN]
+    return bool(judged) and all(row.outcome == "passed" for row in judged)
+
+
+def _judge(
+    found: Difference, margin: float, most_missing: float
+) -> tuple[Outcome, str, int | None]:
+    if most_missing > MAX_FAILED:
+        share = f"{most_missing:.0%} of the answers are missing, at most {MAX_FAILED:.0%} may be"
+        return "incomplete", share, None
+    if found.low >= -margin:
+        return "passed", "no loss beyond the gate", None
+    lost = f"{-100 * found.difference:.1f} points lost, {100 * margin:g} allowed"
+    needed = items_to_tell(found, margin)
+    if needed is None:
+        return "failed", lost, None
+    is_certain = found.high < 0
+    if is_certain and found.items >= needed:
+        return "failed", lost, None
+    return "too small", f"too small to tell; {needed:,} items would do", needed
+
+
+def _without_items(task: str, ours: TaskScores, theirs: TaskScores) -> Row:
+    nothing = Difference(0, 0.0, 0.0, -1.0, 1.0, 0, 0, None)
+    return Row(
+        task=task,
+        found=nothing,
+        outcome="incomplete",
+        reason="no item was answered by both",
+        reference_failed=ours.failed,
+        variant_failed=theirs.failed,
+        unscored=ours.unscored + theirs.unscored,
+    )
+
+
+def _mean(rows: Sequence[Row], resampled: Sequence[Scores]) -> Row:
+    """The unweighted mean over tasks, as the launch post averages."""
+    counted = [row.found for row in rows if row.found.items]
+    low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975))
+    found = Difference(
+        items=sum(task.items for task in counted),
+        reference=float(np.mean([task.reference for task in counted])),
+        variant=float(np.mean([task.variant for task in counted])),
+        low=float(low),
+        high=float(high),
+        worse=sum(task.worse for task in counted),
+        better=sum(task.better for task in counted),
+        p_value=None,
+    )
+    return Row(MEAN, found, "passed", "not judged: each task is")
