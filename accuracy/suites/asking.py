@@ -14,7 +14,6 @@ from accuracy.suites.harness import Item, PromptText
 from accuracy.suites.store import AnswerStore, Key, Reply
 from checkpoint.faults import BadInput, shortened
 from checkpoint.log import get_logger
-from checkpoint.video import Video
 from serve.media import media_url
 
 if TYPE_CHECKING:
@@ -76,14 +75,11 @@ class Asking:
     Attributes:
         endpoint: Who is asked.
         profile: How.
-        video: How clips are sampled; both values go with each request, because vLLM drops the
-            default of one when only the other is given.
         concurrency: Requests at once.
     """
 
     endpoint: Endpoint
     profile: Profile
-    video: Video
     concurrency: int
 
 
@@ -147,7 +143,6 @@ def _request(asking: Asking, asked: PromptText, lost: threading.Event) -> Reply 
             temperature=0.0,
             max_tokens=asked.max_tokens or profile.max_tokens,
             stop=list(asked.stop) or None,
-            extra_body={"media_io_kwargs": {"video": sampling(asking.video)}},
         )
         choice = completion.choices[0]
         text = choice.message.content or ""
@@ -176,11 +171,6 @@ def _request(asking: Asking, asked: PromptText, lost: threading.Event) -> Reply 
         completion_tokens=usage.completion_tokens if usage else 0,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def sampling(video: Video) -> dict[str, Any]:
-    """Return how vLLM is told to sample a clip."""
-    return {"fps": video.fps, "num_frames": video.max_frames}
 
 
 def _messages(asked: PromptText, profile: Profile, media_root: Path | None) -> list[dict[str, Any]]:

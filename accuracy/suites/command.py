@@ -92,6 +92,7 @@ def run_suite(arguments: argparse.Namespace, video: Video) -> int:
         out=arguments.out,
         max_loss=arguments.max_loss,
         judge=_judge(arguments),
+        repeats=2 if arguments.noise_floor else 1,
     )
     reference = Model(arguments.reference)
     variants = []

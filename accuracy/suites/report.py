@@ -13,8 +13,8 @@ from accuracy.suites.run import Compared, CurvePoint, Noise, SuitePlan, SuiteRun
 from accuracy.suites.serving import Model
 from accuracy.suites.verdict import MEAN, Row
 
-_COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "published", "verdict")
-_NOT_COMPARABLE = "not comparable"
+_COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "verdict")
+_SHOWN_REASONS = 3
 
 
 def show(compared: Sequence[Compared], reference: Model) -> None:
@@ -24,8 +24,8 @@ def show(compared: Sequence[Compared], reference: Model) -> None:
         title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
         table = Table(title=title, title_justify="left")
         for column in _COLUMNS:
-            is_text = column in ("task", "published", "verdict")
-            table.add_column(column, justify="left" if is_text else "right")
+            is_text = column in ("task", "verdict")
+            table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
         for row in one.rows:
             table.add_row(*_cells(row))
         console.print(table)
@@ -42,7 +42,7 @@ def show(compared: Sequence[Compared], reference: Model) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     found = row.found
     if not found.items:
-        return (row.task, "0", "–", "–", "–", "–", _published(row), row.reason)
+        return (row.task, "0", "–", "–", "–", "–", row.outcome)
     return (
         row.task,
         f"{found.items:,}",
@@ -50,23 +50,22 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{100 * found.variant:.2f}",
         f"{100 * found.difference:+.2f}",
         f"{100 * found.low:+.2f} … {100 * found.high:+.2f}",
-        _published(row),
-        "" if row.task == MEAN else row.reason,
+        "" if row.task == MEAN else row.outcome,
     )
 
 
-def _published(row: Row) -> str:
-    if not row.comparable:
-        return _NOT_COMPARABLE
-    parts = [f"{precision} {value:g}" for precision, value in row.published.items()]
-    return ", ".join(parts)
-
-
 def _notes(row: Row) -> list[str]:
+    """What is to be said about a row below the table."""
     notes = []
+    if row.published and row.comparable:
+        parts = [f"{precision} {value:g}" for precision, value in row.published.items()]
+        notes.append(f"published: {', '.join(parts)}")
+    if row.outcome != "passed":
+        notes.append(row.reason)
     if row.reference_failed or row.variant_failed:
         counts = f"{row.reference_failed} of BF16's and {row.variant_failed} of the variant's"
         notes.append(f"{counts} requests failed; they count neither right nor wrong")
+        notes += [f"failed: {reason}" for reason in row.reasons[:_SHOWN_REASONS]]
     if row.unscored:
         notes.append(f"the judge did not read {row.unscored} answers; they are left out")
     if row.truncated:
@@ -166,6 +165,7 @@ def _row(row: Row) -> dict[str, Any]:
         "variant_failed": row.variant_failed,
         "truncated": row.truncated,
         "unscored": row.unscored,
+        "reasons": list(row.reasons),
         "comparable": row.comparable,
         "published": dict(row.published),
         "source": source_of(row.task) if row.published else None,

@@ -44,6 +44,7 @@ class SuitePlan:
         out: Folder for answers and logs.
         max_loss: Points that a task may lose.
         judge: Who reads answers that need it; None for a rule.
+        repeats: How often BF16's server is asked: twice to measure its noise.
     """
 
     tasks: tuple[Task, ...]
@@ -54,6 +55,7 @@ class SuitePlan:
     out: Path
     max_loss: float
     judge: Judge | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class SuiteRun:
             BadInput: A directory cannot be served, or data is missing.
             ServerDied: A server died twice.
         """
-        ours = self.scores(reference, self.plan.video)
+        ours = self.scores(reference, self.plan.video, repeats=self.plan.repeats)
         groups = {}
         for name, task in self.tasks.items():
             if any(item.group for item in task.items):
@@ -148,9 +150,8 @@ class SuiteRun:
         return tuple(task.name for task in self.plan.tasks if task.needs_judge)
 
     def noise(self, model: Model) -> list[Noise]:
-        """Ask a server everything twice, and count what differs."""
+        """Count what differs between a server's first and second answers: see `repeats`."""
         with self._store(model) as store:
-            self._ask(model, self.plan.video, store, repeats=2)
             found = []
             for task in self.plan.tasks:
                 found.append(self._noise_of(task, model, store))
@@ -169,10 +170,12 @@ class SuiteRun:
                     )
         return points
 
-    def scores(self, model: Model, video: Video, only_video: bool = False) -> dict[str, TaskScores]:
+    def scores(
+        self, model: Model, video: Video, only_video: bool = False, repeats: int = 1
+    ) -> dict[str, TaskScores]:
         """Ask a model what it has not answered yet, and score its answers by task."""
         with self._store(model) as store:
-            self._ask(model, video, store, only_video=only_video)
+            self._ask(model, video, store, only_video, repeats)
             found = {}
             for task in self._chosen(only_video):
                 found[task.name] = self._scores_of(task, model, video, store)
@@ -207,8 +210,8 @@ class SuiteRun:
         model: Model,
         video: Video,
         store: AnswerStore,
-        only_video: bool = False,
-        repeats: int = 1,
+        only_video: bool,
+        repeats: int,
     ) -> None:
         """Ask what has no answer; no server is started when there is nothing."""
         chosen = self._chosen(only_video)
@@ -232,7 +235,7 @@ class SuiteRun:
                 for task, repeat in rounds:
                     progress.update(bar, description=f"{model.directory.name}: {task.name}")
                     ask_items(
-                        self._asking(endpoint, video, task),
+                        self._asking(endpoint, task),
                         left(task, repeat),
                         self.tasks[task.name].prompt,
                         self._key(task, model, video, repeat),
@@ -242,11 +245,11 @@ class SuiteRun:
 
             with_one_restart(model, video, common_root(roots), log, ask)
 
-    def _asking(self, endpoint: Endpoint, video: Video, task: Task) -> Asking:
+    def _asking(self, endpoint: Endpoint, task: Task) -> Asking:
         concurrency = self.plan.concurrency
         if task.is_video:
             concurrency = min(concurrency, _CLIPS_AT_ONCE)
-        return Asking(endpoint, self.plan.profile, video, concurrency)
+        return Asking(endpoint, self.plan.profile, concurrency)
 
     def _scores_of(
         self, task: Task, model: Model, video: Video, store: AnswerStore, repeat: int = 0
@@ -255,20 +258,28 @@ class SuiteRun:
         key = self._key(task, model, video, repeat)
         answers = {}
         failed = truncated = empty = 0
+        reasons: dict[str, None] = {}
         for item in open_task.items:
             reply = store.get(key(item))
             if reply is None or reply.answer is None:
                 failed += 1
+                reasons[reply.error if reply and reply.error else "not asked"] = None
                 continue
             answers[item.id] = scored_text(reply, self.plan.profile)
             truncated += reply.finish_reason == "length"
             empty += not answers[item.id].strip()
         if not answers:
-            return TaskScores({}, len(open_task.items), failed)
+            return TaskScores({}, len(open_task.items), failed, reasons=tuple(reasons))
         scored = open_task.score(answers, self.plan.judge if task.needs_judge else None)
         _check_overall(task, open_task, scored.scores, scored.overall)
         return TaskScores(
-            scored.scores, len(open_task.items), failed, truncated, empty, len(scored.unscored)
+            scores=scored.scores,
+            asked=len(open_task.items),
+            failed=failed,
+            truncated=truncated,
+            empty=empty,
+            unscored=len(scored.unscored),
+            reasons=tuple(reasons),
         )
 
     def _noise_of(self, task: Task, model: Model, store: AnswerStore) -> Noise:

@@ -57,6 +57,8 @@ def asked_endpoint(
         yield Endpoint(client, first_model(client), is_alive=lambda: True)
         return
     environment = find_environment()
+    # The server samples the clips: its flag names fps and frames, and vLLM refuses requests that
+    # name them ("Per-request media_io_kwargs are disabled by default").
     overrides = {
         "port": 0,
         "video.pruning_rate": video.pruning_rate,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from accuracy.suites.intervals import Difference, Scores, items_to_tell, paired_difference
+from accuracy.suites.intervals import FEW, Difference, Scores, items_to_tell, paired_difference
 
 MAX_FAILED = 0.02
 """Share of an answer set that may be missing before the task is not judged."""
@@ -29,6 +29,7 @@ class TaskScores:
         truncated: Answers that were cut off at the most tokens.
         empty: Answers without text.
         unscored: Answers that the judge failed to read.
+        reasons: Why requests failed: each reason once.
     """
 
     scores: Mapping[str, float]
@@ -37,6 +38,7 @@ class TaskScores:
     truncated: int = 0
     empty: int = 0
     unscored: int = 0
+    reasons: tuple[str, ...] = ()
 
     @property
     def missing(self) -> int:
@@ -58,6 +60,7 @@ class Row:
         variant_failed: Failed requests of the variant.
         truncated: Answers of the variant that were cut off.
         unscored: Answers of either that the judge failed to read.
+        reasons: Why requests of either failed.
         published: Published figures in percent, by precision.
         items_needed: How many items would tell; None when it is known, or more would not help.
     """
@@ -71,6 +74,7 @@ class Row:
     variant_failed: int = 0
     truncated: int = 0
     unscored: int = 0
+    reasons: tuple[str, ...] = ()
     published: Mapping[str, float] = field(default_factory=dict)
     items_needed: int | None = None
 
@@ -120,6 +124,7 @@ def compare_tasks(
                 variant_failed=theirs.failed,
                 truncated=theirs.truncated,
                 unscored=ours.unscored + theirs.unscored,
+                reasons=(*ours.reasons, *theirs.reasons),
                 published=published.get(task, {}),
                 items_needed=needed,
             )
@@ -163,6 +168,7 @@ def _without_items(task: str, ours: TaskScores, theirs: TaskScores) -> Row:
         reference_failed=ours.failed,
         variant_failed=theirs.failed,
         unscored=ours.unscored + theirs.unscored,
+        reasons=(*ours.reasons, *theirs.reasons),
     )
 
 
@@ -170,6 +176,9 @@ def _mean(rows: Sequence[Row], resampled: Sequence[Scores]) -> Row:
     """The unweighted mean over tasks, as the launch post averages."""
     counted = [row.found for row in rows if row.found.items]
     low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975))
+    if sum(task.worse + task.better for task in counted) < FEW:
+        low = np.mean([task.low for task in counted])
+        high = np.mean([task.high for task in counted])
     found = Difference(
         items=sum(task.items for task in counted),
         reference=float(np.mean([task.reference for task in counted])),
