@@ -82,8 +82,7 @@ def compared_video(directory: Path, override: float | None) -> Video:
 def _run() -> int:
     arguments = parse_command(_parser())
     if arguments.suite:
-        video = compared_video(arguments.directories[0], arguments.video_pruning_rate)
-        return run_suite(arguments, video)
+        return run_suite(arguments, compared_video)
     if len(arguments.directories) > 1:
         raise BadInput(Fault("DIR", "is given more than once", "give one, or --suite"))
     directory = arguments.directories[0]

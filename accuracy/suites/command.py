@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accuracy.suites.asking import REASONING_OFF, REASONING_ON, Profile
@@ -61,12 +61,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--noise-floor", action="store_true", help=noise_help)
 
 
-def run_suite(arguments: argparse.Namespace, video: Video) -> int:
+def run_suite(
+    arguments: argparse.Namespace, compared_video: Callable[[Path, float | None], Video]
+) -> int:
     """Run the suite that the command line names.
 
     Args:
         arguments: Parsed, of `accuracy.__main__`.
-        video: How clips are seen.
+        compared_video: Returns how clips are seen, from a directory and the rate that was given.
 
     Returns:
         0 when every gate passed; 1 when one did not, a server died twice or a harness failed.
@@ -86,7 +88,7 @@ def run_suite(arguments: argparse.Namespace, video: Video) -> int:
             arguments.tasks_folder,
             arguments.limit,
         ),
-        video=video,
+        video=compared_video(arguments.directories[0], arguments.video_pruning_rate),
         profile=_profile(arguments),
         concurrency=arguments.concurrency or _concurrency(),
         out=arguments.out,

@@ -36,10 +36,12 @@ class Item:
     Attributes:
         id: Its name in the data set.
         group: What the data set averages over first; empty where it averages over items.
+        part: A part of the task whose figure is shown by itself; empty where there are none.
     """
 
     id: str
     group: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def _notes(row: Row) -> list[str]:
     if row.published and row.comparable:
         parts = [f"{precision} {value:g}" for precision, value in row.published.items()]
         notes.append(f"published: {', '.join(parts)}")
+    for part, (ours, theirs) in row.parts.items():
+        notes.append(f"{part}: BF16 {100 * ours:.1f}, variant {100 * theirs:.1f}")
     if row.outcome != "passed":
         notes.append(row.reason)
     if row.reference_failed or row.variant_failed:
@@ -166,6 +168,7 @@ def _row(row: Row) -> dict[str, Any]:
         "truncated": row.truncated,
         "unscored": row.unscored,
         "reasons": list(row.reasons),
+        "parts": {name: [100 * one, 100 * two] for name, (one, two) in row.parts.items()},
         "comparable": row.comparable,
         "published": dict(row.published),
         "source": source_of(row.task) if row.published else None,

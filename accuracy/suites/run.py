@@ -127,10 +127,7 @@ class SuiteRun:
             ServerDied: A server died twice.
         """
         ours = self.scores(reference, self.plan.video, repeats=self.plan.repeats)
-        groups = {}
-        for name, task in self.tasks.items():
-            if any(item.group for item in task.items):
-                groups[name] = {item.id: item.group for item in task.items}
+        items = {name: task.items for name, task in self.tasks.items()}
         published = {}
         if not self.plan.source.is_own:
             published = {name: published_row(name) for name in self.tasks}
@@ -138,7 +135,7 @@ class SuiteRun:
         for variant in variants:
             theirs = self.scores(variant, self.plan.video)
             rows = compare_tasks(
-                ours, theirs, groups, self.plan.max_loss, published, self.not_comparable()
+                ours, theirs, items, self.plan.max_loss, published, self.not_comparable()
             )
             compared.append(Compared(variant, self.hash_of(variant), tuple(rows)))
         return compared

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from accuracy.suites.harness import Item
 from accuracy.suites.intervals import FEW, Difference, Scores, items_to_tell, paired_difference
 
 MAX_FAILED = 0.02
@@ -63,6 +64,7 @@ class Row:
         reasons: Why requests of either failed.
         published: Published figures in percent, by precision.
         items_needed: How many items would tell; None when it is known, or more would not help.
+        parts: Shares of BF16 and the variant in parts of the task, such as lengths.
     """
 
     task: str
@@ -77,12 +79,13 @@ class Row:
     reasons: tuple[str, ...] = ()
     published: Mapping[str, float] = field(default_factory=dict)
     items_needed: int | None = None
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def compare_tasks(
     reference: Mapping[str, TaskScores],
     variant: Mapping[str, TaskScores],
-    groups: Mapping[str, Mapping[str, str]],
+    items: Mapping[str, Sequence[Item]],
     max_loss: float,
     published: Mapping[str, Mapping[str, float]],
     not_comparable: Sequence[str] = (),
@@ -92,7 +95,7 @@ def compare_tasks(
     Args:
         reference: BF16's scores by task.
         variant: The variant's.
-        groups: For tasks that average over groups first: the group of each item.
+        items: The items by task.
         max_loss: Points that may be lost: the lower end of each interval must be above.
         published: Published figures by task.
         not_comparable: Tasks that were scored otherwise than the published figures.
@@ -107,8 +110,8 @@ def compare_tasks(
             continue
         first = np.array([ours.scores[item] for item in common])
         second = np.array([theirs.scores[item] for item in common])
-        grouped = groups.get(task)
-        named = None if grouped is None else [grouped[item] for item in common]
+        grouped = {item.id: item.group for item in items[task]}
+        named = [grouped[item] for item in common] if any(grouped.values()) else None
         found, samples = paired_difference(first, second, named)
         resampled.append(samples)
         most_missing = max(ours.missing / ours.asked, theirs.missing / theirs.asked)
@@ -127,6 +130,7 @@ def compare_tasks(
                 reasons=(*ours.reasons, *theirs.reasons),
                 published=published.get(task, {}),
                 items_needed=needed,
+                parts=_parts(items[task], ours, theirs),
             )
         )
     if len(resampled) > 1:
@@ -156,6 +160,22 @@ def _judge(
     if is_certain and found.items >= needed:
         return "failed", lost, None
     return "too small", f"too small to tell; {needed:,} items would do", needed
+
+
+def _parts(
+    items: Sequence[Item], ours: TaskScores, theirs: TaskScores
+) -> dict[str, tuple[float, float]]:
+    """The mean scores of both by part, over items that both answered."""
+    members: dict[str, list[str]] = {}
+    for item in items:
+        if item.part and item.id in ours.scores and item.id in theirs.scores:
+            members.setdefault(item.part, []).append(item.id)
+    means = {}
+    for part, names in members.items():
+        first = float(np.mean([ours.scores[name] for name in names]))
+        second = float(np.mean([theirs.scores[name] for name in names]))
+        means[part] = (first, second)
+    return means
 
 
 def _without_items(task: str, ours: TaskScores, theirs: TaskScores) -> Row:

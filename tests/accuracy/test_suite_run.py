@@ -1,0 +1,222 @@
+"""Asking a suite: what is kept, what is asked again, what has failed, and a server that dies."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ask_suite import plan_of
+from suite_data import write_chartqa
+
+from accuracy.suites import serving
+from accuracy.suites.asking import REASONING_ON, scored_text
+from accuracy.suites.run import open_suite
+from accuracy.suites.serving import Model
+from accuracy.suites.store import AnswerStore, Key, Reply, content_hash
+from serve.environment import CPU, ServeEnvironment
+from serve.process import ServerDied
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ANSWERS = ["100", "40", "red", "2011", "7", "blue"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_chartqa(tmp_path, ANSWERS)
+    return tmp_path
+
+
+@pytest.fixture
+def chat():
+    """A server of the OpenAI protocol. `.asked` lists the questions, `reply(question)` returns
+    status and answer.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = request["messages"][-1]["content"][-1]["text"].splitlines()[0]
+            status, text = self.server.reply(question)
+            message = {"role": "assistant", "content": text}
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny"}
+            self.send(status, body | {"choices": [{"index": 0, "message": message}]})
+            self.server.asked.append(question)
+
+        def send(self, status, body):
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    server.reply = lambda question: (200, "100")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_killed_run_resumes_without_asking_an_answered_item_again(folder, chat, tiny):
+    held = threading.Event()
+    killed = threading.Event()
+    release = threading.Event()
+
+    def held_reply(question):
+        if len(chat.asked) == 3 and not killed.is_set():
+            held.set()
+            release.wait(60)
+        return 200, "100"
+
+    chat.reply = held_reply
+    command = [sys.executable, str(HERE / "ask_suite.py"), str(folder), str(tiny), chat.url]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as run:
+        assert held.wait(120)
+        run.send_signal(signal.SIGKILL)
+    killed.set()
+    answered = list(chat.asked)
+    assert len(answered) == 3
+    chat.asked.clear()
+    release.set()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(len(ANSWERS)), done.stderr
+    again = [question for question in chat.asked if question in answered]
+    assert not again
+
+
+def test_a_failed_request_is_neither_right_nor_wrong_and_is_asked_again(folder, chat, tiny):
+    def reply(question):
+        return (400, "no") if question == "What is bar 0?" else (200, "40")
+
+    chat.reply = reply
+    model = Model(tiny, chat.url)
+    with open_suite(plan_of(folder, ["chartqa"], concurrency=4), tiny) as run:
+        first = run.scores(model, run.plan.video)["chartqa"]
+        assert first.failed == 1
+        assert first.asked == 6
+        assert "0" not in first.scores
+        assert first.scores["1"] == 1
+        assert "400" in first.reasons[0]
+        chat.asked.clear()
+        chat.reply = lambda question: (200, "100")
+        second = run.scores(model, run.plan.video)["chartqa"]
+    assert chat.asked == ["What is bar 0?"]
+    assert second.failed == 0
+    assert second.scores["0"] == 1
+
+
+def test_a_server_asked_twice_shows_its_noise(folder, chat, tiny):
+    def reply(question):
+        is_second = chat.asked.count(question) == 1
+        if question == "What is bar 0?":
+            return 200, "99" if is_second else "100"  # within 5 %: scored alike
+        if question == "What is bar 1?":
+            return 200, "60" if is_second else "40"
+        return 200, "same"
+
+    chat.reply = reply
+    model = Model(tiny, chat.url)
+    with open_suite(plan_of(folder, ["chartqa"], repeats=2), tiny) as run:
+        run.compare(model, [model])
+        noise = run.noise(model)[0]
+    assert (noise.items, noise.different, noise.scored_differently) == (6, 2, 1)
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch):
+    """Serves with the stub: call it with how many requests each start answers."""
+    script = tmp_path / "python"
+    stub = HERE / "stub_chat_server.py"
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(stub))} "$@"\n'
+    )
+    script.chmod(0o755)
+    asked = tmp_path / "asked"
+    asked.touch()
+    monkeypatch.setenv("STUB_LIVES", str(tmp_path / "lives"))
+    monkeypatch.setenv("STUB_ASKED", str(asked))
+    environment = ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
+    monkeypatch.setattr(serving, "find_environment", lambda: environment)
+
+    def dies_after(*answers: int) -> Path:
+        (tmp_path / "lives").write_text("\n".join(map(str, answers)))
+        return asked
+
+    return dies_after
+
+
+def test_a_server_that_dies_is_started_once_more(folder, tiny, dying):
+    asked = dying(2)
+    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+        scores = run.scores(Model(tiny), run.plan.video)["chartqa"]
+    assert scores.failed == 0
+    questions = asked.read_text().splitlines()
+    assert sorted(questions) == sorted(f"What is bar {number}?" for number in range(6))
+
+
+def test_a_server_that_dies_twice_is_reported_and_its_answers_are_kept(folder, tiny, dying):
+    asked = dying(2, 1)
+    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+        with pytest.raises(ServerDied, match="the server died twice"):
+            run.scores(Model(tiny), run.plan.video)
+        scores = run.scores(Model(tiny), run.plan.video)["chartqa"]
+    assert scores.failed == 0
+    assert len(asked.read_text().splitlines()) == 6
+
+
+def key(item: str) -> Key:
+    return Key("chartqa", item, "settings")
+
+
+def test_a_line_that_a_kill_left_half_written_is_cut_off(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswerStore(path) as store:
+        store.add(key("1"), [], Reply("one"))
+        store.add(key("2"), [], Reply("two"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with AnswerStore(path) as store:
+        assert store.get(key("1")) == Reply("one")
+        assert store.get(key("2")) is None
+        store.add(key("2"), [], Reply("two"))
+    assert path.read_bytes() == whole
+
+
+def test_another_weight_is_another_model_and_the_manifest_is_not(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = content_hash(tmp_path)
+    (tmp_path / "hybridquant.json").write_text("{}")
+    assert content_hash(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert content_hash(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        (Reply("so A, no</think>\nB", finish_reason="stop"), "B"),
+        (Reply("so A, no, B is", finish_reason="length"), ""),
+        (Reply("B", finish_reason="stop"), "B"),
+    ],
+)
+def test_reasoning_is_not_scored(reply, text):
+    assert scored_text(reply, REASONING_ON) == text
