@@ -110,6 +110,22 @@ def write_ocrbench(folder: Path, answers: list[list[str]]) -> None:
     write_table(folder / "OCRBench.tsv", rows)
 
 
+def write_ocrbench_pictures(folder: Path, pictures: list[tuple[str, str, str]]) -> None:
+    """Pictures that were drawn elsewhere: each in base64, with question and answer."""
+    rows = []
+    for number, (encoded, question, answer) in enumerate(pictures):
+        rows.append(
+            {
+                "index": number,
+                "image": encoded,
+                "question": question,
+                "answer": str([answer]),
+                "category": "Regular Text Recognition",
+            }
+        )
+    write_table(folder / "OCRBench.tsv", rows)
+
+
 def write_ocrbench_v2(folder: Path, entries: list[tuple[str, list[str]]]) -> None:
     """Entries are category and accepted answers."""
     rows = []

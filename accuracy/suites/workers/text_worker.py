@@ -94,7 +94,7 @@ class Task:
         """
         self.name = request["dataset"]
         self.limit = request["limit"]
-        self.manager = TaskManager(include_path=request["tasks_folder"])
+        self.manager = self._manager(request["tasks_folder"])
         if self.name not in self.manager.all_tasks:
             raise DataError(f"{self.name}: lm-eval has no such task (lm-eval ls tasks)")
         model = Carried({})
@@ -103,6 +103,16 @@ class Task:
         items = [{"id": item, "group": ""} for item in self.asked]
         prompts = json.dumps(self.asked, sort_keys=True).encode()
         return {"items": items, "media_root": None, "data": hashlib.sha256(prompts).hexdigest()}
+
+    def _manager(self, folder: str | None) -> TaskManager:
+        """Where the task is found. lm-eval's own tasks are 14,000 files, which take seconds to
+        read: not for a task of one's own.
+        """
+        if folder is not None:
+            own = TaskManager(include_path=folder, include_defaults=False)
+            if self.name in own.all_tasks:
+                return own
+        return TaskManager(include_path=folder)
 
     def prompt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return an item's prompt: OpenAI messages, stop sequences, most tokens."""
