@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from accuracy.suites.catalogue import REPORT
 from calibrate.settings import DEFAULT_SOURCES, Sources
 from checkpoint.faults import nearest, shortened
 from checkpoint.settings import Section
@@ -31,6 +33,30 @@ class Tasks(Section):
         return names
 
 
+class Suites(Section):
+    """Published benchmarks that BF16 and the result are served for, when their data is there."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Which tasks of the suite `report`, as for `python -m accuracy --suite report --tasks`."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Items per task; without it, all."""
+    max_loss: Annotated[float, Field(gt=0, lt=100, allow_inf_nan=False)] = 1.5
+    """Points that no task may lose against BF16, with 95 % certainty."""
+    data: Path | None = None
+    """VLMEvalKit's folder of tables; without it, `$LMUData` or `~/LMUData`."""
+    own_data: bool = False
+    """Take tables with other checksums than the published."""
+
+    @field_validator("names")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = {task.name for task in REPORT}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"unknown task {shortened(name, 80)!r}: {nearest(name, known)}")
+        return names
+
+
 class Accuracy(Section):
     """What is measured against BF16 before a checkpoint counts as done, and what is required."""
 
@@ -50,3 +76,5 @@ class Accuracy(Section):
     """Largest perplexity over BF16's."""
     tasks: Tasks | None = None
     """Tasks with exact answers, which the tiny checkpoint was trained for; null for none."""
+    suites: Suites | None = None
+    """Published benchmarks at the end, on vLLM; null for none."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
@@ -21,6 +23,7 @@ from pipeline.job import Job, Way, make_manifest, open_job
 from pipeline.measure import measure, record_faults
 from pipeline.plan import choose_way, make_plan
 from pipeline.search import choose_formats
+from pipeline.suites import measure_suites, release_memory
 from recipes.schema import Recipe
 
 logger = get_logger(__name__)
@@ -35,6 +38,36 @@ def run(recipe: Recipe) -> int:
     Raises:
         BadInput: With everything that is wrong with the input; nothing is left at the output.
     """
+    outcome = run_until_measured(recipe)
+    if outcome.is_first and outcome.passed and recipe.accuracy.suites is not None:
+        # The models are gone by now: vLLM takes most of the GPU.
+        release_memory()
+        passed = measure_suites(recipe, outcome.reference)
+    else:
+        passed = outcome.passed
+    if outcome.is_first:
+        message = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
+        logger.info("%s: %s", recipe.output, message)
+    return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a run has come when its output is written, verified and compared in process.
+
+    Attributes:
+        passed: Whether the gate passed; True on processes that do not measure.
+        is_first: Whether this process measured.
+        reference: BF16's directory.
+    """
+
+    passed: bool
+    is_first: bool
+    reference: Path
+
+
+def run_until_measured(recipe: Recipe) -> Outcome:
+    """Write, verify and measure the output; nothing of the models is left when it returns."""
     device = pick_device(recipe.device)
     with contextlib.ExitStack() as until_measured:
         with joined_processes(device) as processes:
@@ -49,14 +82,13 @@ def run(recipe: Recipe) -> int:
             with _resumable(job, way):
                 if not job.state.is_written:
                     write_result(job, way)
+        reference = job.checkpoint.directory
         if not processes.is_first:
-            return 0
+            return Outcome(passed=True, is_first=False, reference=reference)
         with _resumable(job, way):
             passed = verify_and_measure(job, way)
         job.state.remove()
-    outcome = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
-    logger.info("%s: %s", recipe.output, outcome)
-    return 0 if passed else 1
+    return Outcome(passed, is_first=True, reference=reference)
 
 
 def write_result(job: Job, way: Way) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accuracy.suites.asking import REASONING_OFF, REASONING_ON, Profile
 from accuracy.suites.catalogue import SUITES, choose_tasks
+from accuracy.suites.gate import data_folder, default_concurrency
 from accuracy.suites.harness import DataSource, HarnessFailed, Judge, find_python
 from accuracy.suites.report import as_dict, show, show_curve, show_noise
 from accuracy.suites.run import SuitePlan, open_suite
@@ -18,15 +19,11 @@ from checkpoint.faults import Fault, raise_if_any
 from checkpoint.lock import locked_directory
 from checkpoint.log import get_logger
 from checkpoint.video import Video
-from serve.environment import find_environment
 from serve.process import ServerDied
 
 logger = get_logger(__name__)
 
 MAX_LOSS = 1.5
-CONCURRENCY = 64
-"""Requests at once on a GPU."""
-_CPU_CONCURRENCY = 8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     tokens_help = f"most tokens of an answer ({REASONING_OFF.max_tokens:,}; with --think "
     tokens_help += f"{REASONING_ON.max_tokens:,})"
     group.add_argument("--max-tokens", type=int, metavar="N", help=tokens_help)
-    concurrency_help = f"requests at once ({CONCURRENCY}; on a CPU {_CPU_CONCURRENCY})"
+    concurrency_help = "requests at once (64; on a CPU 8)"
     group.add_argument("--concurrency", type=int, metavar="N", help=concurrency_help)
     loss_help = f"points that no task may lose, with 95 %% certainty ({MAX_LOSS})"
     group.add_argument("--max-loss", type=float, default=MAX_LOSS, metavar="POINTS", help=loss_help)
@@ -83,14 +80,14 @@ def run_suite(
     plan = SuitePlan(
         tasks=tasks,
         source=DataSource(
-            _data_folder(arguments.data),
+            data_folder(arguments.data),
             arguments.own_data,
             arguments.tasks_folder,
             arguments.limit,
         ),
         video=compared_video(arguments.directories[0], arguments.video_pruning_rate),
         profile=_profile(arguments),
-        concurrency=arguments.concurrency or _concurrency(),
+        concurrency=arguments.concurrency or default_concurrency(),
         out=arguments.out,
         max_loss=arguments.max_loss,
         judge=_judge(arguments),
@@ -144,23 +141,11 @@ def _faults(arguments: argparse.Namespace) -> Iterator[Fault]:
             yield Fault(str(path), "is not a directory", "check the path")
 
 
-def _data_folder(given: Path | None) -> Path:
-    if given is not None:
-        return given
-    named = os.environ.get("LMUData")  # noqa: SIM112  (VLMEvalKit spells it so)
-    return Path(named) if named else Path.home() / "LMUData"
-
-
 def _profile(arguments: argparse.Namespace) -> Profile:
     profile = REASONING_ON if arguments.think else REASONING_OFF
     if arguments.max_tokens is None:
         return profile
     return Profile(profile.system, arguments.max_tokens, profile.thinks)
-
-
-def _concurrency() -> int:
-    is_gpu = find_environment().device.kind == "cuda"
-    return CONCURRENCY if is_gpu else _CPU_CONCURRENCY
 
 
 def _judge(arguments: argparse.Namespace) -> Judge | None:

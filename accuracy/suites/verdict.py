@@ -156,9 +156,6 @@ def _judge(
     needed = items_to_tell(found, margin)
     if needed is None:
         return "failed", lost, None
-    is_certain = found.high < 0
-    if is_certain and found.items >= needed:
-        return "failed", lost, None
     return "too small", f"too small to tell; {needed:,} items would do", needed
 
 

@@ -2,7 +2,7 @@
 
 STUB_LIVES names a file with one number a line: how many requests each start answers before the
 process ends; a start without a line lives on. STUB_ASKED names a file that gets a line for each
-request that was answered.
+request that was answered, and beside it STUB_ASKED.rates the EVS rate of each start.
 """
 
 import http.server
@@ -19,6 +19,8 @@ with open(lives_file) as file:
 with open(lives_file, "w") as file:
     file.write("\n".join(lives[1:]))
 left = int(lives[0]) if lives else None
+with open(os.environ["STUB_ASKED"] + ".rates", "a") as file:
+    file.write(arguments[arguments.index("--video-pruning-rate") + 1] + "\n")
 turn = threading.Lock()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-ITEMS = 4
+CHART_ANSWERS = ["100", "40", "red", "2011", "7", "blue"]
 SNAPSHOT = "0" * 40
 
 

@@ -33,6 +33,12 @@ def run(*arguments: object) -> tuple[int, str]:
         (["--tasks", "chrt"], "tasks: unknown task 'chrt' (did you mean chart?)"),
         (["--tasks", ","], "--tasks: names no task"),
         (["--items", "0"], "--items: is 0 (give at least 1)"),
+        (
+            ["--suite", "report", "--tasks", "chrtqa"],
+            "--tasks: unknown task 'chrtqa' (did you mean chartqa?)",
+        ),
+        (["--suite", "report", "--limit", "0"], "--limit: is 0 (give at least 1)"),
+        (["--suite", "text", "--judge", "http://j"], "--judge: needs a model's name"),
     ],
 )
 def test_a_mistake_is_reported_before_torch_is_imported(arguments, message, tiny):

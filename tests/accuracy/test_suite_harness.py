@@ -5,6 +5,8 @@ the benchmarks' own formats, scores worked out by hand.
 import json
 import os
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import suite_data
 
 import accuracy.suites
 from accuracy.suites.catalogue import REPORT, Task, choose_tasks
-from accuracy.suites.harness import DataSource, HarnessTask, find_python
+from accuracy.suites.harness import DataSource, HarnessTask, Judge, find_python
 from checkpoint.faults import BadInput
 
 WORKERS = Path(accuracy.suites.__file__).parent / "workers"
@@ -152,6 +154,48 @@ def test_lm_evals_prompts_and_scores(data):
         "small_sums/1": 1,
         "small_sums/2": 0,
     }
+
+
+@pytest.fixture
+def judge():
+    """A server of the OpenAI protocol that reads every answer as 7; `.asked` are its prompts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.asked.append(request["messages"][-1]["content"])
+            body = json.dumps({"choices": [{"message": {"content": "7"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_judge_reads_what_the_rule_cannot(tmp_path, judge):
+    """Of answers in words the rule reads none; the judge reads 7, which is right for the first."""
+    suite_data.write_mathvista(tmp_path, [7, 8])
+    answers = {"0": "There are seven dots.", "1": "I count seven."}
+    task = Task("mathvista", "MathVista_MINI", needs_judge=True)
+    reader = Judge(f"http://127.0.0.1:{judge.server_port}", "org/judge", "secret-key")
+    with HarnessTask(task, DataSource(tmp_path, True), tmp_path / "log") as opened:
+        assert opened.score(answers).scores == {"0": 0, "1": 0}
+        judged = opened.score(answers, reader)
+    assert judged.scores == {"0": 1, "1": 0}
+    assert judged.overall == pytest.approx(50)
+    assert any("There are seven dots." in str(prompt) for prompt in judge.asked)
+    assert "secret-key" not in (tmp_path / "log").read_text()
 
 
 def test_data_that_is_not_the_published_is_refused_unless_it_is_said_to_be_ones_own(data, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -12,25 +11,19 @@ from pathlib import Path
 
 import pytest
 from ask_suite import plan_of
-from suite_data import write_chartqa
+from suite_data import CHART_ANSWERS, write_clip, write_videomme
 
-from accuracy.suites import serving
 from accuracy.suites.asking import REASONING_ON, scored_text
+from accuracy.suites.published import published_curve
 from accuracy.suites.run import open_suite
 from accuracy.suites.serving import Model
 from accuracy.suites.store import AnswerStore, Key, Reply, content_hash
-from serve.environment import CPU, ServeEnvironment
+from checkpoint.video import Video
 from serve.process import ServerDied
 
 HERE = Path(__file__).parent
+UNPRUNED_CLIPS = Video(pruning_rate=0.0, max_frames=8)
 ROOT = HERE.parents[1]
-ANSWERS = ["100", "40", "red", "2011", "7", "blue"]
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    write_chartqa(tmp_path, ANSWERS)
-    return tmp_path
 
 
 @pytest.fixture
@@ -98,7 +91,7 @@ def test_a_killed_run_resumes_without_asking_an_answered_item_again(folder, chat
     chat.asked.clear()
     release.set()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == str(len(ANSWERS)), done.stderr
+    assert done.stdout.strip() == str(len(CHART_ANSWERS)), done.stderr
     again = [question for question in chat.asked if question in answered]
     assert not again
 
@@ -141,29 +134,6 @@ def test_a_server_asked_twice_shows_its_noise(folder, chat, tiny):
     assert (noise.items, noise.different, noise.scored_differently) == (6, 2, 1)
 
 
-@pytest.fixture
-def dying(tmp_path, monkeypatch):
-    """Serves with the stub: call it with how many requests each start answers."""
-    script = tmp_path / "python"
-    stub = HERE / "stub_chat_server.py"
-    script.write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(stub))} "$@"\n'
-    )
-    script.chmod(0o755)
-    asked = tmp_path / "asked"
-    asked.touch()
-    monkeypatch.setenv("STUB_LIVES", str(tmp_path / "lives"))
-    monkeypatch.setenv("STUB_ASKED", str(asked))
-    environment = ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
-    monkeypatch.setattr(serving, "find_environment", lambda: environment)
-
-    def dies_after(*answers: int) -> Path:
-        (tmp_path / "lives").write_text("\n".join(map(str, answers)))
-        return asked
-
-    return dies_after
-
-
 def test_a_server_that_dies_is_started_once_more(folder, tiny, dying):
     asked = dying(2)
     with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
@@ -181,6 +151,20 @@ def test_a_server_that_dies_twice_is_reported_and_its_answers_are_kept(folder, t
         scores = run.scores(Model(tiny), run.plan.video)["chartqa"]
     assert scores.failed == 0
     assert len(asked.read_text().splitlines()) == 6
+
+
+def test_the_evs_curve_is_asked_at_the_published_rates(tmp_path, tiny, dying):
+    asked = dying()
+    write_videomme(tmp_path, ["A", "B"], write_clip(tmp_path / "clip.mp4"))
+    with open_suite(plan_of(tmp_path, ["video_mme"]), tiny) as run:
+        points = run.curve([Model(tiny)])
+        assert run.scores(Model(tiny), UNPRUNED_CLIPS)["video_mme"].failed == 0
+    rates = [0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9]
+    assert [point.rate for point in points] == rates
+    # One server for each rate, and none for the rate that had been asked.
+    started = Path(f"{asked}.rates").read_text().split()
+    assert [float(rate) for rate in started] == rates
+    assert published_curve("video_mme")["FP8 PTQ"][0.75] == 65.7
 
 
 def key(item: str) -> Key:

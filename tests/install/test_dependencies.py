@@ -18,6 +18,10 @@ OURS = ROOMS | {"hybridquant", "hybridquant_vllm", "tests"}
 SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"vllm"}}
 """What folders import that belongs to the serve environment: vLLM brings it."""
 
+EVAL_ENVIRONMENT = ROOT / "accuracy" / "suites" / "workers"
+"""What runs in the environment of the benchmark harnesses; requirements-eval.txt pins what it has.
+"""
+
 MEASURED_ONLY = {"tests", "benchmarks", "dev"}
 """Folders that are not installed with us; what they import may also be a development dependency."""
 
@@ -49,6 +53,8 @@ def third_party(folder: Path) -> dict[str, Path]:
     """Top-level names that are neither ours nor Python's, with a file that imports each."""
     found = {}
     for path in sorted(folder.rglob("*.py")):
+        if path.is_relative_to(EVAL_ENVIRONMENT):
+            continue
         for name in imported_packages(path):
             if name not in OURS and name not in sys.stdlib_module_names:
                 found[name] = path
@@ -104,6 +110,20 @@ def test_what_others_need_they_still_import(name):
     """A release of the library that no longer does takes the line out of pyproject.toml."""
     site = Path(__import__(NEEDED_BY_OTHERS[name].split("/")[0]).__path__[0]).parent
     assert name in set(imported_packages(site / NEEDED_BY_OTHERS[name]))
+
+
+def test_the_workers_import_what_the_eval_environment_has_and_nothing_of_ours():
+    lines = (ROOT / "requirements-eval.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {normalized(line.split("==")[0]) for line in lines if "==" in line}
+    beside = {path.stem for path in EVAL_ENVIRONMENT.glob("*.py")}
+    for path in EVAL_ENVIRONMENT.glob("*.py"):
+        names = set(imported_packages(path)) - sys.stdlib_module_names - beside
+        assert {normalized(name) for name in names} <= pinned
+
+
+def test_the_eval_environment_has_no_torch():
+    lines = (ROOT / "requirements-eval.txt").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("torch")]
 
 
 def test_ranges_are_declared_and_pins_are_in_the_lock_file(project):

@@ -39,6 +39,7 @@ def test_the_sections_are_those_of_the_rooms():
         "distill",
         "accuracy",
         "accuracy.tasks",
+        "accuracy.suites",
         "serve",
     } == SECTIONS.keys() - {"recipe"}
 
