@@ -25,6 +25,9 @@ _END_OF_THINKING = "</think>"
 
 TIMEOUT_SECONDS = 3600.0
 
+_CHECKS = 3
+_CHECK_SECONDS = 0.5
+
 
 class ServerLost(Exception):
     """The server went away; what it had not answered is to be asked again."""
@@ -141,14 +144,15 @@ def _request(asking: Asking, asked: PromptText, lost: threading.Event) -> Reply 
             model=endpoint.model,
             messages=_messages(asked, profile, endpoint.media_root),  # type: ignore[arg-type]
             temperature=0.0,
-            max_tokens=asked.max_tokens or profile.max_tokens,
-            stop=list(asked.stop) or None,
+            max_tokens=_most_tokens(asked, profile),
+            # A stop sequence of a task, such as an empty line, would end the reasoning.
+            stop=None if profile.thinks else list(asked.stop) or None,
         )
         choice = completion.choices[0]
         text = choice.message.content or ""
     except (APIConnectionError, APIStatusError) as error:
         is_server = isinstance(error, APIConnectionError) or error.status_code >= 500
-        if is_server and not endpoint.is_alive():
+        if is_server and not _stays_alive(endpoint):
             lost.set()
             return None
         return Reply(None, error=shortened(error))
@@ -171,6 +175,25 @@ def _request(asking: Asking, asked: PromptText, lost: threading.Event) -> Reply 
         completion_tokens=usage.completion_tokens if usage else 0,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _most_tokens(asked: PromptText, profile: Profile) -> int:
+    """Most tokens of an answer: the task's number, which leaves no room for reasoning."""
+    if asked.max_tokens is None:
+        return profile.max_tokens
+    return max(asked.max_tokens, profile.max_tokens) if profile.thinks else asked.max_tokens
+
+
+def _stays_alive(endpoint: Endpoint) -> bool:
+    """Whether a server whose request failed answers, now and a moment later.
+
+    The API server of vLLM answers for a moment after its engine has died.
+    """
+    for _ in range(_CHECKS):
+        if not endpoint.is_alive():
+            return False
+        time.sleep(_CHECK_SECONDS)
+    return endpoint.is_alive()
 
 
 def _messages(asked: PromptText, profile: Profile, media_root: Path | None) -> list[dict[str, Any]]:

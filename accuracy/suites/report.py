@@ -49,7 +49,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{100 * found.reference:.2f}",
         f"{100 * found.variant:.2f}",
         f"{100 * found.difference:+.2f}",
-        f"{100 * found.low:+.2f} … {100 * found.high:+.2f}",
+        f"{100 * found.low:+.1f} … {100 * found.high:+.1f}",
         "" if row.task == MEAN else row.outcome,
     )
 

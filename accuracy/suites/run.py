@@ -15,7 +15,7 @@ from accuracy.suites.catalogue import NEEDLE, Task
 from accuracy.suites.harness import DataSource, HarnessTask, Item, Judge, OpenTask
 from accuracy.suites.needle import NeedleTask
 from accuracy.suites.published import published_rates, published_row
-from accuracy.suites.serving import Model, common_root, with_one_restart
+from accuracy.suites.serving import Model, check_models, common_root, with_one_restart
 from accuracy.suites.store import AnswerStore, Key, content_hash, settings_hash
 from accuracy.suites.verdict import Row, TaskScores, compare_tasks, gate_passed
 from checkpoint.config import read_config
@@ -126,6 +126,7 @@ class SuiteRun:
             BadInput: A directory cannot be served, or data is missing.
             ServerDied: A server died twice.
         """
+        check_models([reference, *variants])
         ours = self.scores(reference, self.plan.video, repeats=self.plan.repeats)
         items = {name: task.items for name, task in self.tasks.items()}
         published = {}
@@ -181,6 +182,7 @@ class SuiteRun:
     def hash_of(self, model: Model) -> str:
         """Return the hash of a model's directory, computed once."""
         if model.directory not in self._hashes:
+            logger.info("%s: reading its content", model.directory)
             self._hashes[model.directory] = content_hash(model.directory)
         return self._hashes[model.directory]
 

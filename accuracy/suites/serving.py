@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accuracy.suites.asking import TIMEOUT_SECONDS, Endpoint, ServerLost
 from checkpoint.endpoint import connect, first_model
+from checkpoint.faults import Fault, raise_if_any
 from checkpoint.log import get_logger
 from checkpoint.video import Video
 from serve.environment import find_environment
 from serve.own_server import own_server
-from serve.preflight import checked_settings
+from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, death_message, running_server
 
 logger = get_logger(__name__)
@@ -33,6 +34,19 @@ class Model:
     directory: Path
     url: str | None = None
     api_key: str | None = None
+
+
+def check_models(models: Sequence[Model]) -> None:
+    """Check directories before the first of them is asked for hours.
+
+    Raises:
+        BadInput: With every fault of the directories that will be served.
+    """
+    faults: list[Fault] = []
+    for model in models:
+        if model.url is None:
+            faults += directory_faults(model.directory, find_environment())
+    raise_if_any(faults)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from checkpoint.faults import BadInput, Fault
 from serve.settings import MANIFEST
 
 
@@ -61,6 +62,11 @@ class AnswerStore:
     """
 
     def __init__(self, path: Path) -> None:
+        """Open the file, or create it.
+
+        Raises:
+            BadInput: A line of it is not an answer.
+        """
         self.path = path
         self._turn = threading.Lock()
         self._replies: dict[Key, Reply] = {}
@@ -68,11 +74,11 @@ class AnswerStore:
         whole = 0
         if path.exists():
             with path.open("rb") as file:
-                for line in file:
+                for number, line in enumerate(file, start=1):
                     if not line.endswith(b"\n"):
                         break
                     whole += len(line)
-                    self._remember(json.loads(line))
+                    self._remember(line, f"{path}: line {number}")
         self._file: BinaryIO = path.open("ab")
         self._file.truncate(whole)
 
@@ -105,9 +111,15 @@ class AnswerStore:
     ) -> None:
         self.close()
 
-    def _remember(self, line: dict[str, Any]) -> None:
-        key = Key(**{name: line[name] for name in Key.__dataclass_fields__})
-        self._replies[key] = Reply(**{name: line[name] for name in Reply.__dataclass_fields__})
+    def _remember(self, data: bytes, where: str) -> None:
+        try:
+            line = json.loads(data)
+            key = Key(**{name: line[name] for name in Key.__dataclass_fields__})
+            reply = Reply(**{name: line[name] for name in Reply.__dataclass_fields__})
+        except (ValueError, TypeError, KeyError):
+            remedy = "remove the line: its item is asked again"
+            raise BadInput(Fault(where, "is not an answer that was kept", remedy)) from None
+        self._replies[key] = reply
 
 
 def content_hash(directory: Path) -> str:

@@ -18,6 +18,7 @@ from accuracy.suites.published import published_curve
 from accuracy.suites.run import open_suite
 from accuracy.suites.serving import Model
 from accuracy.suites.store import AnswerStore, Key, Reply, content_hash
+from checkpoint.faults import BadInput
 from checkpoint.video import Video
 from serve.process import ServerDied
 
@@ -183,6 +184,21 @@ def test_a_line_that_a_kill_left_half_written_is_cut_off(tmp_path):
         assert store.get(key("2")) is None
         store.add(key("2"), [], Reply("two"))
     assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"task": "chartqa"}\n')
+    with pytest.raises(BadInput, match="line 1: is not an answer that was kept"):
+        AnswerStore(path)
+
+
+def test_directories_are_checked_before_the_first_is_asked(folder, chat, tiny, tiny_copy):
+    (tiny_copy / "config.json").unlink()
+    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+        with pytest.raises(BadInput, match=r"config\.json"):
+            run.compare(Model(tiny, chat.url), [Model(tiny_copy)])
+    assert not chat.asked
 
 
 def test_another_weight_is_another_model_and_the_manifest_is_not(tmp_path):

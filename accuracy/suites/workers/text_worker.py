@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -77,6 +79,16 @@ class Carried(LM):
         return "server"
 
 
+def _fingerprint(folder: str | None) -> str:
+    """A hash of what decides the prompts beside the task: lm-eval's release and one's own files."""
+    digest = hashlib.sha256(version("lm-eval").encode())
+    files = sorted(Path(folder).rglob("*")) if folder is not None else []
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 class Task:
     """One task, or a group of tasks, that is open."""
 
@@ -101,8 +113,8 @@ class Task:
         self._evaluate(model)
         self.asked = model.asked
         items = [{"id": item, "group": ""} for item in self.asked]
-        prompts = json.dumps(self.asked, sort_keys=True).encode()
-        return {"items": items, "media_root": None, "data": hashlib.sha256(prompts).hexdigest()}
+        data = _fingerprint(request["tasks_folder"])
+        return {"items": items, "media_root": None, "data": data}
 
     def _manager(self, folder: str | None) -> TaskManager:
         """Where the task is found. lm-eval's own tasks are 14,000 files, which take seconds to
