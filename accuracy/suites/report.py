@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from accuracy.suites.published import published_curve, source_of
+from accuracy.suites.published import source_of
 from accuracy.suites.run import Compared, CurvePoint, Noise, SuitePlan, SuiteRun
 from accuracy.suites.serving import Model
 from accuracy.suites.verdict import MEAN, Row
@@ -94,9 +94,7 @@ def show_curve(points: Sequence[CurvePoint]) -> None:
     for column in ("task", "rate", "checkpoint", "items", "accuracy", "published"):
         table.add_column(column, justify="right" if column in ("items", "accuracy") else "left")
     for point in points:
-        published = []
-        for precision, curve in published_curve(point.task).items():
-            published.append(f"{precision} {curve[point.rate]:g}")
+        published = [f"{precision} {value:g}" for precision, value in point.published.items()]
         table.add_row(
             point.task,
             f"{point.rate:g}",
@@ -176,14 +174,11 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _point(point: CurvePoint) -> dict[str, Any]:
-    published = {}
-    for precision, curve in published_curve(point.task).items():
-        published[precision] = curve[point.rate]
     return {
         "task": point.task,
         "directory": point.directory.name,
         "rate": point.rate,
         "accuracy": point.accuracy,
         "items": point.items,
-        "published": published,
+        "published": dict(point.published),
     }

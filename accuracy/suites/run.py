@@ -14,7 +14,7 @@ from accuracy.suites.asking import Asking, Endpoint, Profile, ask_items, scored_
 from accuracy.suites.catalogue import NEEDLE, Task
 from accuracy.suites.harness import DataSource, HarnessTask, Item, Judge, OpenTask
 from accuracy.suites.needle import NeedleTask
-from accuracy.suites.published import published_rates, published_row
+from accuracy.suites.published import published_curve, published_rates, published_row
 from accuracy.suites.serving import Model, check_models, common_root, with_one_restart
 from accuracy.suites.store import AnswerStore, Key, content_hash, settings_hash
 from accuracy.suites.verdict import Row, TaskScores, compare_tasks, gate_passed
@@ -97,13 +97,23 @@ class Noise:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Accuracy on a video task at an EVS rate, in percent."""
+    """Accuracy on a video task at an EVS rate, in percent.
+
+    Attributes:
+        task: The task.
+        directory: The checkpoint.
+        rate: The EVS rate.
+        accuracy: Of the items that were answered.
+        items: How many were.
+        published: The published figures at this rate, by precision; empty for data of one's own.
+    """
 
     task: str
     directory: Path
     rate: float
     accuracy: float
     items: int
+    published: Mapping[str, float]
 
 
 class SuiteRun:
@@ -163,8 +173,14 @@ class SuiteRun:
                 scores = self.scores(model, self.plan.video.with_rate(rate), only_video=True)
                 for name, task in scores.items():
                     accuracy = 100 * sum(task.scores.values()) / max(1, len(task.scores))
+                    published = {}
+                    if not self.plan.source.is_own:
+                        for precision, curve in published_curve(name).items():
+                            published[precision] = curve[rate]
                     points.append(
-                        CurvePoint(name, model.directory, rate, accuracy, len(task.scores))
+                        CurvePoint(
+                            name, model.directory, rate, accuracy, len(task.scores), published
+                        )
                     )
         return points
 

@@ -166,6 +166,7 @@ def test_the_evs_curve_is_asked_at_the_published_rates(tmp_path, tiny, dying):
     started = Path(f"{asked}.rates").read_text().split()
     assert [float(rate) for rate in started] == rates
     assert published_curve("video_mme")["FP8 PTQ"][0.75] == 65.7
+    assert not any(point.published for point in points)  # the data is not the published
 
 
 def key(item: str) -> Key:
