@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 from ask_suite import plan_of
 from suite_data import CHART_ANSWERS, write_clip, write_videomme
+from tokenizers import Tokenizer
 
 from accuracy.suites.asking import REASONING_ON, scored_text
+from accuracy.suites.needle import NeedleTask
 from accuracy.suites.published import published_curve
 from accuracy.suites.run import open_suite
 from accuracy.suites.serving import Model
@@ -39,6 +42,7 @@ def chat():
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.requests.append(request)
             question = request["messages"][-1]["content"][-1]["text"].splitlines()[0]
             status, text = self.server.reply(question)
             message = {"role": "assistant", "content": text}
@@ -59,6 +63,7 @@ def chat():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
+    server.requests = []
     server.reply = lambda question: (200, "100")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -116,6 +121,34 @@ def test_a_failed_request_is_neither_right_nor_wrong_and_is_asked_again(folder, 
     assert chat.asked == ["What is bar 0?"]
     assert second.failed == 0
     assert second.scores["0"] == 1
+
+
+def test_what_is_sent_is_the_reports_profile(folder, chat, tiny):
+    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+        run.scores(Model(tiny, chat.url), run.plan.video)
+    request = chat.requests[0]
+    assert request["messages"][0] == {"role": "system", "content": "/no_think"}
+    assert (request["temperature"], request["max_tokens"]) == (0, 1024)
+    picture = request["messages"][1]["content"][0]["image_url"]["url"]
+    assert picture.startswith("data:image/png;base64,")
+
+
+def test_a_needle_text_has_its_length_and_its_number(tiny):
+    """At most the length, less the room for template and answer; the number at its depth."""
+    task = NeedleTask(tiny / "tokenizer.json", context=8192, limit=3)
+    assert [item.id for item in task.items] == [
+        *("4096/0", "4096/32", "4096/63", "8192/0", "8192/32", "8192/63")
+    ]
+    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    for item in task.items:
+        text = task.prompt(item).messages[0]["content"]
+        length, depth = map(int, item.id.split("/"))
+        assert 0.9 * length < len(tokenizer.encode(text).ids) < length
+        number = re.search(r"The number of the locker in \w+ is (\d+)\.", text)
+        assert number.start() / len(text) == pytest.approx(depth / 63, abs=0.03)
+        answers = {item.id: f"It is {number[1]}."}
+        assert task.score(answers).scores == {item.id: 1}
+        assert task.score({item.id: "It is 1."}).scores == {item.id: 0}
 
 
 def test_a_server_asked_twice_shows_its_noise(folder, chat, tiny):

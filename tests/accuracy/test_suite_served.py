@@ -2,15 +2,19 @@
 looks at clips in Video-MME's; a damaged export misses the gate.
 """
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from ask_suite import plan_of
 from editing import edit_tensors
-from suite_data import write_clip, write_ocrbench_pictures, write_videomme
+from suite_data import write_clip, write_ocrbench_pictures, write_text_task, write_videomme
 
+from accuracy.suites.catalogue import choose_tasks
+from accuracy.suites.harness import DataSource
 from accuracy.suites.run import open_suite
 from accuracy.suites.serving import Model
 from tiny.tasks import items
@@ -52,6 +56,31 @@ def test_scores_of_served_answers_are_those_worked_out_by_hand(folder, server, t
     clips = [line for line in kept if line["task"] == "video_mme"]
     assert len(clips) == 2
     assert all(line["prompt_tokens"] > 100 and line["answer"] for line in clips)
+
+
+@pytest.mark.server
+def test_a_text_task_of_lm_eval_is_scored_as_by_hand(server, tiny, tmp_path):
+    """The right answers are chosen after a first round: two numbers that were given, two not."""
+    plan = plan_of(tmp_path, ["chartqa"])
+    source = DataSource(tmp_path, tasks_folder=tmp_path / "tasks")
+    plan = dataclasses.replace(plan, tasks=choose_tasks("text", ["small_sums"]), source=source)
+    model = Model(tiny, server.url)
+    right = ["0"] * 4
+    for _ in range(2):
+        write_text_task(tmp_path / "tasks", right)
+        with open_suite(plan, tiny) as run:
+            scores = run.scores(model, plan.video)["small_sums"].scores
+        kept = [json.loads(line) for file in tmp_path.glob("out/answers/*") for line in file.open()]
+        numbers = {line["item"]: re.findall(r"-?[0-9]+", line["answer"]) for line in kept}
+        given = [numbers[f"small_sums/{number}"] for number in range(4)]
+        by_hand = {}
+        for number, found in enumerate(given):
+            is_right = bool(found) and found[-1] == right[number]
+            by_hand[f"small_sums/{number}"] = float(is_right)
+        assert scores == by_hand
+        right = [found[-1] if found and place < 2 else "-1" for place, found in enumerate(given)]
+    assert sum(scores.values()) == 2
+    assert all(line["prompt_tokens"] for line in kept)
 
 
 def quiet_scales(tensors: dict[str, torch.Tensor]) -> None:
