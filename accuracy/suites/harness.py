@@ -145,7 +145,9 @@ def find_python() -> Path:
     beside = _REPOSITORY / ".venv-eval" / "bin" / "python"
     if beside.exists():
         return beside
-    remedy = f"run make setup-eval, or set {VARIABLE} to a python with ms-vlmeval and lm-eval"
+    remedy = f"set {VARIABLE} to a python with ms-vlmeval and lm-eval (requirements-eval.txt)"
+    if (_REPOSITORY / "Makefile").exists():
+        remedy = f"run make setup-eval, or {remedy}"
     raise BadInput(Fault("the benchmark harnesses", "are not installed", remedy))
 
 

@@ -96,6 +96,30 @@ def test_scores_are_those_worked_out_by_hand(replies, name):
     assert scored["overall"] == pytest.approx(overall, abs=0.05)
 
 
+UNPACKING = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import vlm_worker
+vlm_worker._prepare_harness()
+from vlmeval.dataset import image_base
+image_base.file_size = lambda path, unit: 2  # gigabytes
+suite = vlm_worker.Suite()
+suite.open({"dataset": "ChartQA_TEST", "data": sys.argv[2], "is_own_data": True})
+print(json.dumps(suite.prompt({"item": "1"})))
+"""
+
+
+def test_a_table_above_one_gigabyte_is_unpacked_without_vlmevals_tools(tmp_path):
+    """VLMEvalKit unpacks it with vlmeval.tools, which cannot be imported without torch."""
+    suite_data.write_chartqa(tmp_path, ["1", "2"])
+    command = [str(find_python()), "-E", "-c", UNPACKING, str(WORKERS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    prompt = json.loads(done.stdout.splitlines()[-1])
+    assert Path(prompt["messages"][0]["content"][0]["path"]).is_file()
+    assert (tmp_path / "ChartQA_TEST_local.tsv").exists()
+
+
 def test_only_what_the_published_figure_counts_is_asked(replies):
     validation = [item["id"] for item in replies["MMMU_DEV_VAL"][0]["result"]["items"]]
     english = [item["id"] for item in replies["OCRBench_v2"][0]["result"]["items"]]
