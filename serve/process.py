@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from checkpoint.config import CheckpointConfig
 from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import shortened
 from checkpoint.log import get_logger
@@ -36,6 +37,8 @@ GRACE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 """Seconds that processes get to disappear after SIGKILL: the system may still free their memory."""
 READY_SECONDS = 1800.0
+START_ATTEMPTS = 3
+"""Times that vLLM is started while it ends because a port was taken."""
 LAST_LINES = 12
 _LONGEST_LINE = 400
 REPORT_SECONDS = 30.0
@@ -55,10 +58,21 @@ _ERROR = re.compile(
 )
 
 
+_TAKEN_PORT = "Address already in use"
+"""What ends vLLM when a port that it has found free is taken before it listens there. It looks for
+several, for its own processes, and another server that starts meanwhile finds the same ones.
+"""
+
+
 class ServerDied(Exception):
     """vLLM ended, or did not answer in time; the message holds the cause and the last lines of its
     log.
     """
+
+    @property
+    def port_was_taken(self) -> bool:
+        """Whether vLLM ended because another process took a port first."""
+        return _TAKEN_PORT in str(self).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -215,17 +229,46 @@ def running_server(
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
     config = preflight(Path(directory), settings, environment)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            server = _start(directory, config, settings, extra, log, environment)
+            break
+        except ServerDied as died:
+            if not died.port_was_taken or attempt == START_ATTEMPTS:
+                raise
+            logger.warning("another process took a port that vLLM had chosen: starting it again")
+    with server.process:
+        yield server
+
+
+def _start(
+    directory: str | Path,
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    extra: Sequence[str],
+    log: Path | None,
+    environment: ServeEnvironment,
+) -> Server:
+    """Start vLLM once, and return it when it answers; otherwise nothing is left of it.
+
+    Raises:
+        ServerDied: vLLM ends before it answers.
+    """
     if settings.port == 0:
         settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
     variables = build_environment(config, environment.device)
     if settings.api_key is not None:
         variables[KEY_VARIABLE] = settings.api_key  # other users see a command line
-    with ServerProcess(command, variables, log or new_log(settings)) as process:
+    process = ServerProcess(command, variables, log or new_log(settings))
+    try:
         reached = own_server(settings)
         wait_until_ready(process, reached, READY_SECONDS)
         name = reached.served_name()
-        yield Server(f"{reached.url}/v1", name, process.log, settings, process)
+    except BaseException:
+        process.stop()
+        raise
+    return Server(f"{reached.url}/v1", name, process.log, settings, process)
 
 
 def full_command(
