@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,14 @@ PROMPT_TEXT_TOKENS = 1024
 STEP_TOKENS = 2048
 """Fewest tokens of a scheduler step, vLLM's own default."""
 
-Flag = tuple[str, str | None]
-"""A flag of vLLM and its value; None when it takes none."""
+REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+
+NO_HOST = "remote-media-are-off.invalid"
+"""The only host that requests may name when none is allowed: names below .invalid exist nowhere
+(RFC 2606). Without any host in its flag, vLLM fetches from all. The name is in its refusal."""
+
+Flag = tuple[str, ...]
+"""A flag of vLLM and its values."""
 
 
 def build_command(
@@ -55,12 +62,9 @@ def build_command(
     # value beside a dotted key, is read differently by different versions.
     named = named_flags(extra)
     command = ["vllm", "serve", str(directory)]
-    for flag, value in flags:
-        if canonical(flag) in named:
-            continue
-        command.append(flag)
-        if value is not None:
-            command.append(value)
+    for flag, *values in flags:
+        if canonical(flag) not in named:
+            command += [flag, *values]
     return [*command, *extra]
 
 
@@ -72,6 +76,9 @@ def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str
         # be imported.
         "PYTHONSAFEPATH": "1",
     }
+    if REDIRECTS not in os.environ:
+        # A host that is allowed could send the server on to one that is not.
+        variables[REDIRECTS] = "0"
     if device.kind == "cpu":
         # GiB. The tiny checkpoint's cache holds 970,000 tokens in one; the 12B needs 24 KB per
         # token and 147 MB per sequence (28 Mamba layers × 128 heads × 80 × 128 states in float32).
@@ -124,7 +131,7 @@ def _model_flags(
     # Prefix caching of Mamba states has been wrong in several releases (vLLM issues 45699, 53912),
     # and on a CPU it kills the engine at the first prompt longer than a block: "IndexError: index
     # 14 is out of bounds" in mamba_mixer2.
-    flags.append(("--no-enable-prefix-caching", None))
+    flags.append(("--no-enable-prefix-caching",))
     flags.append(("--max-num-batched-tokens", str(batched_tokens(config, settings))))
     return flags
 
@@ -139,6 +146,7 @@ def _media_flags(settings: ServeSettings) -> list[Flag]:
         ("--media-io-kwargs", _json(sampling)),
         # vLLM ignores config.json's video_pruning_rate, and prunes nothing without the flag.
         ("--video-pruning-rate", str(_plain(video.pruning_rate))),
+        ("--allowed-media-domains", *(settings.allowed_media_domains or (NO_HOST,))),
     ]
     if settings.allowed_local_media_path is not None:
         allowed = settings.allowed_local_media_path.resolve()
@@ -149,7 +157,7 @@ def _media_flags(settings: ServeSettings) -> list[Flag]:
 def _device_flags(settings: ServeSettings, device: Device) -> list[Flag]:
     if device.kind == "cpu":
         # Compiling takes a minute and gains nothing at this size.
-        return [("--enforce-eager", None)]
+        return [("--enforce-eager",)]
     flags: list[Flag] = []
     if settings.gpu_memory_utilization is not None:
         flags.append(("--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}"))

@@ -6,6 +6,7 @@ All faults are reported at once.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
+from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.reading import checkpoint_file_fault
 from serve.environment import ServeEnvironment, parse_version
@@ -43,6 +45,7 @@ def preflight(
     faults += plugin_faults(environment)
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
+    faults += access_faults(settings)
     if faults:
         raise BadInput(*faults)
     return read_config(directory)
@@ -263,6 +266,19 @@ def port_faults(settings: ServeSettings) -> Iterator[Fault]:
         except OSError as error:
             where = f"{settings.host}:{settings.port}"
             yield Fault(where, str(error.strerror), "give another --port, or 0 for any")
+
+
+def access_faults(settings: ServeSettings) -> Iterator[Fault]:
+    """Yield faults of who may ask for what: an address that others can reach without a key, or a
+    media directory that is none.
+    """
+    has_key = bool(settings.api_key or os.environ.get(KEY_VARIABLE))
+    if not is_loopback(settings.host) and not has_key:
+        what = "can be reached from other machines, and there is no key"
+        yield Fault(f"host {settings.host or '(all)'}", what, f"set {KEY_VARIABLE}, or --api-key")
+    media = settings.allowed_local_media_path
+    if media is not None and not media.is_dir():
+        yield Fault(f"allowed_local_media_path {media}", "is not a directory", "give another one")
 
 
 def free_port(host: str) -> int:

@@ -6,6 +6,7 @@ vLLM calls `register` in each of its processes, in some more than once.
   checkpoint and needs no `--trust-remote-code`.
 - `fast_video` replaces how vLLM prepares clips and pictures for Nemotron Nano VL. Off by
   HYBRIDQUANT_FAST_VIDEO=0.
+- `connector` answers requests whose media cannot be had with 400 and the reason.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
@@ -39,6 +40,12 @@ def register() -> None:
         fast_video.register()
     except Exception as error:
         logger.warning("hybridquant: fast video is off, vLLM prepares clips itself (%r).", error)
+    try:
+        from hybridquant_vllm import connector
+
+        connector.register()
+    except Exception as error:
+        logger.warning("hybridquant: bad media may be answered with 500 (%r).", error)
     try:
         _register_kernels()
     except (ImportError, AttributeError) as error:

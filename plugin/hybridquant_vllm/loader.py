@@ -7,15 +7,12 @@ file and a few token ids.
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from vllm import envs
-from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from hybridquant_vllm import __version__
@@ -63,26 +60,6 @@ class FastVideoLoader(VideoLoader):
             "frames_indices": list(clip.indices),
             "do_sample_frames": False,
         }
-
-
-def refuse_picture_bombs() -> None:
-    """Make pictures of far too many pixels a ValueError, which vLLM answers with 400.
-
-    Trap: Pillow refuses such a picture itself, with an exception that vLLM 0.32 and 0.33 do not
-    expect. Symptom: 500 Internal Server Error.
-    """
-    stock = ImageMediaIO.load_bytes
-    if hasattr(stock, "__wrapped__"):
-        return
-
-    @functools.wraps(stock)
-    def load_bytes(self: ImageMediaIO, data: bytes) -> Any:
-        try:
-            return stock(self, data)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"image cannot be read: {error} (make it smaller)") from None
-
-    ImageMediaIO.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 def register_loader(frame_size: int | None) -> str:
