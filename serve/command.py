@@ -26,6 +26,10 @@ STEP_TOKENS = 2048
 
 REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
 
+MEDIA_THREADS = "VLLM_MEDIA_LOADING_THREAD_COUNT"
+
+CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
 NO_HOST = "remote-media-are-off.invalid"
 """The only host that requests may name when none is allowed: names below .invalid exist nowhere
 (RFC 2606). Without any host in its flag, vLLM fetches from all. The name is in its refusal."""
@@ -69,22 +73,34 @@ def build_command(
 
 
 def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str]:
-    """Return the environment variables that go with the command."""
+    """Return the environment variables that go with the command; what the user has set is kept."""
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
-        # The command runs in whatever directory the user is in; a serve/ or export/ there must not
-        # be imported.
-        "PYTHONSAFEPATH": "1",
-    }
-    if REDIRECTS not in os.environ:
+        MEDIA_THREADS: str(media_threads()),
         # A host that is allowed could send the server on to one that is not.
-        variables[REDIRECTS] = "0"
+        REDIRECTS: "0",
+    }
     if device.kind == "cpu":
-        # GiB. The tiny checkpoint's cache holds 970,000 tokens in one; the 12B needs 24 KB per
-        # token and 147 MB per sequence (28 Mamba layers × 128 heads × 80 × 128 states in float32).
+        # GiB. The tiny checkpoint's cache holds a million tokens in one; the 12B needs 24 KB per
+        # token and 149 MB per sequence: see serve/memory.py.
         is_small = config.hidden_size < 1024
-        variables["VLLM_CPU_KVCACHE_SPACE"] = "1" if is_small else "8"
-    return variables
+        variables[CPU_SPACE] = "1" if is_small else "8"
+    chosen = {name: value for name, value in variables.items() if name not in os.environ}
+    # The command runs in whatever directory the user is in; a serve/ or export/ there must not be
+    # imported.
+    return chosen | {"PYTHONSAFEPATH": "1"}
+
+
+def media_threads() -> int:
+    """Return on how many threads vLLM reads the media of requests: one a core, 2 to 16.
+
+    vLLM's own number is 8, whatever the machine.
+    """
+    given = os.environ.get(MEDIA_THREADS, "")
+    if given.isdecimal():
+        return int(given)
+    cores = len(os.sched_getaffinity(0))
+    return min(max(cores, 2), 16)
 
 
 def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.reading import checkpoint_file_fault
 from serve.environment import ServeEnvironment, parse_version
+from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import ServeSettings, settings_for
 
@@ -34,9 +35,18 @@ _COPY = "copy it from the BF16 checkpoint"
 
 
 def preflight(
-    directory: Path, settings: ServeSettings, environment: ServeEnvironment
+    directory: Path,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
 ) -> CheckpointConfig:
-    """Check directory, device and port, and return the checkpoint's config.
+    """Check directory, device, memory and port, and return the checkpoint's config.
+
+    Args:
+        directory: A checkpoint.
+        settings: How it will be served.
+        environment: Where vLLM is.
+        extra: Flags of vLLM that will be added.
 
     Raises:
         BadInput: With every fault found.
@@ -46,9 +56,10 @@ def preflight(
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
-    if faults:
-        raise BadInput(*faults)
-    return read_config(directory)
+    raise_if_any(faults)
+    config = read_config(directory)
+    raise_if_any(memory_faults(config, settings, environment, extra))
+    return config
 
 
 def checked_settings(

@@ -228,7 +228,7 @@ def running_server(
     # The port to wait at is the one that vLLM will use.
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
-    config = preflight(Path(directory), settings, environment)
+    config = preflight(Path(directory), settings, environment, extra)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             server = _start(directory, config, settings, extra, log, environment)
