@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parts import write_json
-from benchmarks.video_clips import looped, scaled
+from serve.clips import looped, scaled
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
 
