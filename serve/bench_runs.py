@@ -78,7 +78,7 @@ def write_requests(path: Path, requests: Sequence[Messages]) -> None:
 
 
 class BenchClient:
-    """One process in the serve environment that makes all runs.
+    """One process in the serve environment that makes all runs; it is started with the first.
 
     Args:
         environment: Where vLLM is.
@@ -87,22 +87,8 @@ class BenchClient:
 
     def __init__(self, environment: ServeEnvironment, log: Path) -> None:
         self.log = log
-        variables = {
-            # Nothing of the current directory or of serve/ is to hide a module of vLLM.
-            "PYTHONSAFEPATH": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            # vLLM's client asks a proxy even for a server on this machine.
-            "no_proxy": _without_proxy(os.environ),
-        }
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [str(environment.python), str(CLIENT)],
-                env=os.environ | variables,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                text=True,
-            )
+        self._environment = environment
+        self._process: subprocess.Popen[str] | None = None
 
     def run(
         self,
@@ -136,6 +122,8 @@ class BenchClient:
         return _load(measured, target)
 
     def _send(self, arguments: Sequence[str]) -> None:
+        if self._process is None:
+            self._process = self._started()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         answer = ""
@@ -146,8 +134,28 @@ class BenchClient:
             what = answer or "vLLM's client ended"
             raise BenchFailed(f"vllm bench serve: {shortened(what)} (see {self.log})")
 
+    def _started(self) -> subprocess.Popen[str]:
+        variables = {
+            # Nothing of the current directory or of serve/ is to hide a module of vLLM.
+            "PYTHONSAFEPATH": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            # vLLM's client asks a proxy even for a server on this machine.
+            "no_proxy": _without_proxy(os.environ),
+        }
+        with self.log.open("wb") as out:
+            return subprocess.Popen(
+                [str(self._environment.python), str(CLIENT)],
+                env=os.environ | variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+            )
+
     def stop(self) -> None:
         """End the process."""
+        if self._process is None:
+            return
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
