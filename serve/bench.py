@@ -272,18 +272,12 @@ def measure(
                         loads[server.target.name].append(load)
         for name, repeats in loads.items():
             row = summarize(name, concurrency, repeats, memory.peak_mib(name))
-            logger.info("%s", _line(row))
+            logger.info("%s", row)
             rows.append(row)
             _warn_of_failures(name, repeats)
         if len(running) == 2:
             compared += ratios(concurrency, *loads.values())
     return rows, compared
-
-
-def _line(row: Measured) -> str:
-    speed = f"{row.requests_per_s:.2f} requests/s, {row.output_tokens_per_s:.0f} tokens/s"
-    first = f"first token {row.ttft_ms_median:.0f} ms"
-    return f"{row.server}, {row.concurrency} at a time: {first}, {speed}"
 
 
 def _warn_of_failures(name: str, loads: Sequence[Load]) -> None:

@@ -48,6 +48,11 @@ class Measured:
     prompt_tokens_mean: float
     peak_gpu_mib: int | None
 
+    def __str__(self) -> str:
+        first = f"first token {self.ttft_ms_median:.0f} ms"
+        speed = f"{self.requests_per_s:.2f} requests/s, {self.output_tokens_per_s:.0f} tokens/s"
+        return f"{self.server}, {self.concurrency} at a time: {first}, {speed}"
+
 
 @dataclass(frozen=True)
 class Ratio:

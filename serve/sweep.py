@@ -60,6 +60,7 @@ from serve.sweep_items import (
 )
 from serve.sweep_points import measure_all
 from serve.sweep_result import result_of, tables
+from serve.vllm_flags import setting_values
 
 logger = get_logger("serve.sweep")
 
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse our part of a command line."""
+    return parse_command(_parser(), arguments)
+
+
 def parse_rates(text: str) -> list[float]:
     """Parse `0,0.5,0.75`; 0 is added if it is not there, and the rates are sorted.
 
@@ -113,7 +119,9 @@ def parse_rates(text: str) -> list[float]:
     return sorted(rates)
 
 
-def _check(options: argparse.Namespace, environment: ServeEnvironment) -> None:
+def _check(
+    options: argparse.Namespace, flags: Sequence[str], environment: ServeEnvironment
+) -> None:
     """Check the options and the directories.
 
     Raises:
@@ -127,6 +135,8 @@ def _check(options: argparse.Namespace, environment: ServeEnvironment) -> None:
     if not 0 < options.tolerance <= 100:
         what = f"is {options.tolerance}"
         faults.append(Fault("--tolerance", what, "give points of accuracy, above 0"))
+    if "video.pruning_rate" in setting_values(flags):
+        faults.append(Fault("--video-pruning-rate", "would fix the rate", "give --rates"))
     names = [directory.resolve().name for directory in options.directories]
     for name in sorted({name for name in names if names.count(name) > 1}):
         faults.append(Fault(name, "is the name of two directories", "rename one"))
@@ -156,9 +166,9 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     ours, flags = split_extra(arguments)
-    options = parse_command(_parser(), ours)
+    options = command_options(ours)
     environment = find_environment()
-    _check(options, environment)
+    _check(options, flags, environment)
     rates = parse_rates(options.rates)
     counts = concurrencies(options.concurrency)
     items = _items(options)

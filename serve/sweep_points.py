@@ -92,56 +92,65 @@ def digest(items: Items) -> str:
     return found.hexdigest()[:16]
 
 
-def measure_point(
-    directory: Path,
-    settings: ServeSettings,
-    flags: Sequence[str],
-    items: Items,
-    options: argparse.Namespace,
-    client: BenchClient,
-    environment: ServeEnvironment,
+def measure_target(
+    target: Target, items: Items, concurrency: Sequence[int], max_tokens: int, client: BenchClient
 ) -> Point:
-    """Serve a directory at one rate and ask it the items at every concurrency.
+    """Ask a server the items, once at every concurrency.
 
     Raises:
-        ServerDied: vLLM does not start.
         BenchFailed: It answers nothing, or too many requests fail.
     """
     samples = [sample for asked in items.values() for sample in asked]
-    all_flags = [*WITHOUT_CACHE, *flags]
     point: Point = {"load": []}
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        running_server(directory, settings, all_flags, environment=environment) as server,
-    ):
-        reached = own_server(server.settings)
-        name = f"{directory.name} at rate {settings.video.pruning_rate:g}"
-        target = Target(name, reached.url, server.model, reached.api_key)
+    with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests.jsonl"
         write_requests(requests, [sample.messages for sample in samples])
-        for concurrency in concurrencies(options.concurrency):
-            warm_up = min(len(samples), concurrency)
-            client.run(target, requests, warm_up, concurrency, options.max_tokens, False)
-            load = client.run(
-                target, requests, len(samples), concurrency, options.max_tokens, False
-            )
+        for count in concurrency:
+            warm_up = min(len(samples), count)
+            client.run(target, requests, warm_up, count, max_tokens, ignore_eos=False)
+            load = client.run(target, requests, len(samples), count, max_tokens, ignore_eos=False)
             failed = len(load.errors)
             if failed > MOST_FAILED * len(samples):
                 what = f"{failed} of {len(samples)} requests failed: {load.errors[0]}"
-                raise BenchFailed(f"{name}: {what}")
-            row = summarize("", concurrency, [load], None)
+                raise BenchFailed(f"{target.name}: {what}")
+            row = summarize(target.name, count, [load], None)
+            logger.info("%s", row)
             point["load"].append(rounded(row))
             point.setdefault("prompt_tokens_mean", row.prompt_tokens_mean)
             point.setdefault("answers", _by_task(load.texts, items))
-            first = f"first token {row.ttft_ms_median:.0f} ms"
-            speed = f"{row.requests_per_s:.2f} requests/s"
-            logger.info("%s, %d at a time: %s, %s", name, concurrency, first, speed)
     return point
 
 
 def _by_task(answers: Sequence[str | None], items: Items) -> dict[str, list[str | None]]:
     remaining = iter(answers)
     return {task: [next(remaining) for _ in asked] for task, asked in items.items()}
+
+
+def open_kept(
+    options: argparse.Namespace,
+    flags: Sequence[str],
+    items: Items,
+    environment: ServeEnvironment,
+) -> Kept:
+    """Open what an earlier run of the same command has measured into `options.out`.
+
+    Raises:
+        BadInput: The file there is not one of a sweep.
+    """
+    settings = {
+        "items": digest(items),
+        "concurrency": options.concurrency,
+        "max_tokens": options.max_tokens,
+        "settings": {name: str(value) for name, value in given_settings(options).items()},
+        "flags": list(flags),
+        "vllm": environment.vllm,
+    }
+    return Kept(options.out / "measured.json", settings)
+
+
+def point_name(directory: Path, rate: float) -> str:
+    """Return what a point is kept under."""
+    return f"{directory.resolve().name} {fingerprint(directory)} at {rate:g}"
 
 
 def measure_all(
@@ -158,32 +167,42 @@ def measure_all(
         ServerDied: vLLM does not start.
         BenchFailed: It answers nothing, or too many requests fail.
     """
+    kept = open_kept(options, flags, items, environment)
     overrides = given_settings(options) | {"port": 0}
-    known = {
-        "items": digest(items),
-        "concurrency": options.concurrency,
-        "max_tokens": options.max_tokens,
-        "settings": {name: str(value) for name, value in overrides.items()},
-        "flags": list(flags),
-        "vllm": environment.vllm,
-    }
-    kept = Kept(options.out / "measured.json", known)
     points: dict[tuple[str, float], Point] = {}
     with bench_client(environment) as client:
         for directory in options.directories:
             settings = checked_settings(directory, overrides, flags, environment)
             name = directory.resolve().name
-            state = fingerprint(directory)
             for rate in rates:
-                key = f"{name} {state} at {rate:g}"
-                point = kept.get(key)
-                if point is None:
+                kept_name = point_name(directory, rate)
+                point = kept.get(kept_name)
+                if point is not None:
+                    logger.info("%s at rate %g: measured before", name, rate)
+                else:
                     at_rate = override(settings, {"video.pruning_rate": rate})
-                    point = measure_point(
+                    point = _serve_and_measure(
                         directory, at_rate, flags, items, options, client, environment
                     )
-                    kept.put(key, point)
-                else:
-                    logger.info("%s at rate %g: measured before", name, rate)
+                    kept.put(kept_name, point)
                 points[name, rate] = point
     return points
+
+
+def _serve_and_measure(
+    directory: Path,
+    settings: ServeSettings,
+    flags: Sequence[str],
+    items: Items,
+    options: argparse.Namespace,
+    client: BenchClient,
+    environment: ServeEnvironment,
+) -> Point:
+    """Measure one directory at one rate."""
+    all_flags = [*WITHOUT_CACHE, *flags]
+    counts = concurrencies(options.concurrency)
+    with running_server(directory, settings, all_flags, environment=environment) as server:
+        reached = own_server(server.settings)
+        name = f"{directory.resolve().name} at rate {settings.video.pruning_rate:g}"
+        target = Target(name, reached.url, server.model, reached.api_key)
+        return measure_target(target, items, counts, options.max_tokens, client)
