@@ -33,10 +33,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from urllib.parse import urlsplit
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.endpoint import connect, first_model
+from checkpoint.endpoint import KEY_VARIABLE, connect, first_model
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.log import get_logger
 from serve.__main__ import split_extra
@@ -56,7 +57,7 @@ from serve.gpu_memory import GpuMemory
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.own_server import own_server
 from serve.precision import read_quantization
-from serve.preflight import checked_settings
+from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, running_server
 from serve.workloads import WORKLOADS, Workload
 
@@ -65,8 +66,11 @@ logger = get_logger("serve.bench")
 SHARED_MEMORY = 0.45
 """Share of the GPU's memory for each of two servers."""
 
-SETTINGS = (*VIDEO_SETTINGS, "max_images", "max_model_len", "gpu_memory_utilization")
-SETTINGS += ("tensor_parallel_size", "api_key")
+SETTINGS = (
+    *VIDEO_SETTINGS,
+    *("max_images", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "api_key"),
+)
+"""Settings of the servers that the command line may change."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def shown_command(module: str, arguments: Sequence[str]) -> str:
     """Return a command line for a result file, without the server's key."""
-    shown = ["python", "-m", module]
+    return shlex.join(["python", "-m", module, *without_key(arguments)])
+
+
+def without_key(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the word KEY in place of the server's key."""
+    shown: list[str] = []
     for part in arguments:
-        before = shown[-1]
-        if before == "--api-key":
+        if shown and shown[-1] == "--api-key":
             shown.append("KEY")
         elif part.startswith("--api-key="):
             shown.append("--api-key=KEY")
         else:
             shown.append(part)
-    return shlex.join(shown)
+    return shown
 
 
 def concurrencies(text: str) -> list[int]:
@@ -158,6 +166,7 @@ def _check(options: argparse.Namespace) -> None:
         # It would answer each request twice, the second time from its cache.
         faults.append(Fault("--against", "is the same server", "give another URL"))
     raise_if_any(faults)
+    concurrencies(options.concurrency)
 
 
 def is_url(target: str) -> bool:
@@ -178,41 +187,51 @@ def _servers(
     named: list[tuple[str, list[str]]] = [(options.target, [])]
     if options.against:
         named.append((options.against, shlex.split(options.against_flags)))
-    started = sum(not is_url(target) for target, _ in named)
+    directories = [target for target, _ in named if not is_url(target)]
     overrides = given_settings(options)
-    if started == 2 and environment.device.kind == "cuda":
+    if len(directories) == 2 and environment.device.kind == "cuda":
         overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
     # Faults of both come before the first is started.
-    for target, more in named:
-        if not is_url(target):
-            all_flags = [*flags, *more]
-            checked_settings(Path(target), overrides | {"port": 0}, all_flags, environment)
+    faults: list[Fault] = []
+    for directory in directories:
+        faults += directory_faults(Path(directory), environment)
+    raise_if_any(faults)
     with contextlib.ExitStack() as stack:
         running: list[Running] = []
         for target, more in named:
             name = _free_name(target, [other.target.name for other in running])
             if is_url(target):
-                running.append(_found(name, target, options))
-                continue
-            all_flags = [*flags, *more]
-            settings = checked_settings(
-                Path(target), overrides | {"port": 0}, all_flags, environment
-            )
-            server = stack.enter_context(
-                running_server(target, settings, all_flags, environment=environment)
-            )
-            reached = own_server(server.settings)
-            quantization = read_quantization(read_config(target))
-            described = {
-                "name": name,
-                "target": Path(target).name,
-                "precision": quantization.algo if quantization else "BF16",
-                "video_pruning_rate": server.settings.video.pruning_rate,
-                "flags": shlex.join(all_flags),
-            }
-            at = Target(name, reached.url, server.model, reached.api_key)
-            running.append(Running(at, described, server.process.pid))
+                server = _found(name, target, options)
+            else:
+                served = _started(name, target, [*flags, *more], overrides, environment)
+                server = stack.enter_context(served)
+            running.append(server)
         yield running
+
+
+@contextlib.contextmanager
+def _started(
+    name: str,
+    directory: str,
+    flags: Sequence[str],
+    overrides: Mapping[str, Any],
+    environment: ServeEnvironment,
+) -> Iterator[Running]:
+    """Serve a directory for the length of a `with` block."""
+    path = Path(directory)
+    settings = checked_settings(path, {**overrides, "port": 0}, flags, environment)
+    with running_server(path, settings, flags, environment=environment) as server:
+        reached = own_server(server.settings)
+        quantization = read_quantization(read_config(path))
+        described = {
+            "name": name,
+            "target": path.name,
+            "precision": quantization.algo if quantization else "BF16",
+            "video_pruning_rate": server.settings.video.pruning_rate,
+            "flags": shlex.join(without_key(flags)),
+        }
+        target = Target(name, reached.url, server.model, reached.api_key)
+        yield Running(target, described, server.process.pid)
 
 
 def _free_name(target: str, taken: Sequence[str]) -> str:
@@ -227,7 +246,7 @@ def _found(name: str, url: str, options: argparse.Namespace) -> Running:
         BadInput: None answers there.
     """
     root = _root(url)
-    key = getattr(options, "api_key", None)
+    key = options.api_key or os.environ.get(KEY_VARIABLE)
     model = first_model(connect(root, key))
     described: dict[str, Any] = {"name": name, "target": root}
     for unknown in ("precision", "video_pruning_rate", "flags"):
@@ -300,7 +319,6 @@ def run(arguments: Sequence[str]) -> int:
     ours, flags = split_extra(arguments)
     options = parse_command(_parser(), ours)
     _check(options)
-    concurrencies(options.concurrency)
     environment = find_environment()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -135,17 +135,10 @@ class BenchClient:
             raise BenchFailed(f"vllm bench serve: {shortened(what)} (see {self.log})")
 
     def _started(self) -> subprocess.Popen[str]:
-        variables = {
-            # Nothing of the current directory or of serve/ is to hide a module of vLLM.
-            "PYTHONSAFEPATH": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            # vLLM's client asks a proxy even for a server on this machine.
-            "no_proxy": _without_proxy(os.environ),
-        }
         with self.log.open("wb") as out:
             return subprocess.Popen(
                 [str(self._environment.python), str(CLIENT)],
-                env=os.environ | variables,
+                env=os.environ | client_variables(os.environ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=out,
@@ -178,9 +171,20 @@ def bench_client(environment: ServeEnvironment) -> Iterator[BenchClient]:
         client.stop()
 
 
-def _without_proxy(variables: Mapping[str, str]) -> str:
-    named = variables.get("no_proxy") or variables.get("NO_PROXY") or ""
-    return ",".join(filter(None, [named, "localhost", "127.0.0.1", "::1"]))
+def client_variables(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables of the client's process that differ from ours."""
+    unproxied = [inherited.get("no_proxy") or inherited.get("NO_PROXY") or ""]
+    unproxied += ["localhost", "127.0.0.1", "::1"]
+    return {
+        # Nothing of the current directory or of serve/ is to hide a module of vLLM.
+        "PYTHONSAFEPATH": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # vLLM's client sends this key to any server (0.32, endpoint_request_func.py). The key of
+        # the server that is measured goes with each run.
+        "OPENAI_API_KEY": "",
+        # vLLM's client asks a proxy even for a server on this machine.
+        "no_proxy": ",".join(filter(None, unproxied)),
+    }
 
 
 def _arguments(

@@ -209,7 +209,8 @@ def run(arguments: Sequence[str]) -> int:
     for shown in tables(result):
         console.print(shown)
     for row in result["recommended"]:
-        print(f"{row['directory']}: recommended EVS rate {row['rate']:g}")
+        option = f"--video-pruning-rate {row['rate']:g}"
+        print(f"{row['directory']}: recommended EVS rate {row['rate']:g} ({option})")
         for sentence in row["sentences"]:
             print(f"  {sentence}")
     return 0

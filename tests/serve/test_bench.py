@@ -11,7 +11,7 @@ from checkpoint.faults import BadInput
 from hybridquant_vllm.frames import read_clip
 from serve.bench import run, shown_command
 from serve.bench_figures import percentile, ratios, summarize
-from serve.bench_runs import BenchFailed, Load, Target, write_requests
+from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
 from serve.demo import draw_square, draw_video
 from serve.gpu_memory import parse_rows
 from serve.workloads import Workload
@@ -122,6 +122,12 @@ def test_a_result_file_does_not_hold_the_key():
     for arguments in (["DIR", "--api-key", "s3cret"], ["DIR", "--api-key=s3cret"]):
         assert "s3cret" not in shown_command("serve.bench", arguments)
         assert "DIR" in shown_command("serve.bench", arguments)
+
+
+def test_upstream_trap_vllms_client_sends_the_users_own_key_to_any_server():
+    variables = client_variables({"OPENAI_API_KEY": "sk-users-own", "NO_PROXY": "intranet"})
+    assert variables["OPENAI_API_KEY"] == ""
+    assert variables["no_proxy"] == "intranet,localhost,127.0.0.1,::1"
 
 
 # The servers
