@@ -131,10 +131,11 @@ def rounded(row: Measured | Ratio) -> dict[str, Any]:
 
 def table(rows: Sequence[Measured]) -> Table:
     """Return the figures as a table for the console."""
+    from rich import box
     from rich.table import Table
 
     title = "times in ms: median (99th percentile)"
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
     columns = ["server", "at once", "TTFT", "TPOT", "requests/s", "tokens/s", "prompt"]
     has_gpu = any(row.peak_gpu_mib is not None for row in rows)
     if has_gpu:
@@ -164,10 +165,11 @@ def _times(median: float | None, p99: float | None) -> str:
 
 def ratio_table(rows: Sequence[Ratio], first: str, second: str) -> Table:
     """Return the ratios of two servers as a table for the console."""
+    from rich import box
     from rich.table import Table
 
     title = f"{second} over {first}: median of the repeats (least … largest)"
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
     for column in ("at once", "measure", "ratio"):
         shown.add_column(column, justify="left" if column == "measure" else "right")
     for row in rows:

@@ -92,18 +92,20 @@ def _load_row(load: Mapping[str, Any]) -> dict[str, Any]:
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """Yield the figures as a table for the console, one for each directory."""
+    from rich import box
     from rich.table import Table
 
     for chosen in result["recommended"]:
         directory = chosen["directory"]
-        shown = Table(title=f"{directory} by EVS rate", title_justify="left")
-        columns = ["rate", "accuracy", "loss (interval)", "prompt"]
+        title = f"{directory} by EVS rate; loss in points, with its 95 % interval"
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE)
+        columns = ["rate", "accuracy", "loss", "prompt"]
         columns += [f"{concurrency} at a time" for concurrency in result["concurrency"]]
         for column in columns:
             shown.add_column(column, justify="right")
         for row in _of(result["measured"], directory):
             loads = [load for load in _of(result["load"], directory) if load["rate"] == row["rate"]]
-            interval = f"{row['loss']:.1f} ({row['loss_low']:+.1f} … {row['loss_high']:+.1f})"
+            interval = f"{row['loss']:.1f} ({row['loss_low']:.1f} … {row['loss_high']:.1f})"
             shown.add_row(
                 f"{row['rate']:g}",
                 f"{row['accuracy']:.1%}",
