@@ -59,7 +59,7 @@ from serve.own_server import own_server
 from serve.precision import read_quantization
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, running_server
-from serve.workloads import WORKLOADS, Workload
+from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
 
 logger = get_logger("serve.bench")
 
@@ -314,10 +314,9 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the media.
     """
-    from rich.console import Console
-
     ours, flags = split_extra(arguments)
     options = parse_command(_parser(), ours)
+    check_packages(NEEDED)
     _check(options)
     environment = find_environment()
     with tempfile.TemporaryDirectory() as name:
@@ -332,6 +331,8 @@ def run(arguments: Sequence[str]) -> int:
         except (ServerDied, BenchFailed) as failed:
             logger.error("%s", failed)
             return 1
+    from rich.console import Console
+
     console = Console()
     console.print(table(rows))
     if compared:

@@ -12,6 +12,9 @@ from serve.bench_runs import Load
 if TYPE_CHECKING:
     from rich.table import Table
 
+_PADDING = (0, 0, 0, 1)
+"""Around the cells of a table, so that it fits 80 columns."""
+
 MEASURES = ("ttft_ms_median", "tpot_ms_median", "requests_per_s", "output_tokens_per_s")
 """What ratios are given of."""
 
@@ -135,7 +138,7 @@ def table(rows: Sequence[Measured]) -> Table:
     from rich.table import Table
 
     title = "times in ms: median (99th percentile)"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=_PADDING)
     columns = ["server", "at once", "TTFT", "TPOT", "requests/s", "tokens/s", "prompt"]
     has_gpu = any(row.peak_gpu_mib is not None for row in rows)
     if has_gpu:
@@ -169,7 +172,7 @@ def ratio_table(rows: Sequence[Ratio], first: str, second: str) -> Table:
     from rich.table import Table
 
     title = f"{second} over {first}: median of the repeats (least … largest)"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=_PADDING)
     for column in ("at once", "measure", "ratio"):
         shown.add_column(column, justify="left" if column == "measure" else "right")
     for row in rows:

@@ -61,6 +61,7 @@ from serve.sweep_items import (
 from serve.sweep_points import measure_all
 from serve.sweep_result import result_of, tables
 from serve.vllm_flags import setting_values
+from serve.workloads import NEEDED, check_packages
 
 logger = get_logger("serve.sweep")
 
@@ -163,10 +164,9 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the items.
     """
-    from rich.console import Console
-
     ours, flags = split_extra(arguments)
     options = command_options(ours)
+    check_packages((*NEEDED, "matplotlib"))
     environment = find_environment()
     _check(options, flags, environment)
     rates = parse_rates(options.rates)
@@ -205,6 +205,8 @@ def run(arguments: Sequence[str]) -> int:
     }
     atomic.write_json(options.out / "sweep.json", result)
     draw(result, options.out)
+    from rich.console import Console
+
     console = Console()
     for shown in tables(result):
         console.print(shown)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from accuracy.paired import Paired
 
+_PADDING = (0, 0, 0, 1)
+"""Around the cells of a table, so that it fits 80 columns."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -98,7 +101,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     for chosen in result["recommended"]:
         directory = chosen["directory"]
         title = f"{directory} by EVS rate; loss in points, with its 95 % interval"
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE)
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=_PADDING)
         columns = ["rate", "accuracy", "loss", "prompt"]
         columns += [f"{concurrency} at a time" for concurrency in result["concurrency"]]
         for column in columns:

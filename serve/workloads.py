@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.log import get_logger
 from serve.bench_runs import Messages
 
@@ -67,6 +67,21 @@ _QUESTIONS = {
 }
 
 Part = dict[str, Any]
+
+
+NEEDED = ("av", "font_roboto", "numpy", "PIL", "rich")
+"""Packages that media and tables are made with; vLLM's environment lacks some of them."""
+
+
+def check_packages(names: Sequence[str]) -> None:
+    """Check that packages can be imported here.
+
+    Raises:
+        BadInput: With those that cannot.
+    """
+    remedy = "use the python of the environment that quantizes"
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    raise_if_any(Fault(name, "is not installed here", remedy) for name in missing)
 
 
 class Workload:

@@ -2,9 +2,13 @@
 
 import base64
 import json
+import os
+import subprocess
+import time
 
 import numpy
 import pytest
+from commands import ROOMS
 from PIL import Image
 
 from checkpoint.faults import BadInput
@@ -13,7 +17,8 @@ from serve.bench import run, shown_command
 from serve.bench_figures import percentile, ratios, summarize
 from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
 from serve.demo import draw_square, draw_video
-from serve.gpu_memory import parse_rows
+from serve.environment import find_python
+from serve.gpu_memory import GpuMemory, parse_rows
 from serve.workloads import Workload
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -114,6 +119,47 @@ def test_ratios_are_of_repeats_in_pairs():
     assert by_measure["requests_per_s"].ratio == 2
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A function that puts a program in the place of nvidia-smi; it answers with given rows."""
+
+    def answering(by_process, by_gpu):
+        script = tmp_path / "nvidia-smi"
+        choices = f"*compute-apps*) echo '{by_process}';; *) echo '{by_gpu}';;"
+        script.write_text(f"#!/bin/sh\ncase $1 in {choices} esac\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return answering
+
+
+@pytest.fixture
+def session():
+    """A process that leads a session of its own, as the guard of a server does."""
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_gpu_memory_is_that_of_a_servers_own_processes(nvidia_smi, session):
+    nvidia_smi(f"{session}, 700\n{os.getpid()}, 900", "0, 1600")
+    with GpuMemory({"ours": session, "running before": None}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") == 700
+    assert memory.peak_mib("running before") is None
+
+
+def test_gpu_memory_of_one_server_is_the_gpus_where_processes_are_not_listed(nvidia_smi, session):
+    nvidia_smi("", "0, 1600\n1, 30")
+    with GpuMemory({"ours": session}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") == 1630
+    with GpuMemory({"ours": session, "other": session}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") is None
+
+
 def test_rows_of_nvidia_smi():
     assert parse_rows("1234, 5678\n99, [N/A]\n\nNo devices were found\n") == [(1234, 5678)]
 
@@ -188,3 +234,11 @@ def test_bad_options_are_named(arguments, message):
     with pytest.raises(BadInput) as caught:
         run(arguments)
     assert message in str(caught.value)
+
+
+def test_the_environment_of_vllm_lacks_what_media_are_drawn_with():
+    command = [find_python(), "-m", "serve.bench", "http://127.0.0.1:9"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOMS)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: font_roboto: is not installed here")
+    assert "Traceback" not in done.stderr

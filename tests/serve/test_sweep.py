@@ -8,13 +8,16 @@ from PIL import Image
 from calibrate.evs import retained_tokens
 from checkpoint.faults import BadInput
 from checkpoint.video import Video
-from serve.bench_runs import Target
+from serve.bench_figures import rounded, summarize
+from serve.bench_runs import Load, Target
 from serve.demo import draw_video
 from serve.environment import find_environment
 from serve.sweep import command_options, parse_rates, run
 from serve.sweep_choice import Loss, choose
+from serve.sweep_figure import draw
 from serve.sweep_items import ItemClip, count_frames, data_items, short_clip_warning, task_items
 from serve.sweep_points import Kept, measure_target, open_kept, point_name
+from serve.sweep_result import result_of
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
@@ -112,6 +115,35 @@ def test_figures_of_other_settings_are_dropped(tmp_path):
     path.write_text("[]")
     with pytest.raises(BadInput, match="is not a file of a sweep"):
         Kept(path, {})
+
+
+def test_each_directory_is_compared_with_its_own_rate_0(tmp_path):
+    items = task_items(["video_event", "video_static"], 3)
+    right = {task: [sample.answer for sample in asked] for task, asked in items.items()}
+    one_wrong = right | {"video_event": [*right["video_event"][:2], "none"]}
+    points = {}
+    for name, rate, answers in (
+        ("bf16", 0.0, right),
+        ("bf16", 0.9, one_wrong),
+        ("fp8", 0.0, one_wrong),
+        ("fp8", 0.9, one_wrong),
+    ):
+        speed = Load((100.0,), (), 1.0, 2.0, (50,), ("a",), ())
+        row = rounded(summarize(name, 4, [speed], None))
+        points[name, rate] = {"answers": answers, "load": [row], "prompt_tokens_mean": 50}
+    result = result_of(points, {"bf16": "BF16", "fp8": "FP8"}, items, tolerance=60)
+    losses = {(row["directory"], row["rate"]): row["loss"] for row in result["measured"]}
+    expected = {("bf16", 0.0): 0, ("bf16", 0.9): 16.67, ("fp8", 0.0): 0, ("fp8", 0.9): 0}
+    assert losses == expected
+    event = result["tasks_measured"][2]
+    assert (event["task"], event["rate"], event["loss"]) == ("video_event", 0.9, 33.33)
+    assert event["loss_low"] <= event["loss"] <= event["loss_high"]
+    assert [row["rate"] for row in result["recommended"]] == [0.9, 0.9]
+    drawn = draw(result | {"concurrency": [4]}, tmp_path)
+    assert [path.name for path in drawn] == ["sweep.svg", "sweep.png"]
+    assert "fp8, 4 at a time" in drawn[0].read_text()
+    again = draw(result | {"concurrency": [4]}, tmp_path)[0]
+    assert again.read_bytes() == drawn[0].read_bytes()
 
 
 @pytest.mark.server
