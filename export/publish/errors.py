@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def weight_errors(directory: Path, source: Path) -> dict[str, float]:
         weight = original.tensors.read(name)
         packed = packed_tensors(exported.tensors, linear, formats[linear])
         step = max(1, _PART // weight.shape[1])
-        lost = torch.zeros((), dtype=torch.float64)
+        lost = 0.0
+        total = 0.0
         for start in range(0, len(weight), step):
             part = {}
             for suffix, tensor in packed.items():
@@ -48,9 +50,9 @@ def weight_errors(directory: Path, source: Path) -> dict[str, float]:
             if unpacked.shape != exact.shape:
                 what = f"{name} has another shape there"
                 raise BadInput(Fault(str(source), what, "is this the source?"))
-            lost += (unpacked - exact).double().square().sum()
-        norm = weight.double().norm()
-        return linear, float(lost.sqrt() / norm) if norm else 0.0
+            lost += float((unpacked - exact).square().sum(dtype=torch.float64))
+            total += float(exact.square().sum(dtype=torch.float64))
+        return linear, math.sqrt(lost / total) if total else 0.0
 
     names = tqdm(formats, desc="comparing weights", unit="tensor", leave=False, disable=None)
     return dict(in_threads(measure, names))

@@ -187,6 +187,16 @@ class Facts:
         return self.directory.resolve().name
 
     @property
+    def format_names(self) -> str:
+        """The formats as people say them: `FP8`, or `NVFP4 and FP8` for a mix."""
+        return " and ".join(label for label in self.formats if label != BF16)
+
+    @property
+    def source_name(self) -> str:
+        """What was quantized, without the folders of the machine that did it."""
+        return _without_folders(self.model)
+
+    @property
     def before(self) -> int:
         """Bytes of all tensors in BF16."""
         return sum(size.before for size in self.sizes)
@@ -276,7 +286,7 @@ def read_tasks(path: Path) -> tuple[Task, ...]:
 
 
 def task_rows(rows: object) -> tuple[Task, ...]:
-    """Return the sound rows of a list as `accuracy.paired` records them; the others are left out."""
+    """Return the sound rows of a list as `accuracy.paired` records them, without the others."""
     found = []
     for row in rows if isinstance(rows, list) else []:
         if not isinstance(row, dict):
@@ -394,13 +404,12 @@ def _agreement(gate: Mapping[str, Any]) -> tuple[Agreement, ...]:
     for group, figures in _mapping(gate, "agreement").items():
         if not isinstance(figures, dict):
             continue
-        numbers = {name: _number(figures.get(name)) for name in ("kl", "top1", "perplexity_ratio")}
-        counts = {name: _number(figures.get(name)) for name in ("prompts", "tokens")}
-        if None in numbers.values() or None in counts.values():
+        kl, top1 = _number(figures.get("kl")), _number(figures.get("top1"))
+        ratio = _number(figures.get("perplexity_ratio"))
+        prompts, tokens = _number(figures.get("prompts")), _number(figures.get("tokens"))
+        if kl is None or top1 is None or ratio is None or prompts is None or tokens is None:
             continue
-        counted = {name: int(count or 0) for name, count in counts.items()}
-        known = {name: number or 0.0 for name, number in numbers.items()}
-        rows.append(Agreement(group=_text(group), **counted, **known))
+        rows.append(Agreement(_text(group), int(prompts), int(tokens), kl, top1, ratio))
     return tuple(sorted(rows, key=lambda row: row.group != _ALL))
 
 
@@ -414,15 +423,20 @@ def _calibration(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _sources(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """One line for each source of calibration samples: its type, its name or path."""
+    """One line for each source of calibration samples: its type, its name or file."""
     sources = _mapping(recipe, "calibrate").get("sources")
     lines = []
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict):
-            words = [source.get("type"), source.get("name"), source.get("path")]
-            words += [source.get("split")]
+            path = _without_folders(_text(source.get("path")))
+            words = [source.get("type"), source.get("name"), path, source.get("split")]
             lines.append(" ".join(_text(word) for word in words if word))
     return tuple(line for line in lines if line)
+
+
+def _without_folders(path: str) -> str:
+    """The last part of a path: what is published must not tell how somebody's disk is laid out."""
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _video(manifest: Mapping[str, Any]) -> Video:
