@@ -6,8 +6,8 @@ The page shows the hybrid stack, a column a layer, with kind, format and error; 
 after; accuracy against BF16 with intervals; what was calibrated on; warnings; how to serve. With
 --source the errors of the weights are measured, and the verifier compares them with it. --accuracy
 FILE takes the rows of hybridquant accuracy --json, --sweep FILE and --bench FILE measurements whose
-shapes export/publish/measured.py declares. Exit status: 0 written; 1 written, and the page says that
-the gate or the verification failed; 2 bad input.
+shapes export/publish/measured.py declares. Exit status: 0 written; 1 written, and the page says
+that the gate or the verification failed; 2 bad input.
 """
 
 from __future__ import annotations
