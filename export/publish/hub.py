@@ -27,7 +27,6 @@ _WEIGHTS_OR_CODE = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".py
 """Files that vLLM or transformers would load beside ours."""
 
 _PATHS_AT_ONCE = 200
-_BLOCK = 1 << 22
 
 _REMEDIES = {
     HTTPStatus.UNAUTHORIZED: "the token is missing, wrong or expired: hf auth login, or HF_TOKEN",
@@ -162,7 +161,7 @@ def remote_faults(
             continue
         remote = found[name]
         if remote.lfs is not None:
-            ours = recorded.get(name) or file_sha256(directory / name)
+            ours = recorded.get(name) or _sha256(directory / name)
             is_same = remote.lfs.sha256 == ours
         else:
             is_same = remote.blob_id == git_blob_id((directory / name).read_bytes())
@@ -172,19 +171,15 @@ def remote_faults(
             )
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def git_blob_id(data: bytes) -> str:
     """Return the name that git gives to a file's content."""
     header = f"blob {len(data)}\0".encode()
     return hashlib.sha1(header + data, usedforsecurity=False).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _http_fault(target: Target, error: HfHubHTTPError) -> Fault:
