@@ -21,7 +21,9 @@ COLUMN = 16
 BAR = 96
 """Height of the largest error's bar."""
 
-_LEAST_SCALE = 0.01
+_LEAST_SCALE = 0.1
+"""The error of 4-bit weights: an export in FP8 alone is not painted as if it had as much."""
+
 _LETTERS = {"mamba": "M", "mlp": "–", "attention": "*"}
 
 
@@ -59,6 +61,16 @@ class Stack:
     columns: tuple[Column, ...]
     width: int
     largest: float
+
+    @property
+    def room(self) -> int:
+        """Width of the drawing, with what stands left of the columns and the sentence below."""
+        return max(self.width + 46, 480)
+
+    @property
+    def shown_width(self) -> int:
+        """Width on the page in pixels; a small model's chart is magnified."""
+        return self.room if len(self.columns) > 30 else self.room * 3 // 2
 
 
 def stack_chart(layers: Sequence[LayerFacts]) -> Stack:
