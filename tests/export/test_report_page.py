@@ -163,7 +163,7 @@ def test_every_layer_is_a_column_with_a_name(shown, page_of_12b):
     assert re.match(r"layer 1: mlp, NVFP4, error 9\.\d %, ", names[1])
     letters = tab.locator("svg.stack text[class^=kind]").all_text_contents()
     assert "".join(letters).replace("–", "-")[:10] == "M-M-M-M*-M"
-    boxes = [column.bounding_box() for column in columns.all()]
+    boxes = [frame.bounding_box() for frame in columns.locator(".frame").all()]
     assert len({round(box["x"]) for box in boxes}) == 62
     assert max(box["x"] + box["width"] for box in boxes) <= 1120
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>])")
 
@@ -24,15 +23,13 @@ def render_markdown(template: str, /, **values: object) -> str:
 
 
 def render_html(template: str, /, **values: object) -> str:
-    """Render a template of HTML with its style sheet. Every value is escaped.
+    """Render a template of HTML. Every value is escaped.
 
     Args:
         template: Its file name.
         values: What it shows.
     """
-    environment = _environment(autoescape=True)
-    style = Markup(environment.get_template("report.css").render())
-    return environment.get_template(template).render(values, style=style)
+    return _environment(autoescape=True).get_template(template).render(values)
 
 
 def escape_markdown(value: object) -> str:
