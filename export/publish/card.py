@@ -50,7 +50,8 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     read_config(parsed.directory)  # what is no checkpoint is reported before torch is imported
     prepare_libraries()
     from export.publish import model_card
-    from export.publish.facts import read_facts, read_tasks
+    from export.publish.facts import read_facts
+    from export.publish.recorded import read_tasks
 
     tasks = read_tasks(parsed.accuracy) if parsed.accuracy else ()
     facts = read_facts(parsed.directory, tasks=tasks)

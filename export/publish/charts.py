@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from export.publish.facts import LayerFacts, Task
+from export.publish.facts import LayerFacts
 from export.publish.measured import Sweep
+from export.publish.recorded import Task
 from quantize.formats.registry import find_format
 
 STEPS = 6

@@ -6,13 +6,9 @@ older version has fewer of them: what is not recorded is None or empty, never an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.faults import BadInput, Fault, shortened
@@ -21,14 +17,24 @@ from checkpoint.opened import Checkpoint, open_checkpoint
 from checkpoint.video import Video
 from export.layout import has_kv_scales, linear_formats, quantization_section
 from export.manifest import MANIFEST
+from export.publish.recorded import (
+    Agreement,
+    Task,
+    agreement_rows,
+    calibration_counts,
+    mapping,
+    recorded_hashes,
+    recorded_video,
+    source_lines,
+    strings,
+    task_rows,
+    text,
+    texts,
+    without_folders,
+)
 from quantize.formats.registry import FORMATS, UNQUANTIZED
 
 BF16 = "BF16"
-_MEAN = "mean"
-"""The row that accuracy/paired.py puts last."""
-
-_ALL = "all"
-"""The row of all samples in the gate's agreement."""
 
 
 @dataclass(frozen=True)
@@ -88,46 +94,6 @@ class Size:
     part: str
     before: int
     after: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """Accuracy of one task under BF16 and under the export, as shares of right answers.
-
-    Attributes:
-        name: The task's; `mean` for the mean over tasks.
-        items: Items asked of both.
-        reference: BF16's accuracy.
-        variant: The export's accuracy.
-        low: Lower end of the 95 % interval of the difference; None when it is not recorded.
-        high: Its upper end.
-        dataset: Name of the benchmark's dataset on the Hub; empty for a task that has none.
-    """
-
-    name: str
-    items: int
-    reference: float
-    variant: float
-    low: float | None = None
-    high: float | None = None
-    dataset: str = ""
-
-    @property
-    def difference(self) -> float:
-        """variant − reference."""
-        return self.variant - self.reference
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Next-token agreement with BF16 on one kind of held-out sample."""
-
-    group: str
-    prompts: int
-    tokens: int
-    kl: float
-    top1: float
-    perplexity_ratio: float
 
 
 @dataclass(frozen=True)
@@ -194,7 +160,7 @@ class Facts:
     @property
     def source_name(self) -> str:
         """What was quantized, without the folders of the machine that did it."""
-        return _without_folders(self.model)
+        return without_folders(self.model)
 
     @property
     def before(self) -> int:
@@ -231,8 +197,8 @@ def read_facts(
     formats = linear_formats(exported.config)
     path = directory / MANIFEST
     manifest = read_json(path) if path.exists() else {}
-    recipe = _mapping(manifest, "recipe")
-    gate = _mapping(manifest, "gate")
+    recipe = mapping(manifest, "recipe")
+    gate = mapping(manifest, "gate")
     linears = _linear_facts(exported, formats, errors)
     passed = gate.get("passed")
     return Facts(
@@ -245,78 +211,19 @@ def read_facts(
         errors_are_measured=errors is not None,
         sizes=_sizes(exported),
         gate_passed=passed if isinstance(passed, bool) else None,
-        missed=_texts(gate.get("missed")),
-        agreement=_agreement(gate),
+        missed=texts(gate.get("missed")),
+        agreement=agreement_rows(gate),
         tasks=tasks or task_rows(gate.get("tasks")),
-        calibration=_calibration(manifest),
-        sources=_sources(recipe),
-        algorithm=_text(_mapping(recipe, "quantize").get("algorithm")),
-        video=_video(manifest),
-        versions=_strings(_mapping(manifest, "versions")),
-        trained=len(_texts(_mapping(manifest, "distillation").get("trained"))),
-        model=_text(recipe.get("model")),
-        revision=_text(_mapping(manifest, "source").get("revision")),
+        calibration=calibration_counts(manifest),
+        sources=source_lines(recipe),
+        algorithm=text(mapping(recipe, "quantize").get("algorithm")),
+        video=recorded_video(manifest),
+        versions=strings(mapping(manifest, "versions")),
+        trained=len(texts(mapping(manifest, "distillation").get("trained"))),
+        model=text(recipe.get("model")),
+        revision=text(mapping(manifest, "source").get("revision")),
         files=recorded_hashes(manifest),
     )
-
-
-def recorded_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the SHA-256 of each file that a manifest records, by relative path."""
-    found = {}
-    for name, value in _mapping(manifest, "files").items():
-        digest = value.get("sha256") if isinstance(value, dict) else value
-        if isinstance(digest, str):
-            found[name] = digest
-    return found
-
-
-def read_tasks(path: Path) -> tuple[Task, ...]:
-    """Read the rows that `hybridquant accuracy --json FILE` has written.
-
-    Raises:
-        BadInput: The file is not that.
-    """
-    from checkpoint.reading import parse_json, read_small_file
-
-    rows = task_rows(parse_json(read_small_file(path), path))
-    if not rows:
-        remedy = "give the file that hybridquant accuracy --json has written"
-        raise BadInput(Fault(str(path), "has no rows of tasks", remedy))
-    return rows
-
-
-def task_rows(rows: object) -> tuple[Task, ...]:
-    """Return the sound rows of a list as `accuracy.paired` records them, without the others."""
-    found = []
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict):
-            continue
-        reference, variant = _number(row.get("reference")), _number(row.get("variant"))
-        items = _number(row.get("items"))
-        if reference is None or variant is None or items is None:
-            continue
-        found.append(
-            Task(
-                name=_text(row.get("task")),
-                items=int(items),
-                reference=reference,
-                variant=variant,
-                low=_number(row.get("low")),
-                high=_number(row.get("high")),
-                dataset=_text(row.get("dataset")),
-            )
-        )
-    return tuple(found)
-
-
-def mean_task(tasks: Iterable[Task]) -> Task | None:
-    """Return the row of the mean over tasks; None if there is none."""
-    return next((task for task in tasks if task.name == _MEAN), None)
-
-
-def overall_agreement(rows: Iterable[Agreement]) -> Agreement | None:
-    """Return the row of all samples; None if there is none."""
-    return next((row for row in rows if row.group == _ALL), None)
 
 
 def format_label(format: str) -> str:
@@ -397,76 +304,3 @@ def _part(name: str, config: CheckpointConfig) -> str:
     if name.startswith(config.family.vision):
         return "vision tower"
     return "embeddings and head"
-
-
-def _agreement(gate: Mapping[str, Any]) -> tuple[Agreement, ...]:
-    rows = []
-    for group, figures in _mapping(gate, "agreement").items():
-        if not isinstance(figures, dict):
-            continue
-        kl, top1 = _number(figures.get("kl")), _number(figures.get("top1"))
-        ratio = _number(figures.get("perplexity_ratio"))
-        prompts, tokens = _number(figures.get("prompts")), _number(figures.get("tokens"))
-        if kl is None or top1 is None or ratio is None or prompts is None or tokens is None:
-            continue
-        rows.append(Agreement(_text(group), int(prompts), int(tokens), kl, top1, ratio))
-    return tuple(sorted(rows, key=lambda row: row.group != _ALL))
-
-
-def _calibration(manifest: Mapping[str, Any]) -> dict[str, int]:
-    found = {}
-    for name, value in _mapping(manifest, "calibration").items():
-        number = _number(value)
-        if number is not None:
-            found[_text(name)] = int(number)
-    return found
-
-
-def _sources(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """One line for each source of calibration samples: its type, its name or file."""
-    sources = _mapping(recipe, "calibrate").get("sources")
-    lines = []
-    for source in sources if isinstance(sources, list) else []:
-        if isinstance(source, dict):
-            path = _without_folders(_text(source.get("path")))
-            words = [source.get("type"), source.get("name"), path, source.get("split")]
-            lines.append(" ".join(_text(word) for word in words if word))
-    return tuple(line for line in lines if line)
-
-
-def _without_folders(path: str) -> str:
-    """The last part of a path: what is published must not tell how somebody's disk is laid out."""
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def _video(manifest: Mapping[str, Any]) -> Video:
-    try:
-        return Video.model_validate(_mapping(manifest, "video"))
-    except ValidationError:
-        return Video()
-
-
-def _mapping(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: object) -> str:
-    return shortened(value) if isinstance(value, str | int | float) else ""
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        return ()
-    return tuple(_text(item) for item in value)
-
-
-def _strings(values: Mapping[str, Any]) -> dict[str, str]:
-    return {_text(name): _text(value) for name, value in values.items()}
-
-
-def _number(value: object) -> float | None:
-    """The value as a finite number; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

@@ -21,7 +21,8 @@ from checkpoint.atomic import write_text
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.log import get_logger
 from checkpoint.reading import read_small_file
-from export.publish.facts import Facts, Task, mean_task, overall_agreement
+from export.publish.facts import Facts
+from export.publish.recorded import Task, mean_task, overall_agreement
 from export.publish.serving import kernels, serve_commands
 from export.publish.templates import render_markdown
 

@@ -51,7 +51,7 @@ def report_text(
         bench: Throughput, if measured.
     """
     from export.publish import charts
-    from export.publish.facts import mean_task, overall_agreement
+    from export.publish.recorded import mean_task, overall_agreement
     from export.publish.serving import kernels, serve_commands
     from export.publish.templates import render_html
 
@@ -117,8 +117,9 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     bench = read_measured(parsed.bench, Bench) if parsed.bench else None
     prepare_libraries()
     from export.publish.errors import weight_errors
-    from export.publish.facts import read_facts, read_tasks
+    from export.publish.facts import read_facts
     from export.publish.model_card import find_verdict
+    from export.publish.recorded import read_tasks
 
     tasks = read_tasks(parsed.accuracy) if parsed.accuracy else ()
     errors = weight_errors(parsed.directory, parsed.source) if parsed.source else None

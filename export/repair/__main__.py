@@ -34,6 +34,9 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     restore_interrupted(directory)
     if not directory.is_dir():
         raise BadInput(Fault(str(parsed.directory), "no such directory", "check the path"))
+    if not (directory / "config.json").is_file():
+        what = "has no config.json, so it is not a checkpoint"
+        raise BadInput(Fault(str(parsed.directory), what, "give an exported directory"))
     prepare_libraries()
     from export.repair.mend import CannotMend, repair
     from export.verify import show_faults

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from checkpoint.faults import BadInput, Fault
 from export.publish.card import _run
-from export.publish.facts import read_facts, read_tasks
+from export.publish.facts import read_facts
 from export.publish.model_card import Verdict, card_text, find_origin
+from export.publish.recorded import read_tasks
 from export.publish.serving import VLLM, kernels, serve_commands
 from export.verify import verify
 from serve.command import build_command

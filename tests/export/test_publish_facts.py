@@ -8,7 +8,8 @@ from checkpoint.faults import BadInput
 from checkpoint.layout import spec_bytes
 from checkpoint.opened import open_checkpoint
 from export.publish.errors import weight_errors
-from export.publish.facts import read_facts, recorded_hashes, task_rows
+from export.publish.facts import read_facts
+from export.publish.recorded import recorded_hashes, task_rows
 from quantize.formats.registry import FORMATS
 from tests.editing import edit_json, edit_tensors
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from modelopt.torch.export import export_hf_checkpoint
 
+from checkpoint.faults import main
 from checkpoint.native import load_model
 from export.repair.__main__ import _run
 from export.repair.mend import CannotMend, repair
@@ -253,13 +254,15 @@ def test_a_killed_exchange_is_undone(fp8_copy):
     assert [path.name for path in fp8_copy.parent.iterdir()] == ["fp8"]
 
 
-def test_what_is_no_directory_exits_with_2(tmp_path, capsys):
-    from checkpoint.faults import main
-
+@pytest.mark.parametrize(
+    ("name", "said"), [("nowhere", "no such directory"), ("", "has no config.json")]
+)
+def test_what_is_no_checkpoint_exits_with_2(tmp_path, capsys, name, said):
     with pytest.raises(SystemExit) as ended:
-        main(lambda: _run([str(tmp_path / "nowhere")]))
+        main(lambda: _run([str(tmp_path / name)]))
     assert ended.value.code == 2
-    assert "no such directory" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def calibrated(checkpoint):

@@ -20,9 +20,10 @@ from checkpoint.layout import language_model_linears
 from export.layout import quantized_layout
 from export.publish.charts import stack_chart, whiskers
 from export.publish.errors import weight_errors
-from export.publish.facts import Task, read_facts
+from export.publish.facts import read_facts
 from export.publish.measured import Bench, Sweep, read_measured
 from export.publish.model_card import Verdict
+from export.publish.recorded import Task
 from export.publish.report import _run, report_text
 from export.write import quantization_config
 from quantize.policy import Rule, make_policy
