@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint.atomic import replaced_file, write_json
 from checkpoint.config import read_json
-from checkpoint.faults import BadInput
+from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import read_small_file
 from export.manifest import MANIFEST
@@ -89,30 +89,44 @@ def mend_manifest(target: Path) -> Iterator[str]:
     yield f"{MANIFEST}: serve.{_OLD_RATE} is now video.pruning_rate, {rate}"
 
 
-def update_hashes(target: Path, changed: set[str], removed: set[str]) -> Iterator[str]:
-    """Let the manifest record the hashes of changed files; yield a line if it records any.
+def update_hashes(
+    target: Path, changed: set[str], removed: set[str], proven: set[str]
+) -> Iterator[str]:
+    """Let the manifest record the hashes of mended files; yield a line if any is new.
+
+    A file that has its recorded hash again needs none. A hash is replaced only for a file whose
+    whole content is proven otherwise: it would vouch for damage that the repair did not look for.
 
     Args:
         target: The mended directory.
-        changed: Names of files that were written.
+        changed: Names of files that were written, or whose content was checked.
         removed: Names of files that are gone.
+        proven: Names of those whose whole content follows from the source or the tensors.
+
+    Raises:
+        BadInput: A file has not its recorded hash, and nothing proves it.
     """
     path = target / MANIFEST
-    if not path.exists() or not changed | removed:
-        return
-    manifest = read_json(path)
+    manifest = read_json(path) if path.exists() else {}
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return
-    for name in removed:
-        files.pop(name, None)
-    are_objects = any(isinstance(value, dict) for value in files.values())
+    gone = [name for name in sorted(removed) if files.pop(name, None) is not None]
+    new = []
+    faults = []
     for name in sorted(changed - {MANIFEST}):
+        if not (target / name).is_file() or name.upper().startswith(_TRANSIENT):
+            continue
         with (target / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if are_objects:
-            files[name] = {"sha256": digest, "bytes": (target / name).stat().st_size}
-        else:
-            files[name] = digest
-    write_json(path, manifest)
-    yield f"{MANIFEST}: hashes of {len(changed - {MANIFEST})} changed files"
+        if files.get(name) == digest:
+            continue
+        files[name] = digest
+        new.append(name)
+        if name not in proven:
+            what = f"is mended, but its SHA-256 is still not the one in {MANIFEST}"
+            faults.append(Fault(str(target / name), what, "give --source BF16_DIR"))
+    raise_if_any(faults)
+    if new or gone:
+        write_json(path, manifest)
+        yield f"{MANIFEST}: {len(new)} new hashes, {len(gone)} removed"

@@ -88,7 +88,10 @@ def _mend(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]:
         changes += restore_companions(source, copy)
     changes += mend_manifest(copy)
     changed, removed = _differences(directory, copy)
-    changes += update_hashes(copy, changed, removed)
+    checked = changed | {CONFIG, LEGACY}
+    # With the source, the verifier compares every tensor and file of the copy with it.
+    proven = {LEGACY} if source is None else checked
+    changes += update_hashes(copy, checked, removed, proven)
     return changes
 
 

@@ -94,7 +94,13 @@ def _mend_config(
         put_right("kv_cache_scheme", "says whether there are KV cache scales")
     if not ignore_holds(config, formats, section.get("ignore"), right["quant_algo"]):
         put_right("ignore", "leaves out what has no scales, and nothing else")
-    return mended, changes
+    return _ordered(mended, right), changes
+
+
+def _ordered(mended: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys in the order in which an export writes them, so that a mended file has its bytes."""
+    known = {key: mended[key] for key in right if key in mended}
+    return {**known, **mended}
 
 
 def ignore_holds(
@@ -162,4 +168,4 @@ def _mend_legacy(
     if "group_size" in own and "group_size" not in wanted:
         del mended["group_size"]
         changes.append(f"{LEGACY}: group_size removed: the format has none")
-    return {**legacy, "quantization": mended}, changes
+    return {**legacy, "quantization": _ordered(mended, wanted)}, changes

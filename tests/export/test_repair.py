@@ -1,5 +1,6 @@
 """The repair mends what needs no calibration, says what it changed, and changes nothing else."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,9 +16,9 @@ from export.repair.__main__ import _run
 from export.repair.mend import CannotMend, repair
 from export.repair.staging import restore_interrupted
 from export.verify import verify
-from quantize.policy import Rule, make_policy
-from quantize.ptq import quantize_model
+from quantize.policy import Rule
 from tests.editing import edit_json, edit_tensors, truncate
+from tests.export.test_write import quantized, write
 
 CONFIG = "config.json"
 LEGACY = "hf_quant_config.json"
@@ -26,10 +27,14 @@ IN_PROJ = "language_model.backbone.layers.0.mixer.in_proj"
 
 
 @pytest.fixture(scope="module")
-def mixed_for_repair(nvfp4_export) -> Path:
-    """An export with NVFP4, attention in FP8 and MLPs in BF16; do not change it, take `mixed`."""
-    rules = "{format: nvfp4}, {format: fp8, kind: attention}, {format: bf16, kind: mlp}"
-    return nvfp4_export(f"quantize.layers=[{rules}]")
+def mixed_for_repair(tiny_checkpoint, tmp_path_factory) -> Path:
+    """NVFP4, attention in FP8 and MLPs in BF16; do not change it, take `mixed`."""
+    rules = [Rule(format="nvfp4"), Rule(format="fp8", kind="attention")]
+    rules.append(Rule(format="bf16", kind="mlp"))
+    model = load_model(tiny_checkpoint)
+    output = tmp_path_factory.mktemp("mixed") / "mixed"
+    write(model, tiny_checkpoint, quantized(model, tiny_checkpoint, rules), output)
+    return output
 
 
 @pytest.fixture
@@ -91,11 +96,23 @@ SECTIONS = [
     (corrupt_lists, {CONFIG, LEGACY}),
     (widen_list, {CONFIG}),
     (forget_lm_head, {CONFIG, LEGACY}),
-    (lambda folder: edit_section(folder, lambda section: section.update(ignore="lm_head")), None),
-    (lambda folder: edit_section(folder, lambda section: section.pop("ignore")), None),
-    (lambda folder: edit_section(folder, lambda section: section.update(quant_algo="NVFP4")), None),
-    (lambda folder: edit_section(folder, lambda section: section.update(quant_method="x")), None),
-    (lambda folder: edit_json(folder / CONFIG, lambda raw: raw.pop("quantization_config")), None),
+    (
+        lambda folder: edit_section(folder, lambda section: section.update(ignore="lm_head")),
+        {CONFIG, LEGACY},
+    ),
+    (lambda folder: edit_section(folder, lambda section: section.pop("ignore")), {CONFIG, LEGACY}),
+    (
+        lambda folder: edit_section(folder, lambda section: section.update(quant_algo="NVFP4")),
+        {CONFIG, LEGACY},
+    ),
+    (
+        lambda folder: edit_section(folder, lambda section: section.update(quant_method="x")),
+        {CONFIG, LEGACY},
+    ),
+    (
+        lambda folder: edit_json(folder / CONFIG, lambda raw: raw.pop("quantization_config")),
+        {CONFIG, LEGACY},
+    ),
     (lambda folder: (folder / LEGACY).unlink(), {LEGACY}),
     (lambda folder: (folder / LEGACY).write_text("{"), {LEGACY}),
     (
@@ -108,22 +125,18 @@ SECTIONS = [
 
 
 @pytest.mark.parametrize(("damage", "written"), SECTIONS)
-def test_a_damaged_section_is_mended_and_nothing_else_is_touched(fp8_copy, fp8, damage, written):
+def test_a_damaged_section_gets_its_bytes_back_and_nothing_else_is_touched(
+    fp8_copy, fp8, damage, written
+):
     damage(fp8_copy)
     assert verify(fp8_copy) != []
     before = contents(fp8_copy)
     changes = repair(fp8_copy, None)
     assert changes
-    assert all(change.startswith((CONFIG, LEGACY)) for change in changes)
-    changed = changed_files(before, fp8_copy)
-    assert changed <= {CONFIG, LEGACY}
-    if written is not None:
-        assert changed <= written
+    assert {change.partition(":")[0] for change in changes} <= {CONFIG, LEGACY}
+    assert changed_files(before, fp8_copy) <= written
     assert verify(fp8_copy) == []
-    mended, original = (json.loads((folder / CONFIG).read_text()) for folder in (fp8_copy, fp8))
-    assert mended["quantization_config"]["quant_algo"] == "FP8"
-    del mended["quantization_config"], original["quantization_config"]
-    assert mended == original
+    assert contents(fp8_copy) == contents(fp8)
 
 
 def test_a_sound_directory_is_left_as_it_is(fp8_copy, tiny, capsys):
@@ -134,12 +147,13 @@ def test_a_sound_directory_is_left_as_it_is(fp8_copy, tiny, capsys):
     assert [path.name for path in fp8_copy.parent.iterdir()] == ["fp8"]
 
 
-def test_an_exclude_list_of_the_users_own_stays_where_vllm_reads_it_alike(fp8_copy):
+def test_an_exclude_list_of_the_users_own_stays_where_vllm_reads_it_alike(fp8_copy, tiny):
     mine = ["*lm_head*", "*conv1d*", "*mine*"]
     edit_section(fp8_copy, lambda section: section.update(ignore=mine))
-    repair(fp8_copy, None)
+    repair(fp8_copy, tiny)
     legacy = json.loads((fp8_copy / LEGACY).read_text())
     assert legacy["quantization"]["exclude_modules"] == mine
+    assert verify(fp8_copy, tiny) == []
 
 
 def test_a_mixed_directory(mixed):
@@ -197,17 +211,36 @@ def test_a_manifest_of_version_0_1(fp8_copy):
     assert "video_pruning_rate" not in manifest["serve"]
 
 
-@pytest.mark.parametrize("shape", [str, dict])
-def test_recorded_hashes_follow_the_files(fp8_copy, shape):
-    recorded = {"config.json": "0" * 64, "tokenizer.json": "1" * 64}
-    if shape is dict:
-        recorded = {name: {"sha256": digest} for name, digest in recorded.items()}
-    edit_json(fp8_copy / MANIFEST, lambda raw: raw.update(files=recorded))
-    widen_list(fp8_copy)
-    repair(fp8_copy, None)
+def record_hashes(directory: Path) -> dict[str, str]:
+    """Let the manifest record every file, as it does once an export is verified."""
+    recorded = {}
+    for name, data in contents(directory).items():
+        if name != MANIFEST:
+            recorded[name] = hashlib.sha256(data).hexdigest()
+    edit_json(directory / MANIFEST, lambda raw: raw.update(files=recorded))
+    return recorded
+
+
+def test_recorded_hashes_follow_what_the_source_proves(fp8_copy, tiny):
+    recorded = record_hashes(fp8_copy)
+    mine = ["*lm_head*", "*conv1d*", "*mine*"]
+    edit_section(fp8_copy, lambda section: section.update(ignore=mine))
+    assert "hybridquant.json: 2 new hashes, 0 removed" in repair(fp8_copy, tiny)
     files = json.loads((fp8_copy / MANIFEST).read_text())["files"]
-    assert files["config.json"] != recorded["config.json"]
-    assert files["tokenizer.json"] == recorded["tokenizer.json"]
+    assert {name for name in files if files[name] != recorded[name]} == {CONFIG, LEGACY}
+
+
+def test_no_hash_vouches_for_what_the_repair_cannot_judge(fp8_copy, tiny):
+    """A changed key of config.json is served, and answers wrongly; only the source tells."""
+    recorded = record_hashes(fp8_copy)
+    widen_list(fp8_copy)
+    edit_json(fp8_copy / CONFIG, lambda raw: raw.update(norm_mean=[0.0, 0.0, 0.0]))
+    before = contents(fp8_copy)
+    with pytest.raises(CannotMend, match=r"its SHA-256 is still not the one in hybridquant\.json"):
+        repair(fp8_copy, None)
+    assert contents(fp8_copy) == before
+    repair(fp8_copy, tiny)
+    assert json.loads((fp8_copy / MANIFEST).read_text())["files"] == recorded
 
 
 def break_weights(directory: Path) -> None:
@@ -265,31 +298,19 @@ def test_what_is_no_checkpoint_exits_with_2(tmp_path, capsys, name, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def calibrated(checkpoint):
-    """The tiny model with FP8 quantizers, their ranges from random embeddings."""
-    model = load_model(checkpoint)
-    policy = make_policy([Rule(format="fp8")], checkpoint.linears)
-    torch.manual_seed(0)
-    embeds = torch.randn(1, 64, checkpoint.config.hidden_size, dtype=torch.bfloat16)
-    quantize_model(
-        model.language_model,
-        policy,
-        lambda: model.language_model(inputs_embeds=embeds, use_cache=False),
-    )
-    return model
-
-
 @pytest.fixture(scope="module")
 def modelopt_exports(tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
     """What ModelOpt's own exporter writes of transformers' class: of the language model alone, and
     of the whole model.
     """
     folder = tmp_path_factory.mktemp("modelopt")
-    whole = calibrated(tiny_checkpoint)
+    whole, part = load_model(tiny_checkpoint), load_model(tiny_checkpoint)
+    for model in (whole, part):
+        quantized(model, tiny_checkpoint, [Rule(format="fp8")])
     whole.config.architectures = ["NemotronH_Omni_Reasoning_V3"]  # from_pretrained would set it
     export_hf_checkpoint(whole, dtype=torch.bfloat16, export_dir=folder / "whole")
-    part = calibrated(tiny_checkpoint).language_model
-    export_hf_checkpoint(part, dtype=torch.bfloat16, export_dir=folder / "language_model")
+    target = folder / "language_model"
+    export_hf_checkpoint(part.language_model, dtype=torch.bfloat16, export_dir=target)
     return {"whole": folder / "whole", "language_model": folder / "language_model"}
 
 
