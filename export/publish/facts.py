@@ -23,6 +23,7 @@ from export.publish.recorded import (
     agreement_rows,
     calibration_counts,
     mapping,
+    numbers,
     recorded_hashes,
     recorded_video,
     source_lines,
@@ -117,6 +118,8 @@ class Facts:
         calibration: Counts of the calibration, by name.
         sources: What was calibrated on, a line each.
         algorithm: Name of the calibration algorithm; empty when it is not recorded.
+        sample_hashes: Number of calibration samples whose hashes the manifest records.
+        seconds: By step of the run, as far as recorded.
         video: How clips are seen.
         versions: Of packages.
         trained: Number of linears that a distillation has trained.
@@ -140,6 +143,8 @@ class Facts:
     calibration: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     algorithm: str = ""
+    sample_hashes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
     video: Video = field(default_factory=Video)
     versions: Mapping[str, str] = field(default_factory=dict)
     trained: int = 0
@@ -217,6 +222,8 @@ def read_facts(
         calibration=calibration_counts(manifest),
         sources=source_lines(recipe),
         algorithm=text(mapping(recipe, "quantize").get("algorithm")),
+        sample_hashes=len(texts(mapping(manifest, "calibration").get("digests"))),
+        seconds=numbers(mapping(mapping(manifest, "times"), "seconds")),
         video=recorded_video(manifest),
         versions=strings(mapping(manifest, "versions")),
         trained=len(texts(mapping(manifest, "distillation").get("trained"))),

@@ -137,11 +137,17 @@ def agreement_rows(gate: Mapping[str, Any]) -> tuple[Agreement, ...]:
 
 def calibration_counts(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Return the counts of the calibration, by name."""
+    counts = numbers(mapping(manifest, "calibration"))
+    return {name: int(count) for name, count in counts.items()}
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of an object, by name."""
     found = {}
-    for name, value in mapping(manifest, "calibration").items():
-        count = number(value)
-        if count is not None:
-            found[text(name)] = int(count)
+    for name, value in values.items():
+        finite = number(value)
+        if finite is not None:
+            found[text(name)] = finite
     return found
 
 

@@ -78,6 +78,18 @@ def test_numbers_that_are_none_are_no_rows():
         assert task_rows([{**row, **broken}]) == ()
 
 
+def test_sample_hashes_and_times_are_counted(fp8_copy):
+    def add(raw):
+        raw["calibration"]["digests"] = ["0" * 64, "1" * 64]
+        raw["times"] = {"finished": "2026", "seconds": {"calibrate": 7.5, "broken": "x"}}
+
+    edit_json(fp8_copy / MANIFEST, add)
+    facts = read_facts(fp8_copy)
+    assert facts.sample_hashes == 2
+    assert facts.seconds == {"calibrate": 7.5}
+    assert "digests" not in facts.calibration
+
+
 def test_hashes_are_read_in_both_shapes():
     raw = {"files": {"a": "1" * 64, "b": {"sha256": "2" * 64, "bytes": 3}, "c": 7}}
     assert recorded_hashes(raw) == {"a": "1" * 64, "b": "2" * 64}
