@@ -144,6 +144,7 @@ def _prepare_card(facts: Facts, verdict: Verdict, parsed: argparse.Namespace, no
     text = model_card.card_text(facts, origin, verdict, parsed.name, notice)
     if not parsed.dry_run:
         model_card.write_card(facts, text)
+        logger.info("wrote %s", facts.directory / model_card.README)
     return True
 
 

@@ -1,6 +1,7 @@
 """The model card: metadata by the Hub's own classes, the manifest's numbers, nothing made up."""
 
 import argparse
+import dataclasses
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from checkpoint.faults import BadInput, Fault
 from export.publish.card import _run
 from export.publish.facts import read_facts
-from export.publish.model_card import Verdict, card_text, find_origin
+from export.publish.model_card import Verdict, card_text, eval_results_text, find_origin
 from export.publish.recorded import read_tasks
 from export.publish.serving import VLLM, kernels, serve_commands
 from export.verify import verify
@@ -103,6 +104,7 @@ def test_rows_of_a_later_measurement_take_the_gates_place(fp8_copy, tmp_path):
     rows.write_text(json.dumps([{**TASKS[0], "task": "DocVQA", "dataset": "lmms-lab/DocVQA"}]))
     facts = read_facts(fp8_copy, tasks=read_tasks(rows))
     assert [task.name for task in facts.tasks] == ["DocVQA"]
+    assert "id: lmms-lab/DocVQA" in eval_results_text(facts)
     rows.write_text("{}")
     with pytest.raises(BadInput, match="has no rows of tasks"):
         read_tasks(rows)
@@ -217,9 +219,15 @@ def test_the_commands_are_for_the_vllm_that_is_pinned_for_gpus():
     )
 
 
-def test_what_gpus_compute(fp8, nvfp4_weight_only):
-    rows = dict(kernels(read_facts(fp8)))
+def test_what_gpus_compute(fp8):
+    facts = read_facts(fp8)
+    rows = dict(kernels(facts))
     assert rows["Hopper, 9.0"] == "FP8 arithmetic, weights and activations"
     assert rows["Ampere, 8.0"] == "quantized weights, BF16 arithmetic (vLLM 0.32 and newer)"
-    rows = dict(kernels(read_facts(nvfp4_weight_only)))
-    assert set(rows.values()) == {"quantized weights, BF16 arithmetic"}
+    weight_only = dataclasses.replace(facts, formats={"W4A16_NVFP4": 24})
+    assert {what for _, what in kernels(weight_only)} == {"quantized weights, BF16 arithmetic"}
+    mixed = dataclasses.replace(facts, formats={"NVFP4": 12, "BF16": 8, "FP8": 4})
+    rows = dict(kernels(mixed))
+    assert rows["Hopper, 9.0"] == (
+        "NVFP4: quantized weights, BF16 arithmetic; FP8: FP8 arithmetic, weights and activations"
+    )
