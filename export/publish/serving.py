@@ -20,8 +20,9 @@ _GPUS = (
     ("Ada, 8.9", (8, 9)),
     ("Ampere, 8.0", (8, 0)),
 )
-_MACHINES_OWN = ("--host", "--port", "--served-model-name")
-"""Flags of `build_command` that say where a server listens, not how this checkpoint is served."""
+_MACHINES_OWN = ("--host", "--port", "--served-model-name", "--allowed-media-domains")
+"""Flags of `build_command` that say where a server listens and what it may fetch, not how this
+checkpoint is served."""
 
 
 @dataclass(frozen=True)
