@@ -51,6 +51,9 @@ _DOCUMENTS = (
 )
 """The same for what people read: the model card, its parts on safety or privacy, the licence."""
 
+_PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", "*.html")
+"""Of what people look at; nothing that serves a model reads them."""
+
 _READMES = ("README*",)
 _BACKUPS = ("*~", "*.bak", "*.orig", "*.old", "*.tmp", "*.swp")
 
@@ -170,6 +173,28 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
         if name not in taken:
             left_out.append(f"{name}/" if (directory / name).is_dir() else name)
     return Companions(directory, digests, config, tuple(left_out), nbytes)
+
+
+def is_for_people(name: str) -> bool:
+    """Whether a file is a document or a picture, which no answer depends on."""
+    if _matches(name, _BACKUPS):
+        return False
+    return _matches(name, _DOCUMENTS) or _matches(name, _PICTURES)
+
+
+def is_readme(name: str) -> bool:
+    """Whether a file is the model card, which may be rewritten at any time."""
+    return _matches(name, _READMES)
+
+
+def is_known(name: str) -> bool:
+    """Whether a model may have a file of this name beside its weights, Python files left out."""
+    return _is_allowed(name)
+
+
+def needed_python(directory: Path) -> list[str]:
+    """Return the Python files that an auto_map names, and those that they import."""
+    return _needed_python(directory, [path.name for path in directory.iterdir()])
 
 
 def _is_allowed(name: str) -> bool:

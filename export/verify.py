@@ -15,13 +15,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import Fault, main
 from checkpoint.libraries import prepare_libraries
+
+if TYPE_CHECKING:
+    from export.checks import Verification
 
 _SHOWN = 200
 """Faults in the table; the rest is counted."""
@@ -35,33 +40,49 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
 
     Args:
         directory: The exported directory.
-        source: The BF16 checkpoint that it was made from; adds the comparison of weights and of the
-            files beside them.
+        source: The BF16 checkpoint that it was made from; adds the comparison of weights, of input
+            scales and of the files beside them.
 
     Returns:
         Every fault found; an empty list for a sound directory.
 
     Raises:
-        BadInput: One of the directories is not a checkpoint of a known architecture.
+        BadInput: There is no config.json, or the source is not a checkpoint of a known model.
     """
-    from export.checks import directory_faults
+    return verification(directory, source).faults
 
-    return directory_faults(directory, source)
+
+def verification(
+    directory: Path, source: Path | None = None, run_prompts: bool = True
+) -> Verification:
+    """Verify an exported directory, and say what could not be checked.
+
+    Args:
+        directory: The exported directory.
+        source: As for `verify`.
+        run_prompts: Whether prompts are run through the source for its input ranges.
+
+    Raises:
+        BadInput: As `verify`.
+    """
+    from export.checks import inspect
+
+    return inspect(directory, source, run_prompts)
+
+
+def show_verification(directory: Path, found: Verification) -> None:
+    """Print what was not checked in one line, and all faults in one table."""
+    if found.unchecked:
+        line = f"{directory}: not checked: {'; '.join(found.unchecked)}"
+        Console(stderr=bool(found.faults)).print(
+            line, highlight=False, markup=False, soft_wrap=True
+        )
+    show_faults(directory, found.faults)
 
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:
     """Print all faults in one table, or that there are none."""
-    from export.checks import trained_linears, weight_change
-
     console = Console(stderr=bool(faults))
-    trained = trained_linears(directory)
-    if trained:
-        note = "linears were trained: how far their weights are from the source's is not checked"
-        console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
-    if weight_change(directory) == "moved":
-        note = "the algorithm moved the weights: tensors, rows and columns are compared with the "
-        note += "source's, single weights are not"
-        console.print(f"{directory}: {note}", highlight=False, soft_wrap=True)
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return
@@ -69,8 +90,8 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
     for column in ("where", "what", "remedy"):
         table.add_column(column, overflow="fold")
     for fault in faults[:_SHOWN]:
-        table.add_row(fault.where, fault.what, fault.remedy)
-    console.print(table, markup=False)
+        table.add_row(*(escape(part) for part in (fault.where, fault.what, fault.remedy)))
+    console.print(table)
     if len(faults) > _SHOWN:
         console.print(f"… and {len(faults) - _SHOWN} more")
 
@@ -87,13 +108,17 @@ def _run() -> int:
     parser.add_argument("--json", action="store_true", help="print the faults as JSON")
     arguments = parse_command(parser)
     prepare_libraries()
-    faults = verify(arguments.directory, arguments.source)
+    found = verification(arguments.directory, arguments.source)
     if arguments.json:
-        found = [dataclasses.asdict(fault) for fault in faults]
-        print(json.dumps({"directory": str(arguments.directory), "faults": found}, indent=2))
+        answer = {
+            "directory": str(arguments.directory),
+            "faults": [dataclasses.asdict(fault) for fault in found.faults],
+            "not_checked": found.unchecked,
+        }
+        print(json.dumps(answer, indent=2))
     else:
-        show_faults(arguments.directory, faults)
-    return 1 if faults else 0
+        show_verification(arguments.directory, found)
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":
