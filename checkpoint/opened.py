@@ -190,6 +190,6 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     expected = config.image_token_id
     found = tokenizer.convert_tokens_to_ids(token)
     if found != expected:
-        what = f"{token} has id {found}, in config.json it has {expected}"
+        what = f"{token} has id {found}, img_context_token_id in config.json is {expected}"
         raise BadInput(Fault(str(path), what, "copy tokenizer and config.json from one release"))
     return tokenizer

@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from checkpoint.companions import (
     is_for_people,
@@ -24,6 +22,7 @@ from checkpoint.companions import (
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.files import INDEX
+from checkpoint.json_differences import MISSING, json_differences
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import checkpoint_file_fault
 from checkpoint.run_state import file_digest
@@ -36,18 +35,19 @@ _OWN = (INDEX, CONFIG, LEGACY, MANIFEST, SENSITIVITY)
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".npz")
 _MOST_FILES = 10_000
 _REMOVE = "remove it"
-_MISSING = object()
 
 
-def stray_faults(directory: Path, files: Mapping[str, str]) -> Iterator[Fault]:
+def stray_faults(directory: Path, files: Mapping[str, str], is_complete: bool) -> Iterator[Fault]:
     """Yield one fault for each file that an export does not contain and a loader might read.
 
     Args:
         directory: The exported directory.
         files: What is known to belong there, by relative name: weights, the source's files, the
             manifest's.
+        is_complete: Whether nothing else does, documents and pictures aside; else other files of a
+            model are taken for its own.
     """
-    python = needed_python(directory)
+    python = [] if is_complete else needed_python(directory)
     for name in _walk(directory):
         path = directory / name
         short = path.name
@@ -60,9 +60,13 @@ def stray_faults(directory: Path, files: Mapping[str, str]) -> Iterator[Fault]:
         elif path.suffix in _WEIGHTS:
             yield Fault(str(path), "holds weights that nothing vouches for", _REMOVE)
         elif path.suffix in (".py", ".pyc", ".so"):
-            yield Fault(str(path), "is code that no auto_map names", _REMOVE)
+            yield Fault(str(path), "is code that is not the model's", _REMOVE)
         elif "/" not in name and is_known(name):
-            yield from _pickle_faults(path, directory)
+            if is_complete:
+                what = f"belongs neither to the source nor to what {MANIFEST} records"
+                yield Fault(str(path), what, _REMOVE)
+            else:
+                yield from _pickle_faults(path, directory)
         else:
             yield Fault(str(path), "is not part of an export", _REMOVE)
 
@@ -103,10 +107,10 @@ def source_faults(exported: CheckpointConfig, source: Checkpoint) -> Iterator[Fa
     where = str(exported.directory / CONFIG)
     ours = dict(exported.raw)
     ours.pop("quantization_config", None)
-    for key, found, expected in _differences(ours, source.config.raw):
-        if found is _MISSING:
+    for key, found, expected in json_differences(ours, source.config.raw):
+        if found is MISSING:
             what = f"{key} is missing, unlike in {source.directory}"
-        elif expected is _MISSING:
+        elif expected is MISSING:
             what = f"{key} does not exist in {source.directory}"
         else:
             values = (
@@ -114,25 +118,6 @@ def source_faults(exported: CheckpointConfig, source: Checkpoint) -> Iterator[Fa
             )
             what = f"{key} is {values}"
         yield Fault(where, what, "copy config.json from the source, with this quantization_config")
-
-
-def _differences(ours: object, theirs: object) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name and both values of every key that differs; `_MISSING` for none."""
-    waiting: list[tuple[str, Any, Any]] = [("", ours, theirs)]
-    while waiting:
-        name, first, second = waiting.pop()
-        if isinstance(first, dict) and isinstance(second, dict):
-            for key in sorted({*first, *second}):
-                dotted = f"{name}.{key}" if name else shortened(key, 80)
-                values = first.get(key, _MISSING), second.get(key, _MISSING)
-                waiting.append((dotted, *values))
-        elif first is _MISSING or second is _MISSING or not _is_same(first, second):
-            yield name, first, second
-
-
-def _is_same(first: object, second: object) -> bool:
-    """Whether two JSON values are the same; 1, 1.0 and true differ."""
-    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
 def manifest_faults(

@@ -137,11 +137,12 @@ def _check_files(
         known |= dict.fromkeys(tensors.files, "")
     if original is not None:
         known |= original.companions.digests
+    is_complete = bool(recorded) or original is not None
     broken_before = result.broken_files
     for fault in companion_faults(directory):
         if fault.where not in broken_before:
             result.faults.append(fault)
-    for fault in stray_faults(directory, known):
+    for fault in stray_faults(directory, known, is_complete):
         if fault.where not in result.broken_files:
             result.faults.append(fault)
     broken = result.broken_files

@@ -24,7 +24,7 @@ PROMPTS = (
     "def area(width, height):\\n    return width * height  # in mm²",
 )
 
-FACTOR = 6.0
+FACTOR = 5.0
 """How many times as large or small as the observed range a stored one may be, compared with the
 median of this quotient over all linears of the same kind. On the tiny checkpoint the quotient is
 0.4 to 2.0 times its median."""

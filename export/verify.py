@@ -1,13 +1,14 @@
 """Verifies an exported directory from its files alone, against its config, vLLM's rules and the
 source.
 
-    python -m export.verify DIR [--source BF16_DIR] [--json]
+    python -m export.verify DIR [--source BF16_DIR] [--load] [--json]
 
 The files beside the weights, such as tokenizer and chat template, must be sound, and with --source
-the same as there. All faults are shown in one table. Exit status: 0 without faults, 1 with faults,
-2 when DIR is not a checkpoint. Weights that a distillation has trained (hybridquant.json names
-them) are not compared with the source; their number is printed. How near the others must be follows
-from the calibration algorithm that hybridquant.json records: see export/closeness.py.
+the same as there, README aside. hybridquant.json records the SHA-256 of every file. With --source,
+weights are compared with it, and a few prompts show whether input scales fit. How near weights must
+be follows from what hybridquant.json says was done to them: see export/closeness.py. Documents and
+pictures may be added at any time. What could not be checked is said in one line, all faults are
+shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -105,18 +106,30 @@ def _run() -> int:
         metavar="BF16_DIR",
         help="compare with the checkpoint that it was made from",
     )
+    load_help = "if it is sound, load it with vLLM, list its kernels and ask three questions"
+    parser.add_argument("--load", action="store_true", help=load_help)
     parser.add_argument("--json", action="store_true", help="print the faults as JSON")
     arguments = parse_command(parser)
     prepare_libraries()
     found = verification(arguments.directory, arguments.source)
+    kernels: dict[str, int] = {}
+    if arguments.load and not found.faults:
+        from export.loaded import kernels_of, load_and_ask
+
+        loaded = load_and_ask(arguments.directory)
+        found.faults += loaded.faults
+        kernels = kernels_of(loaded.layers)
     if arguments.json:
         answer = {
             "directory": str(arguments.directory),
             "faults": [dataclasses.asdict(fault) for fault in found.faults],
             "not_checked": found.unchecked,
+            "kernels": kernels,
         }
         print(json.dumps(answer, indent=2))
     else:
+        for kernel, count in kernels.items():
+            print(f"{arguments.directory}: vLLM runs {count} layers by {kernel}")
         show_verification(arguments.directory, found)
     return 1 if found.faults else 0
 

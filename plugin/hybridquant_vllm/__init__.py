@@ -11,6 +11,8 @@ vLLM calls `register` in each of its processes, in some more than once.
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
   measured with it would not be that of a GPU; the reference kernel is put before it. With
   HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as it would without the plug-in.
+- `layer_report` writes down which layers are quantized, and by which kernel, where
+  HYBRIDQUANT_LAYER_REPORT names a file.
 - `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
 """
 
@@ -39,6 +41,12 @@ def register() -> None:
         fast_video.register()
     except Exception as error:
         logger.warning("hybridquant: fast video is off, vLLM prepares clips itself (%r).", error)
+    try:
+        from hybridquant_vllm import layer_report
+
+        layer_report.register()
+    except Exception as error:
+        logger.warning("hybridquant: cannot report on layers (%r).", error)
     try:
         _register_kernels()
     except (ImportError, AttributeError) as error:
