@@ -20,11 +20,11 @@ CASES += [("trained", damage) for damage in TRAINED]
 
 
 @pytest.fixture(scope="module")
-def exports(fp8, nvfp4_export, tmp_path_factory) -> dict[str, Path]:
+def exports(fp8, nvfp4, nvfp4_export, tmp_path_factory) -> dict[str, Path]:
     """The exports that are damaged; they must not be changed."""
     mixed = nvfp4_export(f"quantize.layers={RULES}", "quantize.kv_cache=fp8")
     # What a distillation leaves is an export that names its linears; these were trained in no step.
-    trained = Path(shutil.copytree(nvfp4_export(), tmp_path_factory.mktemp("x") / "trained"))
+    trained = Path(shutil.copytree(nvfp4, tmp_path_factory.mktemp("x") / "trained"))
     linears = [f"language_model.backbone.layers.{layer}.mixer.in_proj" for layer in (0, 2, 5, 7)]
     edit_json(trained / MANIFEST, lambda m: m["distillation"].update(trained=linears))
     return {"fp8": fp8, "mixed": mixed, "trained": trained}
