@@ -62,11 +62,11 @@ def stray_faults(directory: Path, files: Mapping[str, str], is_complete: bool) -
         elif path.suffix in (".py", ".pyc", ".so"):
             yield Fault(str(path), "is code that is not the model's", _REMOVE)
         elif "/" not in name and is_known(name):
-            if is_complete:
+            pickled = list(_pickle_faults(path, directory))
+            yield from pickled
+            if is_complete and not pickled:
                 what = f"belongs neither to the source nor to what {MANIFEST} records"
                 yield Fault(str(path), what, _REMOVE)
-            else:
-                yield from _pickle_faults(path, directory)
         else:
             yield Fault(str(path), "is not part of an export", _REMOVE)
 
