@@ -151,6 +151,7 @@ class LayerByLayer:
                 "lengths": stores[name].lengths,
                 "counts": dataclasses.asdict(counts),
                 "seen": seen if name == "held_out" else [],
+                "digests": digest.each[before:] if name == "calibrate" else [],
             }
         del model
         gc.collect()  # its modules refer to one another; the layers want the memory
@@ -186,6 +187,7 @@ class LayerByLayer:
         """What is known about the run after `packed_layers`, over all processes."""
         total = Counts()
         skipped = 0
+        digests: list[str] = []
         for index in range(self._job.processes.count):
             samples = self._state.samples(index)
             assert samples is not None
@@ -193,7 +195,9 @@ class LayerByLayer:
             total = total.plus_counts(counts)
             if index == 0:  # every process reads every sample
                 skipped = samples["skipped"]
-        return Record(dataclasses.asdict(total) | {"skipped": skipped}, {})
+                digests = samples["calibrate"]["digests"]
+        found = dataclasses.asdict(total) | {"skipped": skipped, "digests": digests}
+        return Record(found, {})
 
     def reference(self) -> list[States]:
         """BF16's states of the held-out prompts, of all processes, in the order of the prompts."""

@@ -17,6 +17,7 @@ from checkpoint.native import load_model
 from checkpoint.opened import open_checkpoint
 from export.load import load_exported
 from pipeline.job import Job, Record
+from pipeline.layer_state import PromptDigest
 from quantize.algorithms import ALGORITHMS
 from quantize.distill.student import frozen_copy
 from quantize.distill.training import distill
@@ -72,13 +73,14 @@ class WholeModel:
             packed = tuple(packed_linears(model.language_model, part))
             yield FinishedLayer(layer, packed)
 
-    def _calibrate(self, model: NemotronH_Omni_Reasoning_V3) -> dict[str, int]:
+    def _calibrate(self, model: NemotronH_Omni_Reasoning_V3) -> dict[str, object]:
         job = self._job
         quantize = job.recipe.quantize
         config = job.checkpoint.config
         total = job.recipe.calibrate.samples
         skipped = Skipped(job.recipe.calibrate.max_skipped)
-        prompts = job.calibration_prompts(skipped)
+        digest = PromptDigest()
+        prompts = digest.over(job.calibration_prompts(skipped))
         if ALGORITHMS[quantize.algorithm].repeats:
             given = embed_all(model, prompts, config, total)
             loop = functools.partial(forward_loop, model, given, config, total=total)
@@ -90,7 +92,7 @@ class WholeModel:
         for fault in skipped.faults:
             logger.warning("skipped: %s", fault)
         job.warn_of_fewer("calibrate", counts.samples)
-        return dataclasses.asdict(counts) | {"skipped": skipped.samples}
+        return dataclasses.asdict(counts) | {"skipped": skipped.samples, "digests": digest.each}
 
     def _reference_answers(self, model: NemotronH_Omni_Reasoning_V3) -> list[States]:
         states = self._answers(model, "BF16 answers")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -207,6 +207,7 @@ def running_server(
     extra: Sequence[str] = (),
     log: Path | None = None,
     environment: ServeEnvironment | None = None,
+    more_variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Serve `directory` for the length of a `with` block.
 
@@ -217,6 +218,7 @@ def running_server(
         extra: More vLLM flags.
         log: Where vLLM's output goes; a file in the temporary directory when None.
         environment: Where vLLM is; found when None.
+        more_variables: Environment variables for vLLM, beside those that it needs.
 
     Yields:
         The server, which answers.
@@ -257,7 +259,7 @@ def _start(
     if settings.port == 0:
         settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
-    variables = build_environment(config, environment.device)
+    variables = build_environment(config, environment.device) | dict(more_variables or {})
     if settings.api_key is not None:
         variables[KEY_VARIABLE] = settings.api_key  # other users see a command line
     process = ServerProcess(command, variables, log or new_log(settings))

@@ -12,6 +12,8 @@ vLLM calls `register` in each of its processes, in some more than once.
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
   measured with it would not be that of a GPU; the reference kernel is put before it. With
   HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as it would without the plug-in.
+- `layer_report` writes down which layers are quantized, and by which kernel, where
+  HYBRIDQUANT_LAYER_REPORT names a file.
 - `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
 """
 
@@ -46,6 +48,12 @@ def register() -> None:
         connector.register()
     except Exception as error:
         logger.warning("hybridquant: bad media may be answered with 500 (%r).", error)
+    try:
+        from hybridquant_vllm import layer_report
+
+        layer_report.register()
+    except Exception as error:
+        logger.warning("hybridquant: cannot report on layers (%r).", error)
     try:
         _register_kernels()
     except (ImportError, AttributeError) as error:
