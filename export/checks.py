@@ -93,7 +93,7 @@ def _value_faults(
     exported: Checkpoint, formats: Mapping[str, str], original: Checkpoint | None
 ) -> Iterator[Fault]:
     source = None if original is None else original.tensors
-    trained = trained_linears(exported.directory)
+    trained = trained_tensors(exported.directory)
     change = weight_change(exported.directory)
     yield from ValueCheck(exported, formats, source, trained, change).faults()
     yield from fused_scale_faults(exported, formats)
@@ -101,8 +101,8 @@ def _value_faults(
         yield from kv_scale_faults(exported)
 
 
-def trained_linears(directory: Path) -> frozenset[str]:
-    """Return the linears whose weights a distillation has moved away from the source, by the
+def trained_tensors(directory: Path) -> frozenset[str]:
+    """Return the tensors that a distillation has moved away from the source, by the
     directory's own manifest.
     """
     named = recorded_section(directory, "distillation").get("trained")

@@ -51,12 +51,12 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:
     """Print all faults in one table, or that there are none."""
-    from export.checks import trained_linears, weight_change
+    from export.checks import trained_tensors, weight_change
 
     console = Console(stderr=bool(faults))
-    trained = trained_linears(directory)
+    trained = trained_tensors(directory)
     if trained:
-        note = "linears were trained: how far their weights are from the source's is not checked"
+        note = "tensors were trained: how far they are from the source's is not checked"
         console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
     if weight_change(directory) == "moved":
         note = "the algorithm moved the weights: tensors, rows and columns are compared with the "

@@ -33,7 +33,7 @@ class ValueCheck:
         exported: The quantized checkpoint.
         formats: Format of every quantized linear.
         source: The tensors of the BF16 checkpoint; None to leave out the comparison.
-        trained: Linears whose weights a distillation has moved away from the source.
+        trained: Tensors that a distillation has moved away from the source.
         change: What the calibration algorithm may have done to weights.
     """
 
@@ -64,6 +64,8 @@ class ValueCheck:
             return
         if self.source.specs.get(name) != self.exported.tensors.specs[name]:
             yield Fault(name, "is not in the source, or has another shape there", _WRONG_SOURCE)
+        elif name in self.trained:
+            return
         elif not torch.equal(_bits(tensor), _bits(self.source.read(name))):
             yield Fault(name, "differs from the source, though it is not quantized", _REWRITE)
 
@@ -80,7 +82,7 @@ class ValueCheck:
             yield from bad_scales
             return
         source = self.source
-        if linear in self.trained:
+        if f"{linear}.weight" in self.trained:
             source = None
         if source is None:
             yield from self._weight_faults(linear, packed, None)

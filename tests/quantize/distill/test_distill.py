@@ -12,7 +12,7 @@ from checkpoint.native import load_model
 from quantize.distill.dataset import with_answer
 from quantize.distill.student import trainable
 from quantize.distill.trainer import DistillationTrainer
-from quantize.distill.weights import ranges_of, weight_of
+from quantize.distill.weights import ranges_of
 from quantize.ptq import share_fused_scales
 from tests.quantize.distill.distilling import VIDEO, Small, mixture, one_thread  # noqa: F401
 
@@ -56,15 +56,14 @@ def done(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
     samples = list(mixture())
     with torch.no_grad():
         small.ptq_held_out = float(divergence(small.bf16, small, samples[:2], answers=True))
-    with trainable(small.student, small.linears):
+    trained = small.trained
+    with trainable(small.student, trained):
         loss = divergence(small.bf16, small, samples[2:4])
         loss.backward()
-        norms = [weight_of(linear).grad.norm() for linear in small.linears.values()]
+        norms = [weight.parameter.grad.norm() for weight in trained.weights.values()]
         small.first_loss = float(loss.detach())
         small.first_norm = float(torch.stack(norms).norm())
-    for linear in small.linears.values():
-        weight_of(linear).data = weight_of(linear).data.bfloat16()
-        weight_of(linear).grad = None
+    small.round_weights()
     small.probe = small.batch(samples[2])["inputs_embeds"]
     small.teacher_before = small.teacher(inputs_embeds=small.probe).logits
     small.weights_before = {n: p.float() for n, p in small.student.named_parameters()}
@@ -117,14 +116,13 @@ def test_only_the_weights_that_train_have_changed_and_no_range_has(done):
     for name, parameter in done.student.named_parameters():
         if not torch.equal(parameter.float(), done.weights_before[name]):
             changed.add(name)
-    family = done.checkpoint.config.family
-    assert changed == {f"{family.native_module(name)}.weight" for name in done.plan.trained}
+    assert changed == done.trained_parameters
     source = dict(done.bf16.named_parameters())
     for name, parameter in done.student.named_parameters():
         assert name in changed or torch.equal(parameter, source[name]), name
     after = ranges_of(done.linears)
     assert after.keys() == done.ranges_before.keys()
-    assert len(after) == 2 * len(done.plan.trained)
+    assert len(after) == 2 * len(done.linears)
     for name, amax in done.ranges_before.items():
         assert torch.equal(after[name], amax), name
 
@@ -132,7 +130,7 @@ def test_only_the_weights_that_train_have_changed_and_no_range_has(done):
 def test_nvfp4_trains_with_checkpointed_layers_and_a_pattern_of_weights(tiny, tmp_path):
     settings = {"steps": 1, "train": "o*_proj", "gradient_checkpointing": True}
     small = Small(tiny, tmp_path, format="nvfp4", noise=0.3, **settings)
-    assert {name.rpartition(".")[2] for name in small.plan.trained} == {"o_proj", "out_proj"}
+    assert {name.split(".")[-2] for name in small.plan.trained} == {"o_proj", "out_proj"}
     result = small.run()
     assert result.held_out[1][1] < result.held_out[0][1]
 
@@ -141,7 +139,7 @@ def test_a_weight_only_format_is_distilled_without_input_ranges(tiny, tmp_path):
     small = Small(tiny, tmp_path, mixture, format="nvfp4_weight_only", noise=0.3)
     ranges = ranges_of(small.linears)
     assert {name.rpartition("_proj.")[2] for name in ranges} == {"weight_quantizer.amax"}
-    assert len(ranges) == len(small.plan.trained)
+    assert len(ranges) == len(small.linears)
     result = small.run()
     assert result.best_step > 0
     assert result.held_out[result.best_step][1] < result.held_out[0][1]

@@ -18,7 +18,7 @@ import torch
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
 from checkpoint.run_state import RunState
-from export.checks import trained_linears
+from export.checks import trained_tensors
 from export.manifest import read_manifest
 from export.verify import show_faults, verify
 from pipeline.run import run
@@ -212,7 +212,7 @@ def test_the_export_passes_verification_except_for_the_weights_that_it_names(
     assert verify(uninterrupted, tiny) == []
     manifest = read_manifest(uninterrupted)
     trained = manifest.distillation["trained"]
-    assert trained_linears(uninterrupted) == set(trained) != set()
+    assert trained_tensors(uninterrupted) == set(trained) != set()
     assert manifest.distillation["steps"] == 4
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
@@ -222,7 +222,7 @@ def test_the_export_passes_verification_except_for_the_weights_that_it_names(
     edit_json(copy / "hybridquant.json", lambda content: content["distillation"].update(trained=[]))
     assert any("further from the source" in str(fault) for fault in verify(copy, tiny))
     show_faults(uninterrupted, [])
-    assert f"{len(trained)} linears were trained" in capsys.readouterr().out
+    assert f"{len(trained)} tensors were trained" in capsys.readouterr().out
 
 
 def test_a_recipe_chooses_the_loss_and_distils_by_default():
