@@ -100,8 +100,9 @@ class DistillationPlan:
         config = self.checkpoint.config
         tokens = min(self.settings.max_length, config.max_length)
         activations = activation_bytes(config, tokens, self.settings.gradient_checkpointing)
-        weights = training_bytes(self._language_model_bytes, self.weights, self.is_taught, shards)
-        return weights + activations
+        return training_bytes(
+            self._language_model_bytes, self.weights, self.is_taught, shards, activations
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -199,8 +200,10 @@ def _faults(plan: DistillationPlan) -> Iterator[Fault]:
     yield from space_faults(plan.directory, plan.state_bytes, " for checkpoints of the training")
 
 
-def training_bytes(model: int, weights: int, is_taught: bool, shards: int) -> int:
-    """Bytes of device memory that one process needs for training, without activations.
+def training_bytes(
+    model: int, weights: int, is_taught: bool, shards: int, activations: int = 0
+) -> int:
+    """Bytes of device memory that one process needs for training.
 
     Args:
         model: Bytes of the language model in BF16.
@@ -208,10 +211,11 @@ def training_bytes(model: int, weights: int, is_taught: bool, shards: int) -> in
             and AdamW's two moments.
         is_taught: Whether there is a teacher besides.
         shards: Processes that FSDP divides both models among; each holds them whole at first.
+        activations: Bytes that a sample needs besides; see `activation_bytes`.
     """
     models = 2 if is_taught else 1
     loaded = model * models + 2 * weights
-    return max(loaded, (loaded + 12 * weights) // shards)
+    return max(loaded, (loaded + 12 * weights) // shards + activations)
 
 
 def activation_bytes(config: CheckpointConfig, tokens: int, gradient_checkpointing: bool) -> int:

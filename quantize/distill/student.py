@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from checkpoint.libraries import language_model_classes
 from quantize.distill.dataset import IGNORE
-from quantize.distill.weights import Trained, Weight
+from quantize.distill.weights import Trained
 
 if TYPE_CHECKING:
     from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
@@ -28,12 +28,11 @@ def trainable(student: nn.Module, trained: Trained) -> Iterator[None]:
 
     A step of 2e-6 is lost in BF16, whose numbers near 0.02 are 1e-4 apart. The model computes with
     the weights rounded to BF16, so that the first loss is PTQ's; autocast would change every other
-    operation as well. Afterwards the weights of quantized linears are float32, all others BF16.
+    operation as well. Afterwards what was trained stays in float32.
     """
     student.requires_grad_(False)
     linears = set(trained.linears.values())
     hooks = []
-    rounded: list[tuple[Weight, torch.dtype]] = []
     for weight in trained.weights.values():
         parameter = weight.parameter
         dtype = parameter.dtype
@@ -41,12 +40,11 @@ def trainable(student: nn.Module, trained: Trained) -> Iterator[None]:
         if weight.module in linears:
             quantizer: Any = weight.module.weight_quantizer
             hooks.append(quantizer.register_forward_hook(partial(_cast_output, dtype=dtype)))
-        else:
+        elif not weight.is_rounded:
             # `unsafe` allows another dtype than the parameter's.
             parametrize.register_parametrization(
                 weight.module, weight.key, _Rounded(dtype), unsafe=True
             )
-            rounded.append((weight, dtype))
         weight.parameter.requires_grad_(True)
     mixers = unfuse_mamba(student)
     try:
@@ -57,9 +55,6 @@ def trainable(student: nn.Module, trained: Trained) -> Iterator[None]:
         for mixer in mixers:
             del mixer.train
         student.requires_grad_(False).eval()
-        for weight, dtype in rounded:
-            parametrize.remove_parametrizations(weight.module, weight.key, leave_parametrized=False)
-            weight.parameter.data = weight.parameter.data.to(dtype)
 
 
 class _Rounded(nn.Module):

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from calibrate.samples import Sample
+from checkpoint.files import DTYPES
 from checkpoint.memory import memory_advice
 from quantize.distill.checkpoints import (
     BEST,
@@ -94,9 +95,9 @@ def distill(
 
     Args:
         plan: Checked.
-        model: Its language model quantized and calibrated. Afterwards the trained weights of its
-            quantized linears are float32, and on the first process the whole model is there, on
-            the CPU if it was sharded.
+        model: Its language model quantized and calibrated. Afterwards the trained weights are
+            float32, and on the first process the whole model is there, on the CPU if it was
+            sharded.
         teacher: `frozen_copy` of the language model from before its quantization; None when the
             plan has none.
 
@@ -160,18 +161,20 @@ def find_trained(plan: DistillationPlan, student: nn.Module) -> Trained:
 def trained_tensors(
     plan: DistillationPlan, model: nn.Module, distilled: Distilled
 ) -> dict[str, torch.Tensor]:
-    """Return the trained tensors that are not quantized, by name in the checkpoint.
+    """Return the trained tensors that are not quantized, as they are written, by name in the
+    checkpoint.
 
     Args:
         plan: Of the distillation.
         model: The language model after it.
         distilled: What came of it.
     """
-    kept = find_trained(plan, model)
+    found = find_trained(plan, model)
     tensors = {}
     for name in distilled.trained:
-        if name.rpartition(".")[0] not in kept.linears:
-            tensors[name] = kept.weights[name].parameter.detach()
+        if name.rpartition(".")[0] not in found.linears:
+            dtype = DTYPES[plan.checkpoint.layout[name].dtype]
+            tensors[name] = found.weights[name].parameter.detach().to(dtype)
     return tensors
 
 

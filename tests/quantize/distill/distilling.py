@@ -19,6 +19,7 @@ from quantize.distill.plan import plan_distillation
 from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy
 from quantize.distill.training import distill, find_trained
+from quantize.distill.weights import Weight
 from quantize.policy import Rule, make_policy
 from quantize.ptq import quantize_model
 
@@ -132,11 +133,21 @@ class Small:
         """Names in the language model of what trains."""
         return {self._family.native_module(name) for name in self.plan.trained}
 
-    def round_weights(self):
-        """Undo what `trainable` leaves: weights in float32, and gradients."""
+    def undo_trainable(self):
+        """Undo what a backward inside `trainable` leaves: gradients, and linears in float32."""
         for weight in self.trained.weights.values():
-            weight.parameter.data = weight.parameter.data.bfloat16()
             weight.parameter.grad = None
+        for linear in self.linears.values():
+            weight = Weight(linear, "weight")
+            weight.parameter.data = weight.parameter.data.bfloat16()
+
+    def values(self):
+        """Values of the language model's parameters in float32, by name."""
+        found = {}
+        for name, parameter in self.student.named_parameters():
+            plain = name.replace(".parametrizations", "").removesuffix(".original")
+            found[plain] = parameter.detach().float().clone()
+        return found
 
     def add_noise(self, size):
         """Move the student away from BF16, by `size` times the spread of each linear's weights.

@@ -101,8 +101,8 @@ def test_memory_is_what_two_h100s_measured(full12b, tokens, measured):
     weights = sum(
         math.prod(spec.shape) for name, spec in layout.items() if name.endswith("down_proj.weight")
     )
-    planned = training_bytes(model, weights, is_taught=True, shards=2)
-    planned += activation_bytes(full12b, tokens, gradient_checkpointing=True)
+    activations = activation_bytes(full12b, tokens, gradient_checkpointing=True)
+    planned = training_bytes(model, weights, True, shards=2, activations=activations)
     assert planned == pytest.approx(measured, rel=0.05)
 
 

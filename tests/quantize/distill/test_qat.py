@@ -50,7 +50,7 @@ def done(one_thread, tiny, tmp_path_factory):  # noqa: F811
     small.ptq_held_out = cross_entropy(small, samples[:2], answers=True)
     with trainable(small.student, small.trained):
         small.first_loss = cross_entropy(small, samples[2:])
-    small.round_weights()
+    small.undo_trainable()
     small.result = small.run()
     return small
 
