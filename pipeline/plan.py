@@ -318,7 +318,8 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
     duration = _duration(seconds * forwards * tokens)
-    return f"then {trained}, train for {steps}: about {duration}"
+    peak = f"{_gb(plan.peak_bytes)} a process at the peak, as estimated"
+    return f"then {trained}, train for {steps}: about {duration}, {peak}"
 
 
 def _gb(size: float) -> str:

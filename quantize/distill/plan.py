@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,16 +93,32 @@ class DistillationPlan:
 
     @property
     def device_bytes(self) -> int:
-        """Memory that the language model and its training take on each process's device, with the
-        activations of the longest sample that is allowed.
+        """Memory that the language model and its training take on each process's device, without
+        activations.
         """
-        shards = self.processes.count if self.is_sharded else 1
+        return training_bytes(
+            self._language_model_bytes, self.weights, self.is_taught, self._shards
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """An estimate of the peak: `device_bytes` and the activations of the longest sample."""
         config = self.checkpoint.config
         tokens = min(self.settings.max_length, config.max_length)
-        activations = activation_bytes(config, tokens, self.settings.gradient_checkpointing)
-        return training_bytes(
-            self._language_model_bytes, self.weights, self.is_taught, shards, activations
+        peak = training_bytes(
+            self._language_model_bytes,
+            self.weights,
+            self.is_taught,
+            self._shards,
+            activation_bytes(config, tokens, self.settings.gradient_checkpointing),
         )
+        if self.is_sharded:
+            peak += gathered_bytes(self.checkpoint, self.trained, self.is_taught)
+        return max(peak, self.device_bytes)
+
+    @property
+    def _shards(self) -> int:
+        return self.processes.count if self.is_sharded else 1
 
     @property
     def state_bytes(self) -> int:
@@ -218,12 +234,34 @@ def training_bytes(
     return max(loaded, (loaded + 12 * weights) // shards + activations)
 
 
+def gathered_bytes(checkpoint: Checkpoint, trained: Collection[str], is_taught: bool) -> int:
+    """Bytes that a process of a sharded training holds whole: embeddings, final norm and output
+    layer of both models during a whole step, and the largest layer, the one after it and a gradient.
+
+    Args:
+        checkpoint: The BF16 checkpoint.
+        trained: Names of the tensors that train; they are gathered in float32.
+        is_taught: Whether there is a teacher besides.
+    """
+    family = checkpoint.config.family
+    layers: dict[int | None, int] = {}
+    teachers = 0
+    for name, spec in select_prefix(checkpoint.layout, family.language_model).items():
+        layer = family.layer_of(name)
+        size = math.prod(spec.shape) * (_FLOAT32 if name in trained else _BF16)
+        layers[layer] = layers.get(layer, 0) + size
+        if layer is None and is_taught:
+            teachers += math.prod(spec.shape) * _BF16
+    outside = layers.pop(None)
+    return outside + teachers + 3 * max(layers.values())
+
+
 def activation_bytes(config: CheckpointConfig, tokens: int, gradient_checkpointing: bool) -> int:
     """Bytes of device memory that one sample's forward and backward need beside the weights.
 
     With checkpointed layers: the residual stream before every layer, the inside of one layer, and
     the logits of one piece of the loss. Without: the inside of every layer. Counted by tensors of
-    the widest size; within 5% of what two H100s measured for 2,000 and 8,000 tokens
+    the widest size; two H100s have measured what a token adds, and the peak within 10% of the plan
     (benchmarks/results/training_12b_2gpu.json, tests/quantize/distill/test_distill_plan.py).
 
     Args:
