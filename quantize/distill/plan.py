@@ -236,7 +236,7 @@ def training_bytes(
 
 def gathered_bytes(checkpoint: Checkpoint, trained: Collection[str], is_taught: bool) -> int:
     """Bytes that a process of a sharded training holds whole: embeddings, final norm and output
-    layer of both models during a whole step, and the largest layer, the one after it and a gradient.
+    layer of both models during a whole step, and the largest layer, the next one and a gradient.
 
     Args:
         checkpoint: The BF16 checkpoint.
