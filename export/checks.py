@@ -209,7 +209,7 @@ def _values(
     exported: Checkpoint, formats: Mapping[str, str], original: Checkpoint | None
 ) -> Values:
     source = None if original is None else original.tensors
-    trained = trained_linears(exported.directory)
+    trained = trained_tensors(exported.directory)
     change = weight_change(exported.directory)
     return ValueCheck(exported, formats, source, trained, change).run()
 
@@ -230,9 +230,9 @@ def unchecked_parts(
     if original is None:
         yield "how far weights and input scales are from the BF16 model (give --source)"
         return
-    trained = trained_linears(directory)
+    trained = trained_tensors(directory)
     if trained:
-        yield f"single weights of {len(trained)} linears that a distillation has trained"
+        yield f"single weights of {len(trained)} tensors that a distillation has trained"
     if weight_change(directory) == "moved":
         yield "single weights, which the algorithm has moved"
 
@@ -243,8 +243,8 @@ def recorded_digests(directory: Path) -> dict[str, str]:
     return {name: digest for name, digest in recorded.items() if isinstance(digest, str)}
 
 
-def trained_linears(directory: Path) -> frozenset[str]:
-    """Return the linears whose weights a distillation has moved away from the source, by the
+def trained_tensors(directory: Path) -> frozenset[str]:
+    """Return the tensors that a distillation has moved away from the source, by the
     directory's own manifest.
     """
     named = recorded_section(directory, "distillation").get("trained")

@@ -71,10 +71,12 @@ class Closeness:
 
     Attributes:
         treatment: What has been done to the weight.
+        has_lines: Whether rows and columns are compared too, not for vectors.
     """
 
-    def __init__(self, treatment: Treatment) -> None:
+    def __init__(self, treatment: Treatment, has_lines: bool = True) -> None:
         self.treatment = treatment
+        self.has_lines = has_lines
         self._error = 0.0
         self._row_squares: list[torch.Tensor] = []
         self._row_products: list[torch.Tensor] = []
@@ -115,6 +117,8 @@ class Closeness:
         slope = float(products.sum(dtype=torch.float64)) / total
         if not _SLOPE[0] <= slope <= _SLOPE[1]:
             yield Fault(name, f"is {slope:.3f} times the source on average", _REMEDY)
+            return
+        if not self.has_lines:
             return
         lines = {
             "rows": (squares, products),

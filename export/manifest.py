@@ -39,7 +39,7 @@ class Manifest:
         video: How clips were sampled and pruned.
         serve: Settings for `python -m serve`.
         gate: `passed` (None until measured), the measured figures, and what was missed.
-        distillation: `trained`, the linears whose weights are no longer the source's, and the
+        distillation: `trained`, the tensors that are no longer the source's, and the
             course of the training; empty for PTQ.
         source: `revision`, the Hub's if the source is a snapshot of its cache, and `files`, the
             SHA-256 of every file that was read.

@@ -18,7 +18,7 @@ from checkpoint.opened import Checkpoint
 from export.closeness import Closeness, Treatment, elements_beyond
 from export.scales import is_sound, scale_faults
 from quantize.algorithms import Change
-from quantize.formats.registry import FORMATS, Tensors
+from quantize.formats.registry import FORMATS, UNQUANTIZED, Tensors
 
 _REWRITE = "export again"
 _WRONG_SOURCE = "is this the right --source?"
@@ -48,7 +48,7 @@ class ValueCheck:
         exported: The quantized checkpoint.
         formats: Format of every quantized linear.
         source: The tensors of the BF16 checkpoint; None to leave out the comparison.
-        trained: Linears whose weights a distillation has moved away from the source.
+        trained: Tensors that a distillation has moved away from the source.
         change: What the calibration algorithm may have done to weights.
     """
 
@@ -107,16 +107,23 @@ class ValueCheck:
             source = None
         is_finite = True
         is_same = True
+        closeness = Closeness("trained", has_lines=len(spec.shape) == 2)
         for part in parts:
             if part.rows.is_floating_point():
                 is_finite = is_finite and all_finite(part.rows)
-            if source is not None and is_same:
-                exact = source.read(name, rows=_row_numbers(part))
+            if source is None:
+                continue
+            exact = source.read(name, rows=_row_numbers(part))
+            if name in self.trained:
+                closeness.add(_matrix(exact), _matrix(part.rows))
+            elif is_same:
                 is_same = torch.equal(_bits(part.rows), _bits(exact))
         if not is_finite:
             yield Fault(where, _NOT_FINITE, _REWRITE)
-        if not is_same:
+        elif not is_same:
             yield Fault(where, "differs from the source, though it is not quantized", _REWRITE)
+        elif source is not None and name in self.trained:
+            yield from closeness.faults(where, UNQUANTIZED)
 
     def _is_kv_scale(self, name: str) -> bool:
         suffixes = self.exported.config.family.kv_linears.values()
@@ -158,7 +165,7 @@ class ValueCheck:
         yield from comparison.faults(where, rows * columns)
 
     def _treatment(self, linear: str) -> Treatment:
-        return "trained" if linear in self.trained else self.change
+        return "trained" if f"{linear}.weight" in self.trained else self.change
 
 
 class _Comparison:
@@ -219,6 +226,11 @@ def _row_numbers(part: Part) -> tuple[int, int] | None:
     if part.rows.dim() == 0:
         return None
     return part.start, part.start + len(part.rows)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in float32 as [rows, others]."""
+    return tensor.float().reshape(len(tensor), -1)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

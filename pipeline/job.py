@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from accuracy.agreement import States
@@ -183,6 +184,9 @@ class Way(Protocol):
         Args:
             drain: Waits until every yielded layer is on the disk.
         """
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor that is written without being quantized, by its checkpoint name."""
 
     def on_written(self, layer: int) -> None:
         """Called when a layer and all before it are on the disk."""

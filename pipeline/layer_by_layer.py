@@ -179,6 +179,10 @@ class LayerByLayer:
                 states[f"{number:06d}"] = norm(hidden)[0].cpu().clone()
         self._state.keep_reference(states)
 
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor of the source: only quantized tensors change."""
+        return self._job.checkpoint.tensors.read(name)
+
     def on_written(self, layer: int) -> None:
         """Record that a layer need not be calibrated again."""
         self._state.record_layers(layer + 1)

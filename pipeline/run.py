@@ -75,7 +75,7 @@ def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
             pass
         return
     job.state.begin()
-    with open_writer(job.checkpoint, job.policy, job.state.checkpoint) as writer:
+    with open_writer(job.checkpoint, job.policy, job.state.checkpoint, way.read) as writer:
         for layer in way.packed_layers(writer.drain):
             then = functools.partial(way.on_written, layer.index)
             writer.put(layer.index, layer.tensors(), then)

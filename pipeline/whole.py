@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from accuracy.agreement import States, final_states
@@ -20,7 +21,7 @@ from pipeline.job import Job, Record
 from pipeline.layer_state import PromptDigest
 from quantize.algorithms import ALGORITHMS
 from quantize.distill.student import frozen_copy
-from quantize.distill.training import distill
+from quantize.distill.training import distill, trained_tensors
 from quantize.layerwise import FinishedLayer, layer_policy
 from quantize.ptq import packed_linears, quantize_model
 
@@ -41,6 +42,7 @@ class WholeModel:
         self._job = job
         self._reference: list[States] | None = None
         self._record = Record({}, {})
+        self._trained: dict[str, torch.Tensor] = {}
 
     def progress(self) -> str:
         """How far the run has come, for an out-of-memory message."""
@@ -62,6 +64,7 @@ class WholeModel:
         if job.distillation is not None:
             distilled = distill(job.distillation, model, teacher)
             distillation = dataclasses.asdict(distilled)
+            self._trained = trained_tensors(job.distillation, model.language_model, distilled)
             if job.processes.is_first:
                 logger.info("distilled: %s", distilled)
         del teacher
@@ -102,6 +105,12 @@ class WholeModel:
     def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
         config = self._job.checkpoint.config
         return final_states(model, self._job.held_out_prompts(), config, describe)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor that is written without being quantized: trained, or the source's."""
+        if name in self._trained:
+            return self._trained[name].cpu()
+        return self._job.checkpoint.tensors.read(name)
 
     def on_written(self, layer: int) -> None:
         """Nothing is recorded: a run that was killed while it wrote starts again."""

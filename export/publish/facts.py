@@ -122,7 +122,7 @@ class Facts:
         seconds: By step of the run, as far as recorded.
         video: How clips are seen.
         versions: Of packages.
-        trained: Number of linears that a distillation has trained.
+        trained: Number of tensors that a distillation has trained.
         model: What the recipe named as the source.
         revision: The source's revision; empty when it is not recorded.
         files: SHA-256 by file name, as recorded; empty when it is not.

@@ -94,7 +94,7 @@ def page_warnings(facts: Facts, verdict: Verdict) -> Iterator[str]:
     if facts.calibration.get("skipped"):
         yield f"{facts.calibration['skipped']} calibration samples were skipped."
     if facts.trained:
-        yield f"{facts.trained} linear layers were trained: their weights are not the source's."
+        yield f"{facts.trained} tensors were trained: they are not the source's."
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -348,7 +348,26 @@ def half_zero(tensors: dict) -> None:
     tensors[WEIGHT][: len(tensors[WEIGHT]) // 16] = 0
 
 
+UNQUANTIZED = (
+    "language_model.backbone.embeddings.weight",
+    "language_model.backbone.norm_f.weight",
+    "language_model.backbone.layers.0.mixer.A_log",
+    "language_model.lm_head.weight",
+)
+EMBEDDINGS, NORM, A_LOG, HEAD = UNQUANTIZED
+
+
+def exchanged_rows(tensors):
+    rows = tensors[EMBEDDINGS]
+    tensors[EMBEDDINGS] = torch.cat([rows[:100], rows[100:300].flip(0), rows[300:]])
+
+
 TRAINED = [
+    tensor("embeddings of zeros", lambda t: t[EMBEDDINGS].zero_(), EMBEDDINGS),
+    tensor("exchanged embeddings", exchanged_rows, EMBEDDINGS),
+    tensor("a doubled norm", lambda t: t[NORM].mul_(2), NORM),
+    tensor("other signs of A", lambda t: t[A_LOG].neg_(), A_LOG),
+    tensor("a head of NaN", lambda t: t[HEAD][0].fill_(float("nan")), HEAD),
     tensor("zeros", lambda t: t[WEIGHT].zero_(), WEIGHT),
     tensor("exchanged", swap(LAYER.format(0, "in_proj"), LAYER.format(2, "in_proj")), WEIGHT),
     tensor("swapped nibbles", nibbles, WEIGHT),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from damages import FP8, MIXED, TRAINED, Damage
+from damages import FP8, MIXED, TRAINED, UNQUANTIZED, Damage
 
 from export.manifest import MANIFEST
 from export.verify import verification, verify
@@ -23,10 +23,11 @@ CASES += [("trained", damage) for damage in TRAINED]
 def exports(fp8, nvfp4, nvfp4_export, tmp_path_factory) -> dict[str, Path]:
     """The exports that are damaged; they must not be changed."""
     mixed = nvfp4_export(f"quantize.layers={RULES}", "quantize.kv_cache=fp8")
-    # What a distillation leaves is an export that names its linears; these were trained in no step.
+    # What a distillation leaves is an export that names its tensors; these were trained in no step.
     trained = Path(shutil.copytree(nvfp4, tmp_path_factory.mktemp("x") / "trained"))
-    linears = [f"language_model.backbone.layers.{layer}.mixer.in_proj" for layer in (0, 2, 5, 7)]
-    edit_json(trained / MANIFEST, lambda m: m["distillation"].update(trained=linears))
+    tensors = [f"language_model.backbone.layers.{layer}.mixer.in_proj" for layer in (0, 2, 5, 7)]
+    names = [*UNQUANTIZED, *(f"{name}.weight" for name in tensors)]
+    edit_json(trained / MANIFEST, lambda m: m["distillation"].update(trained=names))
     return {"fp8": fp8, "mixed": mixed, "trained": trained}
 
 
