@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from checkpoint.config import CheckpointConfig
 from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import shortened
 from checkpoint.log import get_logger
@@ -105,7 +104,7 @@ class ServerProcess:
         log: File with everything vLLM prints.
     """
 
-    def __init__(self, command: Sequence[str], variables: dict[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         self.log = log
         # The guard stops vLLM when our end of this pipe closes.
         lifeline, self._held = os.pipe()
@@ -114,7 +113,7 @@ class ServerProcess:
             with log.open("wb") as out:
                 self._guard = subprocess.Popen(
                     arguments,
-                    env=os.environ | variables,
+                    env={**os.environ, **variables},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -231,9 +230,10 @@ def running_server(
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
     config = preflight(Path(directory), settings, environment, extra)
+    variables = build_environment(config, environment.device) | dict(more_variables or {})
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            server = _start(directory, config, settings, extra, log, environment)
+            server = _start(directory, settings, extra, log, environment, variables)
             break
         except ServerDied as died:
             if not died.port_was_taken or attempt == START_ATTEMPTS:
@@ -245,11 +245,11 @@ def running_server(
 
 def _start(
     directory: str | Path,
-    config: CheckpointConfig,
     settings: ServeSettings,
     extra: Sequence[str],
     log: Path | None,
     environment: ServeEnvironment,
+    variables: Mapping[str, str],
 ) -> Server:
     """Start vLLM once, and return it when it answers; otherwise nothing is left of it.
 
@@ -259,9 +259,8 @@ def _start(
     if settings.port == 0:
         settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
-    variables = build_environment(config, environment.device) | dict(more_variables or {})
     if settings.api_key is not None:
-        variables[KEY_VARIABLE] = settings.api_key  # other users see a command line
+        variables = {**variables, KEY_VARIABLE: settings.api_key}  # others see a command line
     process = ServerProcess(command, variables, log or new_log(settings))
     try:
         reached = own_server(settings)
