@@ -111,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_command(_parser(), arguments)
     read_config(parsed.directory)  # what is no checkpoint is reported before torch is imported
-    from export.publish.measured import Bench, Sweep, read_measured
+    from export.publish.measured import read_bench, read_sweep
 
-    sweep = read_measured(parsed.sweep, Sweep) if parsed.sweep else None
-    bench = read_measured(parsed.bench, Bench) if parsed.bench else None
+    sweep = read_sweep(parsed.sweep, parsed.directory.resolve().name) if parsed.sweep else None
+    bench = read_bench(parsed.bench) if parsed.bench else None
     prepare_libraries()
     from export.publish.errors import weight_errors
     from export.publish.facts import read_facts

@@ -21,7 +21,7 @@ from export.layout import quantized_layout
 from export.publish.charts import stack_chart, whiskers
 from export.publish.errors import weight_errors
 from export.publish.facts import read_facts
-from export.publish.measured import Bench, Sweep, read_measured
+from export.publish.measured import Sweep, read_bench, read_sweep
 from export.publish.model_card import Verdict
 from export.publish.recorded import Task
 from export.publish.report import _run, report_text
@@ -32,14 +32,21 @@ from tests.export.chromium import running_chromium
 
 MANIFEST = "hybridquant.json"
 SOUND = Verdict((), compared=True)
-SWEEP = {
+RECORDED_SWEEP = Path(__file__).parents[2] / "benchmarks" / "results" / "evs_sweep_cpu.json"
+BENCH_FILE = {
     "device": "one GPU",
-    "rates": [
-        {"rate": 0.0, "accuracy": 0.95, "low": 0.93, "high": 0.97, "first_token_s": 2.6},
-        {"rate": 0.75, "accuracy": 0.94, "first_token_s": 1.2, "prompt_tokens": 547},
+    "workload": "video",
+    "measured": [
+        {
+            "server": "ours",
+            "concurrency": 12,
+            "requests_per_s": 1.34,
+            "output_tokens_per_s": 4304,
+            "ttft_ms_median": 1200.0,
+        }
     ],
 }
-BENCH = {"rows": [{"name": "12 clips at once", "requests_per_s": 1.34, "tokens_per_s": 4304}]}
+POINT = {"directory": "a", "rate": 0.5, "accuracy": 0.5, "loss_low": 0, "loss_high": 0}
 HOSTILE = '</title><img src=x onerror="window.hit=1"><script>window.hit=1</script>{{ 7*7 }}'
 
 
@@ -114,7 +121,9 @@ def page_of_12b(full12b, tmp_path_factory) -> str:
         row = {"task": name, "items": 1000, "reference": 0.8, "variant": 0.79}
         rows.append({**row, "low": -0.02, "high": 0.004})
     folder = sparse_export(tmp_path_factory.mktemp("12b"), full12b, rows)
-    sweep, bench = Sweep.model_validate(SWEEP), Bench.model_validate(BENCH)
+    write_json(folder / "bench", BENCH_FILE)
+    sweep, bench = read_sweep(RECORDED_SWEEP, "12b"), read_bench(folder / "bench")
+    (folder / "bench").unlink()
     return report_text(read_facts(folder), SOUND, sweep, bench)
 
 
@@ -260,7 +269,7 @@ def test_foreign_text_cannot_become_markup(shown, fp8_copy):
 
     edit_json(fp8_copy / MANIFEST, plant)
     verdict = Verdict((Fault(HOSTILE, HOSTILE),), compared=False)
-    sweep = Sweep.model_validate({**SWEEP, "device": HOSTILE})
+    sweep = Sweep(read_sweep(RECORDED_SWEEP, "").rates, HOSTILE)
     tab = shown(report_text(read_facts(fp8_copy), verdict, sweep))
     assert tab.evaluate("window.hit") is None
     assert tab.locator("img:not([role]), script").count() == 0
@@ -269,9 +278,7 @@ def test_foreign_text_cannot_become_markup(shown, fp8_copy):
 
 
 def test_the_command_writes_the_page_beside_the_weights(fp8_copy, tiny, tmp_path, capfd):
-    sweep = tmp_path / "sweep.json"
-    write_json(sweep, SWEEP)
-    status = _run([str(fp8_copy), "--source", str(tiny), "--sweep", str(sweep)])
+    status = _run([str(fp8_copy), "--source", str(tiny), "--sweep", str(RECORDED_SWEEP)])
     assert status == 0
     text = (fp8_copy / "report.html").read_text(encoding="utf-8")
     assert "the measured error of its weights" in text
@@ -286,12 +293,33 @@ def test_the_same_directory_gives_the_same_page(fp8):
     assert len(pages) == 1
 
 
+def test_a_recorded_sweep_is_read():
+    sweep = read_sweep(RECORDED_SWEEP, "another")
+    assert [point.rate for point in sweep.rates] == [0, 0.5, 0.75, 0.9]
+    unpruned, _, default, _ = sweep.rates
+    assert (unpruned.accuracy, unpruned.low, unpruned.high) == (1, 1, 1)
+    assert default.accuracy == pytest.approx(0.845)
+    assert (default.low, default.high) == pytest.approx((0.80, 0.89))
+    assert default.prompt_tokens < unpruned.prompt_tokens
+    assert unpruned.first_token_s == pytest.approx(0.205, abs=0.001)
+
+
+def test_of_several_directories_the_one_of_the_name_is_shown(tmp_path):
+    path = tmp_path / "sweep.json"
+    write_json(path, {"measured": [POINT, POINT | {"directory": "b", "accuracy": 0.25}]})
+    (point,) = read_sweep(path, "b").rates
+    assert point.accuracy == 0.25
+    with pytest.raises(BadInput, match="is of other directories: a, b"):
+        read_sweep(path, "c")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"rates": []}, "rates: List should have at least 1 item"),
-        ({"rates": [{"rate": 1.5}]}, "rates.0.rate: Input should be less than 1"),
-        ({"rates": [{"rate": 0.5, "accuracy": "high"}]}, "rates.0.accuracy: Input should be a"),
+        ({"measured": []}, "measured: List should have at least 1 item"),
+        ({"measured": [POINT | {"rate": 1.5}]}, "measured.0.rate: Input should be less than 1"),
+        ({"measured": [POINT | {"accuracy": "high"}]}, "measured.0.accuracy: Input should be a"),
+        ({"rates": []}, "measured: Field required"),
         ([], "the file: Input should be a valid dictionary"),
     ],
 )
@@ -299,8 +327,10 @@ def test_a_file_of_another_shape_is_one_fault(tmp_path, content, said):
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(content))
     with pytest.raises(BadInput) as caught:
-        read_measured(path, Sweep)
+        read_sweep(path, "a")
     assert said in caught.value.faults[0].what
+    with pytest.raises(BadInput):
+        read_bench(path)
 
 
 def test_a_whisker_spans_its_interval():
