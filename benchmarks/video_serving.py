@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.video_clips import looped
 from checkpoint.log import get_logger
+from serve.clips import looped
 from serve.command import build_environment
 from serve.environment import find_environment
 from serve.own_server import OwnServer

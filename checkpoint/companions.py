@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from checkpoint.config import read_json
 from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.json_differences import json_differences
 from checkpoint.reading import parse_json, read_small_file
 
 _ALLOWED = (
@@ -50,6 +52,12 @@ _DOCUMENTS = (
     "CITATION*",
 )
 """The same for what people read: the model card, its parts on safety or privacy, the licence."""
+
+_PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", "*.html")
+"""Of what people look at; nothing that serves a model reads them."""
+
+_NAMED_KEYS = 3
+"""Keys of a JSON file that are named when it differs."""
 
 _READMES = ("README*",)
 _BACKUPS = ("*~", "*.bak", "*.orig", "*.old", "*.tmp", "*.swp")
@@ -130,11 +138,24 @@ class Companions:
                 yield from bad.faults
                 continue
             if hashlib.sha256(data).hexdigest() != digest:
-                yield Fault(str(path), f"differs from that of {self.directory}", _COPY_SOURCE)
+                what = f"differs from that of {self.directory}{self._keys(name, data)}"
+                yield Fault(str(path), what, _COPY_SOURCE)
         for path in sorted(target.iterdir()):
             if _is_allowed(path.name) and path.name not in self.digests:
                 what = f"does not exist in {self.directory}"
                 yield Fault(str(path), what, "remove it, if nobody needs it")
+
+    def _keys(self, name: str, data: bytes) -> str:
+        """Which keys of a JSON file differ, as the end of a sentence; empty for other files."""
+        if not name.endswith(".json"):
+            return ""
+        try:
+            original = parse_json(read_small_file(self.directory / name), self.directory / name)
+            differences = json_differences(parse_json(data, Path(name)), original)
+        except BadInput:
+            return ""
+        keys = [key for key, _, _ in itertools.islice(differences, _NAMED_KEYS)]
+        return f" in {shortened(', '.join(keys))}"
 
 
 def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
@@ -170,6 +191,28 @@ def find_companions(directory: Path, weights: tuple[str, ...]) -> Companions:
         if name not in taken:
             left_out.append(f"{name}/" if (directory / name).is_dir() else name)
     return Companions(directory, digests, config, tuple(left_out), nbytes)
+
+
+def is_for_people(name: str) -> bool:
+    """Whether a file is a document or a picture, which no answer depends on."""
+    if _matches(name, _BACKUPS):
+        return False
+    return _matches(name, _DOCUMENTS) or _matches(name, _PICTURES)
+
+
+def is_readme(name: str) -> bool:
+    """Whether a file is the model card, which may be rewritten at any time."""
+    return _matches(name, _READMES)
+
+
+def is_known(name: str) -> bool:
+    """Whether a model may have a file of this name beside its weights, Python files left out."""
+    return _is_allowed(name)
+
+
+def needed_python(directory: Path) -> list[str]:
+    """Return the Python files that an auto_map names, and those that they import."""
+    return _needed_python(directory, [path.name for path in directory.iterdir()])
 
 
 def _is_allowed(name: str) -> bool:

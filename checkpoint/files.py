@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from checkpoint.config import read_json
 from checkpoint.dtypes import TORCH_NAMES
@@ -57,6 +56,7 @@ class TensorFiles:
         self.specs: dict[str, TensorSpec] = {}
         self.location: dict[str, str] = {}
         self._start: dict[str, int] = {}
+        self._header_bytes: dict[str, int] = {}
         index = self._read_index()
         self.files = sorted(set(index.values())) if index else [SINGLE]
         faults = [fault for file in self.files for fault in self._read_header(file)]
@@ -71,19 +71,25 @@ class TensorFiles:
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise BadInput(Fault(str(path), "has no weight_map", "copy the file again"))
-            if not all(isinstance(file, str) and file for file in weight_map.values()):
-                what = "its weight_map has values that are not file names"
-                raise BadInput(Fault(str(path), what, "copy the file again"))
+            raise_if_any(_file_name_faults(weight_map, path))
             return weight_map
         if not (self.directory / SINGLE).exists():
             raise BadInput(_no_weights(self.directory))
         return {}
 
     def _index_faults(self, index: Mapping[str, str]) -> Iterator[Fault]:
+        where = str(self.directory / INDEX)
         for name, file in index.items():
             if self.location.get(name) != file:
-                what = f"says that {name} is in {file}, where it is not"
-                yield Fault(str(self.directory / INDEX), what, "copy the shard again")
+                what = f"says that {shortened(name)} is in {file}, where it is not"
+                yield Fault(where, what, "copy the shard again")
+        if not index:
+            return
+        for name, file in self.location.items():
+            if name not in index:
+                # vLLM loads every tensor of the files that the index names.
+                what = f"does not name {shortened(name)}, which is in {file}"
+                yield Fault(where, what, "copy the index and the shards again")
 
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
@@ -96,12 +102,17 @@ class TensorFiles:
             # memory, which counts against a limit on the process.
             with safe_open(path, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                    if name in self.location:
+                        what = f"holds {shortened(name)}, and so does {self.location[name]}"
+                        yield Fault(str(path), what, "copy the index and the shards again")
+                        return
                     part = opened.get_slice(name)
                     self.specs[name] = TensorSpec(tuple(part.get_shape()), part.get_dtype())
                     self.location[name] = file
             with path.open("rb") as raw:
                 size = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(size))
+            self._header_bytes[file] = 8 + size
             for name, entry in header.items():
                 if name in self.specs:
                     self._start[name] = 8 + size + entry["data_offsets"][0]
@@ -120,7 +131,22 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
-    def read(self, name: str, pin: bool = False) -> torch.Tensor:
+    def where(self, name: str) -> str:
+        """How a fault names a tensor: by its file and its name."""
+        return f"{self.directory / self.location[name]}: {name}"
+
+    def in_file(self, file: str) -> list[str]:
+        """Names of the tensors of one file, in the order of their bytes."""
+        names = [name for name, other in self.location.items() if other == file]
+        return sorted(names, key=lambda name: self._start[name])
+
+    def header_bytes(self, file: str) -> int:
+        """Bytes of a file in front of its first tensor."""
+        return self._header_bytes[file]
+
+    def read(
+        self, name: str, pin: bool = False, rows: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Read one tensor into memory of its own. Several threads may read at once.
 
         The file is not mapped: pages of a mapped file stay in the process until the whole file is
@@ -129,21 +155,44 @@ class TensorFiles:
         Args:
             name: As in the files.
             pin: Whether to read into page-locked memory, from which a GPU can copy asynchronously.
+            rows: Reads these rows only, from the first number up to but without the second.
 
         Raises:
             OSError: The file is gone or has become shorter.
         """
         spec = self.specs[name]
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], pin_memory=pin)
+        shape = spec.shape
+        start = self._start[name]
+        if rows is not None:
+            start += rows[0] * (spec.nbytes // shape[0])
+            shape = (rows[1] - rows[0], *shape[1:])
+        tensor = torch.empty(shape, dtype=DTYPES[spec.dtype], pin_memory=pin)
         path = self.directory / self.location[name]
         with path.open("rb", buffering=0) as file:
-            read_into(file.fileno(), tensor, self._start[name], path)
+            read_into(file.fileno(), tensor, start, path)
         return tensor
 
     @property
     def total_bytes(self) -> int:
         """Size of all weight files on disk."""
         return sum((self.directory / file).stat().st_size for file in self.files)
+
+
+def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fault]:
+    """Yield the entries of an index that do not name a safetensors file of its directory.
+
+    vLLM looks for the files of the directory, so that one elsewhere would not be the one it loads.
+    """
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            what = f"weight_map.{shortened(name, 120)} is not a file name"
+            yield Fault(str(path), what, "copy the file again")
+        elif "/" in file or "\\" in file or file.startswith(".") or not file.isprintable():
+            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, not the name"
+            yield Fault(str(path), f"{what} of a file beside it", "copy the file again")
+        elif not file.endswith(".safetensors"):
+            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, which vLLM"
+            yield Fault(str(path), f"{what} does not load", "copy the file again")
 
 
 def _no_weights(directory: Path) -> Fault:
@@ -234,18 +283,3 @@ def in_threads(
     """Yield the results of `work` in the order of `names`, computed in several threads."""
     with ThreadPoolExecutor(min(most, os.cpu_count() or 1)) as threads:
         yield from threads.map(work, names)
-
-
-def nonfinite_faults(tensors: TensorFiles) -> list[Fault]:
-    """Return a fault for every tensor that contains NaN or infinity. Reads all weights once."""
-
-    def check(name: str) -> Fault | None:
-        tensor = tensors.read(name)
-        if not tensor.is_floating_point() or all_finite(tensor):
-            return None
-        count = int((~torch.isfinite(tensor)).sum())
-        what = f"contains {count} NaN or infinite values"
-        return Fault(name, what, "the checkpoint is broken: train or copy it again")
-
-    names = tqdm(tensors, desc="reading weights", unit="tensor", leave=False, disable=None)
-    return [fault for fault in in_threads(check, names) if fault is not None]

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from checkpoint.companions import Companions, companion_faults, find_companions
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.files import MERGE, TensorFiles, layout_faults, nonfinite_faults
+from checkpoint.files import MERGE, TensorFiles, layout_faults
+from checkpoint.hashing import digests_of_finite
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
 
 _ADAPTER = re.compile(
@@ -162,13 +163,16 @@ def _wrapper(found: Specs, expected: Specs) -> str | None:
     return None
 
 
-def check_finite(checkpoint: Checkpoint) -> None:
+def check_finite(checkpoint: Checkpoint) -> dict[str, str]:
     """Read every weight once and refuse NaN and infinity.
+
+    Returns:
+        SHA-256 of every weight file, for the manifest.
 
     Raises:
         BadInput: With every tensor that contains any.
     """
-    raise_if_any(nonfinite_faults(checkpoint.tensors))
+    return digests_of_finite(checkpoint.tensors)
 
 
 def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
@@ -186,6 +190,6 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     expected = config.image_token_id
     found = tokenizer.convert_tokens_to_ids(token)
     if found != expected:
-        what = f"{token} has id {found}, in config.json it has {expected}"
+        what = f"{token} has id {found}, img_context_token_id in config.json is {expected}"
         raise BadInput(Fault(str(path), what, "copy tokenizer and config.json from one release"))
     return tokenizer

@@ -82,6 +82,12 @@ def _is_hub_blob(path: Path, base: Path) -> bool:
     return Path(linked).is_relative_to(base.parent.parent / "blobs")
 
 
+def hub_revision(directory: Path) -> str | None:
+    """Return the revision of a snapshot in a cache of the Hugging Face Hub; None elsewhere."""
+    base = directory.resolve()
+    return base.name if base.parent.name == "snapshots" else None
+
+
 def read_small_file(path: Path, root: Path | None = None) -> bytes:
     """Read a JSON file, a template or a Python file of a checkpoint.
 

@@ -1,16 +1,21 @@
-"""The checks of an exported directory, in their order: config files, layout, values."""
+"""The checks of an exported directory, in their order: files beside the weights, config files,
+layout, values; and what could not be checked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.companions import companion_faults
-from checkpoint.config import read_config
+from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.layout import Specs
 from checkpoint.opened import Checkpoint, open_checkpoint
+from export.beside import CONFIG, is_proven, manifest_faults, source_faults, stray_faults
+from export.input_ranges import input_range_faults
 from export.layout import (
     format_faults,
     has_kv_scales,
@@ -18,55 +23,166 @@ from export.layout import (
     quantization_section,
     quantized_layout,
 )
-from export.manifest import recorded_section
+from export.manifest import MANIFEST, content_faults, recorded_section
+from export.scales import fused_scale_faults, range_faults
 from export.section import section_faults
-from export.weights import ValueCheck, fused_scale_faults, kv_scale_faults
+from export.unproven import config_faults, tokenizer_faults
+from export.weights import ValueCheck, Values
 from quantize.algorithms import ALGORITHMS, Change
 
+_CHAT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Files that must belong together for prompts to be built and answers to end."""
 
-def directory_faults(directory: Path, source: Path | None) -> list[Fault]:
-    """Return every fault of an exported directory; `export.verify.verify` describes the arguments
-    and what is raised.
+
+@dataclass
+class Verification:
+    """What is known about an exported directory.
+
+    Attributes:
+        faults: What is wrong; empty for a sound directory.
+        unchecked: What could not be checked, one clause each.
+        digests: SHA-256 of every weight file, where the values were checked.
     """
-    config = read_config(directory)
-    original = None
-    if source is not None:
-        original = open_checkpoint(source)
-    faults = list(_companion_faults(directory, original))
+
+    faults: list[Fault] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Add faults. Of one file beside the weights, only the first is kept: the others follow
+        from it.
+        """
+        known = self.broken_files
+        for fault in faults:
+            if fault.where not in known:
+                self.faults.append(fault)
+
+    @property
+    def broken_files(self) -> set[str]:
+        """Paths of the files that have a fault."""
+        return {fault.where.partition(": ")[0] for fault in self.faults}
+
+
+def inspect(directory: Path, source: Path | None, run_prompts: bool = True) -> Verification:
+    """Check an exported directory; `export.verify.verify` describes arguments and exceptions.
+
+    Args:
+        directory: The exported directory.
+        source: The BF16 checkpoint that it was made from.
+        run_prompts: Whether input scales are compared with what the source observes.
+    """
+    result = Verification()
+    original = None if source is None else open_checkpoint(source)
+    result.add(content_faults(directory))
+    recorded = recorded_digests(directory)
+    try:
+        config = read_config(directory)
+    except BadInput as bad:
+        if not (directory / CONFIG).exists():
+            raise
+        result.add(bad.faults)
+        result.add(manifest_faults(directory, recorded, {}))
+        return result
+    if original is not None:
+        other = _other_dimensions(config, original)
+        if other is not None:
+            result.add([other])
+            original = None
+    tensors: TensorFiles | None = None
     try:
         tensors = TensorFiles(directory)
     except BadInput as bad:
-        return [*faults, *bad.faults]
-    exported = Checkpoint(config, tensors)
-    faults += section_faults(config)
-    if original is not None and original.layout != exported.layout:
-        what = "describes a model of other dimensions"
-        faults.append(Fault(str(source), what, "is this the right --source?"))
-        original = None
-    try:
-        formats = linear_formats(config)
-    except BadInput:  # section_faults has reported the same
-        return faults
-    if not quantization_section(config):
-        return faults
-    wrong_layout = list(_layout_faults(exported, formats))
-    faults += wrong_layout
-    if not wrong_layout:  # with tensors missing or mis-shaped there is nothing to compare
-        faults += _value_faults(exported, formats, original)
-    return faults
-
-
-def _companion_faults(directory: Path, original: Checkpoint | None) -> Iterator[Fault]:
-    """Yield one fault for each file beside the weights that is broken or not the source's."""
-    broken = set()
-    for fault in companion_faults(directory):
-        yield fault
-        broken.add(fault.where)
-    if original is None:
-        return
-    for fault in original.companions.copy_faults(directory):
+        result.add(bad.faults)
+    _check_files(result, config, tensors, original, recorded)
+    if tensors is not None:
+        _check_weights(result, Checkpoint(config, tensors), original, run_prompts)
+    broken = result.broken_files
+    for fault in manifest_faults(directory, recorded, result.digests):
         if fault.where not in broken:
-            yield fault
+            result.faults.append(fault)
+    result.unchecked += unchecked_parts(directory, original, recorded)
+    return result
+
+
+def _other_dimensions(config: CheckpointConfig, original: Checkpoint) -> Fault | None:
+    """The fault of a source whose tensors are not those that the export's config describes."""
+    if Checkpoint(config, original.tensors).layout == original.layout:
+        return None
+    keys = []
+    for fault in source_faults(config, original):
+        if fault.where.endswith(CONFIG):
+            keys.append(fault.what.partition(", in ")[0])
+    what = "describes a model of other dimensions"
+    if keys:
+        what = f"{what} than {config.directory / CONFIG}, where {'; '.join(keys[:3])}"
+    return Fault(str(original.directory), what, "is this the right --source?")
+
+
+def _check_files(
+    result: Verification,
+    config: CheckpointConfig,
+    tensors: TensorFiles | None,
+    original: Checkpoint | None,
+    recorded: Mapping[str, str],
+) -> None:
+    """Check the files beside the weights."""
+    directory = config.directory
+    known = dict(recorded)
+    if tensors is not None:
+        known |= dict.fromkeys(tensors.files, "")
+    if original is not None:
+        known |= original.companions.digests
+    is_complete = bool(recorded) or original is not None
+    broken_before = result.broken_files
+    for fault in companion_faults(directory):
+        if fault.where not in broken_before:
+            result.faults.append(fault)
+    for fault in stray_faults(directory, known, is_complete):
+        if fault.where not in result.broken_files:
+            result.faults.append(fault)
+    broken = result.broken_files
+    if original is not None:
+        found = list(source_faults(config, original))
+        result.faults += [fault for fault in found if fault.where not in broken]
+        return
+    if not is_proven(directory / CONFIG, recorded):
+        for fault in config_faults(config):
+            if fault.where not in broken:
+                result.faults.append(fault)
+    files = [directory / name for name in _CHAT_FILES]
+    if broken & {str(file) for file in files}:
+        return
+    if not all(is_proven(file, recorded) for file in files if file.exists()):
+        result.faults += tokenizer_faults(config)
+
+
+def _check_weights(
+    result: Verification, exported: Checkpoint, original: Checkpoint | None, run_prompts: bool
+) -> None:
+    """Check the quantization section, the layout and the values."""
+    result.faults += section_faults(exported.config)
+    try:
+        formats = linear_formats(exported.config)
+    except BadInput:  # section_faults has reported the same
+        return
+    if not quantization_section(exported.config):
+        return
+    wrong_layout = list(_layout_faults(exported, formats))
+    result.faults += wrong_layout
+    if wrong_layout:  # with tensors missing or mis-shaped there is nothing to compare
+        return
+    values = _values(exported, formats, original)
+    result.digests = values.digests
+    scales = [*fused_scale_faults(exported, formats), *range_faults(exported, formats)]
+    result.faults += [*values.faults, *scales]
+    if original is None or not run_prompts or values.faults or scales:
+        return
+    result.faults += input_range_faults(exported, formats, original)
 
 
 def _layout_faults(exported: Checkpoint, formats: Mapping[str, str]) -> Iterator[Fault]:
@@ -89,20 +205,46 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _value_faults(
+def _values(
     exported: Checkpoint, formats: Mapping[str, str], original: Checkpoint | None
-) -> Iterator[Fault]:
+) -> Values:
     source = None if original is None else original.tensors
-    trained = trained_linears(exported.directory)
+    trained = trained_tensors(exported.directory)
     change = weight_change(exported.directory)
-    yield from ValueCheck(exported, formats, source, trained, change).faults()
-    yield from fused_scale_faults(exported, formats)
-    if has_kv_scales(quantization_section(exported.config)):
-        yield from kv_scale_faults(exported)
+    return ValueCheck(exported, formats, source, trained, change).run()
 
 
-def trained_linears(directory: Path) -> frozenset[str]:
-    """Return the linears whose weights a distillation has moved away from the source, by the
+def unchecked_parts(
+    directory: Path, original: Checkpoint | None, recorded: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield what is not checked of a directory, and why.
+
+    Args:
+        directory: The exported directory.
+        original: The source that it is compared with.
+        recorded: The digests that the manifest records.
+    """
+    if not recorded:
+        what = "whether sound files are those that were written"
+        yield f"{what} ({MANIFEST} records no SHA-256)"
+    if original is None:
+        yield "how far weights and input scales are from the BF16 model (give --source)"
+        return
+    trained = trained_tensors(directory)
+    if trained:
+        yield f"single weights of {len(trained)} tensors that a distillation has trained"
+    if weight_change(directory) == "moved":
+        yield "single weights, which the algorithm has moved"
+
+
+def recorded_digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file by relative name, as the manifest records them."""
+    recorded = recorded_section(directory, "files")
+    return {name: digest for name, digest in recorded.items() if isinstance(digest, str)}
+
+
+def trained_tensors(directory: Path) -> frozenset[str]:
+    """Return the tensors that a distillation has moved away from the source, by the
     directory's own manifest.
     """
     named = recorded_section(directory, "distillation").get("trained")

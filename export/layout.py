@@ -180,7 +180,8 @@ def format_faults(
             what = "is quantized, but vLLM's exclude rule leaves it out"
         else:
             what = f"is {_algos(actual)}, config.json says {_algos([declared])}"
-        yield linear.name, Fault(linear.name, what, "fix quantization_config, or export again")
+        where = f"{config.directory / 'config.json'}: {linear.name}"
+        yield linear.name, Fault(where, what, "fix quantization_config, or export again")
 
 
 def _formats_of(linear: Linear, found: Specs, family: Family) -> list[str]:

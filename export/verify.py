@@ -1,13 +1,14 @@
 """Verifies an exported directory from its files alone, against its config, vLLM's rules and the
 source.
 
-    python -m export.verify DIR [--source BF16_DIR] [--json]
+    python -m export.verify DIR [--source BF16_DIR] [--load] [--json]
 
 The files beside the weights, such as tokenizer and chat template, must be sound, and with --source
-the same as there. All faults are shown in one table. Exit status: 0 without faults, 1 with faults,
-2 when DIR is not a checkpoint. Weights that a distillation has trained (hybridquant.json names
-them) are not compared with the source; their number is printed. How near the others must be follows
-from the calibration algorithm that hybridquant.json records: see export/closeness.py.
+the same as there, README aside. hybridquant.json records the SHA-256 of every file. With --source,
+weights are compared with it, and a few prompts show whether input scales fit. How near weights must
+be follows from what hybridquant.json says was done to them: see export/closeness.py. Documents and
+pictures may be added at any time. What could not be checked is said in one line, all faults are
+shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import Fault, main
 from checkpoint.libraries import prepare_libraries
+
+if TYPE_CHECKING:
+    from export.checks import Verification
 
 _SHOWN = 200
 """Faults in the table; the rest is counted."""
@@ -35,33 +41,49 @@ def verify(directory: Path, source: Path | None = None) -> list[Fault]:
 
     Args:
         directory: The exported directory.
-        source: The BF16 checkpoint that it was made from; adds the comparison of weights and of the
-            files beside them.
+        source: The BF16 checkpoint that it was made from; adds the comparison of weights, of input
+            scales and of the files beside them.
 
     Returns:
         Every fault found; an empty list for a sound directory.
 
     Raises:
-        BadInput: One of the directories is not a checkpoint of a known architecture.
+        BadInput: There is no config.json, or the source is not a checkpoint of a known model.
     """
-    from export.checks import directory_faults
+    return verification(directory, source).faults
 
-    return directory_faults(directory, source)
+
+def verification(
+    directory: Path, source: Path | None = None, run_prompts: bool = True
+) -> Verification:
+    """Verify an exported directory, and say what could not be checked.
+
+    Args:
+        directory: The exported directory.
+        source: As for `verify`.
+        run_prompts: Whether prompts are run through the source for its input ranges.
+
+    Raises:
+        BadInput: As `verify`.
+    """
+    from export.checks import inspect
+
+    return inspect(directory, source, run_prompts)
+
+
+def show_verification(directory: Path, found: Verification) -> None:
+    """Print what was not checked in one line, and all faults in one table."""
+    if found.unchecked:
+        line = f"{directory}: not checked: {'; '.join(found.unchecked)}"
+        Console(stderr=bool(found.faults)).print(
+            line, highlight=False, markup=False, soft_wrap=True
+        )
+    show_faults(directory, found.faults)
 
 
 def show_faults(directory: Path, faults: list[Fault]) -> None:
     """Print all faults in one table, or that there are none."""
-    from export.checks import trained_linears, weight_change
-
     console = Console(stderr=bool(faults))
-    trained = trained_linears(directory)
-    if trained:
-        note = "linears were trained: how far their weights are from the source's is not checked"
-        console.print(f"{directory}: {len(trained)} {note}", highlight=False, soft_wrap=True)
-    if weight_change(directory) == "moved":
-        note = "the algorithm moved the weights: tensors, rows and columns are compared with the "
-        note += "source's, single weights are not"
-        console.print(f"{directory}: {note}", highlight=False, soft_wrap=True)
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return
@@ -69,8 +91,8 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
     for column in ("where", "what", "remedy"):
         table.add_column(column, overflow="fold")
     for fault in faults[:_SHOWN]:
-        table.add_row(fault.where, fault.what, fault.remedy)
-    console.print(table, markup=False)
+        table.add_row(*(escape(part) for part in (fault.where, fault.what, fault.remedy)))
+    console.print(table)
     if len(faults) > _SHOWN:
         console.print(f"… and {len(faults) - _SHOWN} more")
 
@@ -84,16 +106,32 @@ def _run() -> int:
         metavar="BF16_DIR",
         help="compare with the checkpoint that it was made from",
     )
+    load_help = "if it is sound, load it with vLLM, list its kernels and ask three questions"
+    parser.add_argument("--load", action="store_true", help=load_help)
     parser.add_argument("--json", action="store_true", help="print the faults as JSON")
     arguments = parse_command(parser)
     prepare_libraries()
-    faults = verify(arguments.directory, arguments.source)
+    found = verification(arguments.directory, arguments.source)
+    kernels: dict[str, int] = {}
+    if arguments.load and not found.faults:
+        from export.loaded import kernels_of, load_and_ask
+
+        loaded = load_and_ask(arguments.directory)
+        found.faults += loaded.faults
+        kernels = kernels_of(loaded.layers)
     if arguments.json:
-        found = [dataclasses.asdict(fault) for fault in faults]
-        print(json.dumps({"directory": str(arguments.directory), "faults": found}, indent=2))
+        answer = {
+            "directory": str(arguments.directory),
+            "faults": [dataclasses.asdict(fault) for fault in found.faults],
+            "not_checked": found.unchecked,
+            "kernels": kernels,
+        }
+        print(json.dumps(answer, indent=2))
     else:
-        show_faults(arguments.directory, faults)
-    return 1 if faults else 0
+        for kernel, count in kernels.items():
+            print(f"{arguments.directory}: vLLM runs {count} layers by {kernel}")
+        show_verification(arguments.directory, found)
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Checks the values of an exported directory: finite, with sound scales, and near their source."""
+"""Checks the values of an exported directory: finite, with sound scales, and near their source.
+
+Every weight file is read once, in parts, and its SHA-256 comes out of the same pass.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,31 @@ from tqdm import tqdm
 
 from checkpoint.faults import Fault
 from checkpoint.files import TensorFiles, all_finite, in_threads
-from checkpoint.layout import Linear
+from checkpoint.hashing import Part, Parts, visit_file
 from checkpoint.opened import Checkpoint
-from export.closeness import elements_beyond, tensor_faults
-from export.layout import kv_scale_name, packed_tensors
+from export.closeness import Closeness, Treatment, elements_beyond
+from export.scales import is_sound, scale_faults
 from quantize.algorithms import Change
-from quantize.formats.registry import FORMATS, Tensors
+from quantize.formats.registry import FORMATS, UNQUANTIZED, Tensors
 
 _REWRITE = "export again"
 _WRONG_SOURCE = "is this the right --source?"
 _NOT_FINITE = "contains NaN or infinite values"
-_PART = {"cpu": 1 << 18, "cuda": 1 << 23}
-"""Weights compared at once: what fits into a CPU's cache, and what keeps a GPU busy. At 1 << 26,
-NVFP4 of the 12B took 18 GB of GPU memory."""
+_STEP = {"cpu": 1 << 18, "cuda": 1 << 23}
+"""Weights compared at once: what fits into a CPU's cache, and what keeps a GPU busy."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What one pass over the weight files found.
+
+    Attributes:
+        faults: In the order of the model.
+        digests: SHA-256 of every weight file.
+    """
+
+    faults: list[Fault]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class ValueCheck:
         exported: The quantized checkpoint.
         formats: Format of every quantized linear.
         source: The tensors of the BF16 checkpoint; None to leave out the comparison.
-        trained: Linears whose weights a distillation has moved away from the source.
+        trained: Tensors that a distillation has moved away from the source.
         change: What the calibration algorithm may have done to weights.
     """
 
@@ -43,128 +58,179 @@ class ValueCheck:
     trained: frozenset[str]
     change: Change
 
-    def faults(self) -> Iterator[Fault]:
-        """Yield every fault, in the order of the model. Reads each tensor once, in threads."""
-        names = list(self.exported.layout)
-        shown = tqdm(names, desc="verifying", unit="tensor", leave=False, disable=None)
-        for faults in in_threads(self._check, shown):
-            yield from faults
+    def run(self) -> Values:
+        """Read every file once, several at a time in threads."""
+        files = self.exported.tensors.files
+        found: dict[str, list[Fault]] = {}
+        digests = {}
+        shown = tqdm(files, desc="verifying", unit="file", leave=False, disable=None)
+        for file, (faults, digest) in zip(files, in_threads(self._check_file, shown), strict=True):
+            found.update(faults)
+            digests[file] = digest
+        ordered: list[Fault] = []
+        for name in self.exported.tensors:
+            ordered += found.get(name, [])
+        return Values(ordered, digests)
 
-    def _check(self, name: str) -> list[Fault]:
-        linear = name.removesuffix(".weight")
-        if linear in self.formats:
-            return list(self._quantized_faults(linear))
-        return list(self._unquantized_faults(name))
+    def _check_file(self, file: str) -> tuple[dict[str, list[Fault]], str]:
+        found: dict[str, list[Fault]] = {}
 
-    def _unquantized_faults(self, name: str) -> Iterator[Fault]:
-        tensor = self.exported.tensors.read(name)
-        if tensor.is_floating_point() and not all_finite(tensor):
-            yield Fault(name, _NOT_FINITE, _REWRITE)
-        if self.source is None:
-            return
-        if self.source.specs.get(name) != self.exported.tensors.specs[name]:
-            yield Fault(name, "is not in the source, or has another shape there", _WRONG_SOURCE)
-        elif not torch.equal(_bits(tensor), _bits(self.source.read(name))):
-            yield Fault(name, "differs from the source, though it is not quantized", _REWRITE)
+        def check(name: str, parts: Parts) -> None:
+            faults = list(self._faults(name, parts))
+            if faults:
+                found[name] = faults
 
-    def _quantized_faults(self, linear: str) -> Iterator[Fault]:
-        format = self.formats[linear]
-        packed = packed_tensors(self.exported.tensors, linear, format)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        packed = {suffix: tensor.to(device) for suffix, tensor in packed.items()}
-        bad_scales: list[Fault] = []
-        for suffix, tensor in packed.items():
-            if suffix != "weight":
-                bad_scales += scale_faults(f"{linear}.{suffix}", tensor)
-        if bad_scales:
-            yield from bad_scales
-            return
+        digest = visit_file(self.exported.tensors, file, check)
+        return found, digest
+
+    def _faults(self, name: str, parts: Parts) -> Iterator[Fault]:
+        linear, _, suffix = name.rpartition(".")
+        format = self.formats.get(linear)
+        if self._is_kv_scale(name):
+            yield from scale_faults(self._where(name), self.exported.tensors.read(name))
+        elif format is None or suffix not in FORMATS[format].suffixes:
+            yield from self._unquantized_faults(name, parts)
+        elif suffix == "weight":
+            yield from self._weight_faults(linear, parts)
+        else:
+            yield from scale_faults(self._where(name), self.exported.tensors.read(name))
+
+    def _where(self, name: str) -> str:
+        return self.exported.tensors.where(name)
+
+    def _unquantized_faults(self, name: str, parts: Parts) -> Iterator[Fault]:
+        where = self._where(name)
+        spec = self.exported.tensors.specs[name]
         source = self.source
-        if linear in self.trained:
+        if source is not None and source.specs.get(name) != spec:
+            yield Fault(where, "is not in the source, or has another shape there", _WRONG_SOURCE)
             source = None
-        if source is None:
-            yield from self._weight_faults(linear, packed, None)
-            return
-        spec = source.specs.get(f"{linear}.weight")
-        columns = FORMATS[format].unpack(_rows(packed, 0, 1)).shape[1]
-        if spec is None or spec.shape != (len(packed["weight"]), columns):
-            what = "is not in the source, or has another shape there"
-            yield Fault(f"{linear}.weight", what, _WRONG_SOURCE)
-            return
-        weight = source.read(f"{linear}.weight").to(device)
-        yield from self._weight_faults(linear, packed, weight)
+        is_finite = True
+        is_same = True
+        closeness = Closeness("trained", has_lines=len(spec.shape) == 2)
+        for part in parts:
+            if part.rows.is_floating_point():
+                is_finite = is_finite and all_finite(part.rows)
+            if source is None:
+                continue
+            exact = source.read(name, rows=_row_numbers(part))
+            if name in self.trained:
+                closeness.add(_matrix(exact), _matrix(part.rows))
+            elif is_same:
+                is_same = torch.equal(_bits(part.rows), _bits(exact))
+        if not is_finite:
+            yield Fault(where, _NOT_FINITE, _REWRITE)
+        elif not is_same:
+            yield Fault(where, "differs from the source, though it is not quantized", _REWRITE)
+        elif source is not None and name in self.trained:
+            yield from closeness.faults(where, UNQUANTIZED)
 
-    def _weight_faults(
-        self, linear: str, packed: Tensors, weight: torch.Tensor | None
-    ) -> Iterator[Fault]:
-        """Compare a packed weight with its source, in parts: never the whole in float32.
+    def _is_kv_scale(self, name: str) -> bool:
+        suffixes = self.exported.config.family.kv_linears.values()
+        return name.rpartition(".")[2] in suffixes
 
-        Args:
-            linear: Its checkpoint name.
-            packed: Its tensors.
-            weight: The source's, BF16 [out, in]; None for a check without a source.
-        """
+    def _weight_faults(self, linear: str, parts: Parts) -> Iterator[Fault]:
+        """Compare a packed weight with its source, in parts: never the whole in float32."""
         name = f"{linear}.weight"
+        where = self._where(name)
         format = self.formats[linear]
-        rows, columns = packed["weight"].shape
-        step = max(1, _PART[packed["weight"].device.type] // columns)
-        beyond = 0
-        finite = True
-        unpacked_parts = []
-        for start in range(0, rows, step):
-            part = _rows(packed, start, start + step)
-            unpacked = FORMATS[format].unpack(part)
-            finite = finite and all_finite(unpacked)
-            if weight is not None:
-                exact = weight[start : start + step].float()
-                beyond += elements_beyond(exact, unpacked, part, format, self.change)
-                if self.change != "rounded":
-                    unpacked_parts.append(unpacked)
-        if not finite:
-            yield Fault(name, _NOT_FINITE, _REWRITE)
-        elif weight is not None and beyond:
-            share = f"{beyond / weight.numel():.2%} of the weights"
-            what = f"{share} are further from the source than {format} rounding allows"
-            yield Fault(name, what, f"{_WRONG_SOURCE} else {_REWRITE}")
-        elif weight is not None and unpacked_parts:
-            whole = torch.cat(unpacked_parts)
-            yield from tensor_faults(name, weight.float(), whole, format, self.change)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        scales = {}
+        for suffix in FORMATS[format].suffixes:
+            if suffix != "weight":
+                scales[suffix] = self.exported.tensors.read(f"{linear}.{suffix}").to(device)
+                if not is_sound(scales[suffix]):
+                    return  # reported where the scale itself is checked
+        columns = _columns(self.exported.tensors, name, format, scales)
+        source = self.source
+        rows = self.exported.tensors.specs[name].shape[0]
+        if source is not None:
+            spec = source.specs.get(name)
+            if spec is None or spec.shape != (rows, columns):
+                what = "is not in the source, or has another shape there"
+                yield Fault(where, what, _WRONG_SOURCE)
+                return
+        comparison = _Comparison(format, self._treatment(linear))
+        step = max(1, _STEP[device] // columns)
+        for part in parts:
+            packed = part.rows.to(device)
+            exact = None
+            if source is not None:
+                exact = source.read(name, rows=_row_numbers(part)).to(device)
+            for start in range(0, len(packed), step):
+                end = min(start + step, len(packed))
+                rows_of = _rows(scales, part.start + start, part.start + end)
+                weight = None if exact is None else exact[start:end].float()
+                comparison.add({"weight": packed[start:end], **rows_of}, weight)
+        yield from comparison.faults(where, rows * columns)
+
+    def _treatment(self, linear: str) -> Treatment:
+        return "trained" if f"{linear}.weight" in self.trained else self.change
 
 
-def fused_scale_faults(exported: Checkpoint, formats: Mapping[str, str]) -> Iterator[Fault]:
-    """Yield a fault for each scale that differs between linears that vLLM fuses into one module."""
-    family = exported.config.family
-    fused: dict[str, list[Linear]] = {}
-    for linear in exported.linears:
-        if linear.name in formats and family.fused_parts(linear.short):
-            fused.setdefault(family.fused_module(linear.name), []).append(linear)
-    for linears in fused.values():
-        for suffix in FORMATS[formats[linears[0].name]].fused_scales:
-            values = {}
-            for linear in linears:
-                values[linear.short] = float(exported.tensors.read(f"{linear.name}.{suffix}"))
-            if len(set(values.values())) > 1:
-                what = f"differs between {values}, and vLLM fuses them under one"
-                yield Fault(f"{linears[0].mixer} {suffix}", what, _REWRITE)
+class _Comparison:
+    """The comparison of one packed weight with its source, part by part."""
+
+    def __init__(self, format: str, treatment: Treatment) -> None:
+        self._format = format
+        self._treatment = treatment
+        self._is_finite = True
+        self._beyond = 0
+        self._closeness: Closeness | None = None
+
+    def add(self, packed: Tensors, weight: torch.Tensor | None) -> None:
+        """Add some rows of the packed weight, and the source's in float32 if there is one."""
+        if weight is None:
+            # Scales are known to be finite; unpacking would take twice the time.
+            self._is_finite = self._is_finite and _has_finite_codes(packed["weight"])
+            return
+        unpacked = FORMATS[self._format].unpack(packed)
+        self._is_finite = self._is_finite and all_finite(unpacked)
+        self._beyond += elements_beyond(weight, unpacked, packed, self._format, self._treatment)
+        if self._treatment != "rounded":
+            if self._closeness is None:
+                self._closeness = Closeness(self._treatment)
+            self._closeness.add(weight, unpacked)
+
+    def faults(self, where: str, total: int) -> Iterator[Fault]:
+        """Yield at most one fault; `total` is the number of weights."""
+        if not self._is_finite:
+            yield Fault(where, _NOT_FINITE, _REWRITE)
+        elif self._beyond:
+            share = f"{self._beyond / total:.2%} of the weights"
+            what = f"{share} are further from the source than {self._format} rounding allows"
+            yield Fault(where, what, f"{_WRONG_SOURCE} else {_REWRITE}")
+        elif self._closeness is not None:
+            yield from self._closeness.faults(where, self._format)
 
 
-def kv_scale_faults(exported: Checkpoint) -> Iterator[Fault]:
-    """Yield a fault for each KV cache scale that is not finite and positive."""
-    family = exported.config.family
-    for linear in exported.linears:
-        if linear.short in family.kv_linears:
-            name = kv_scale_name(linear, family)
-            yield from scale_faults(name, exported.tensors.read(name))
+def _has_finite_codes(weight: torch.Tensor) -> bool:
+    """Whether no code of a packed weight stands for NaN or infinity; integers have none."""
+    if not weight.is_floating_point():
+        return True
+    if weight.dtype == torch.float8_e4m3fn:
+        # E4M3 has NaN at all ones, without the sign; a conversion would take 25 times as long.
+        codes = weight.view(torch.uint8)
+        return int((codes & 0x7F).max()) != 0x7F
+    return all_finite(weight.float())
 
 
-def scale_faults(name: str, scale: torch.Tensor) -> Iterator[Fault]:
-    """Yield a fault if a scale has values that are not finite and positive."""
-    values = scale.float()
-    sound = torch.isfinite(values) & (values > 0)
-    if not bool(sound.all()):
-        count = int((~sound).sum())
-        what = f"has {count} values that are zero, negative or not finite"
-        yield Fault(name, what, "calibrate and export again")
+def _columns(tensors: TensorFiles, name: str, format: str, scales: Tensors) -> int:
+    """in_features of a packed weight."""
+    first = {"weight": tensors.read(name, rows=(0, 1)), **_rows(scales, 0, 1)}
+    first = {suffix: tensor.cpu() for suffix, tensor in first.items()}
+    return FORMATS[format].unpack(first).shape[1]
+
+
+def _row_numbers(part: Part) -> tuple[int, int] | None:
+    if part.rows.dim() == 0:
+        return None
+    return part.start, part.start + len(part.rows)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in float32 as [rows, others]."""
+    return tensor.float().reshape(len(tensor), -1)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from tqdm import tqdm
 
 from checkpoint.atomic import write_json
-from checkpoint.files import INDEX
+from checkpoint.files import INDEX, Reader
 from checkpoint.opened import Checkpoint
 from checkpoint.shards import ShardWriter, plan_shards
 from export.layout import output_specs
@@ -28,7 +28,9 @@ _KV_CACHE_ALGOS = {"fp8": "FP8", None: None}
 
 
 @contextlib.contextmanager
-def open_writer(source: Checkpoint, policy: Policy, directory: Path) -> Iterator[ShardWriter]:
+def open_writer(
+    source: Checkpoint, policy: Policy, directory: Path, read: Reader | None = None
+) -> Iterator[ShardWriter]:
     """Write the weight files of a quantized checkpoint: what is outside the layers is copied, while
     the caller puts the quantized tensors of each layer.
 
@@ -38,6 +40,7 @@ def open_writer(source: Checkpoint, policy: Policy, directory: Path) -> Iterator
         source: The BF16 checkpoint.
         policy: Format by linear.
         directory: Where the files go.
+        read: Returns a tensor that is not quantized; the source's when None.
 
     Raises:
         OSError: The disk is full.
@@ -45,7 +48,7 @@ def open_writer(source: Checkpoint, policy: Policy, directory: Path) -> Iterator
     shards = plan_shards(output_specs(source, policy), source.config.family)
     total = shards.total_bytes
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=None) as progress:
-        with ShardWriter(directory, shards, source.tensors.read, progress.update) as writer:
+        with ShardWriter(directory, shards, read or source.tensors.read, progress.update) as writer:
             yield writer
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from accuracy.agreement import States
@@ -16,6 +17,7 @@ from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
+from checkpoint.reading import hub_revision
 from checkpoint.run_state import RunState, file_stamp, identity_of
 from export.manifest import Manifest
 from pipeline.inputs import (
@@ -160,11 +162,11 @@ class Record:
     """What a way reports about a run, for the manifest.
 
     Attributes:
-        calibration: Samples, tokens and skipped samples.
+        calibration: Samples, tokens, skipped samples and a hash of each prompt.
         distillation: The course of the training; empty for PTQ.
     """
 
-    calibration: dict[str, int]
+    calibration: dict[str, object]
     distillation: dict[str, object]
 
 
@@ -183,6 +185,9 @@ class Way(Protocol):
             drain: Waits until every yielded layer is on the disk.
         """
 
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor that is written without being quantized, by its checkpoint name."""
+
     def on_written(self, layer: int) -> None:
         """Called when a layer and all before it are on the disk."""
 
@@ -196,15 +201,27 @@ class Way(Protocol):
         """The written directory's states of the held-out prompts, and its `lm_head`."""
 
 
-def make_manifest(job: Job, record: Record) -> Manifest:
-    """The manifest of a job's result, before it is measured."""
+def make_manifest(job: Job, record: Record, source_weights: Mapping[str, str]) -> Manifest:
+    """The manifest of a job's result, before it is verified and measured.
+
+    Args:
+        job: The run.
+        record: What its way reports.
+        source_weights: SHA-256 of the source's weight files.
+    """
     recipe = job.recipe.model_dump(mode="json")
+    calibration: dict[str, object] = {"algorithm": job.recipe.quantize.algorithm}
+    calibration |= record.calibration
+    calibration["files"] = source_digests(job.recipe)
+    companions = job.checkpoint.companions
+    files = {**source_weights, **companions.digests, "config.json": companions.config_digest}
     return Manifest(
         recipe=recipe,
         versions=installed_versions(),
         formats=job.policy.counts(),
-        calibration=dict(record.calibration),
+        calibration=calibration,
         video=job.recipe.video,
         serve=recipe["serve"],
         distillation=dict(record.distillation),
+        source={"revision": hub_revision(job.checkpoint.directory), "files": files},
     )

@@ -151,6 +151,7 @@ class LayerByLayer:
                 "lengths": stores[name].lengths,
                 "counts": dataclasses.asdict(counts),
                 "seen": seen if name == "held_out" else [],
+                "digests": digest.each[before:] if name == "calibrate" else [],
             }
         del model
         gc.collect()  # its modules refer to one another; the layers want the memory
@@ -178,6 +179,10 @@ class LayerByLayer:
                 states[f"{number:06d}"] = norm(hidden)[0].cpu().clone()
         self._state.keep_reference(states)
 
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor of the source: only quantized tensors change."""
+        return self._job.checkpoint.tensors.read(name)
+
     def on_written(self, layer: int) -> None:
         """Record that a layer need not be calibrated again."""
         self._state.record_layers(layer + 1)
@@ -186,6 +191,7 @@ class LayerByLayer:
         """What is known about the run after `packed_layers`, over all processes."""
         total = Counts()
         skipped = 0
+        digests: list[str] = []
         for index in range(self._job.processes.count):
             samples = self._state.samples(index)
             assert samples is not None
@@ -193,7 +199,9 @@ class LayerByLayer:
             total = total.plus_counts(counts)
             if index == 0:  # every process reads every sample
                 skipped = samples["skipped"]
-        return Record(dataclasses.asdict(total) | {"skipped": skipped}, {})
+                digests = samples["calibrate"]["digests"]
+        found = dataclasses.asdict(total) | {"skipped": skipped, "digests": digests}
+        return Record(found, {})
 
     def reference(self) -> list[States]:
         """BF16's states of the held-out prompts, of all processes, in the order of the prompts."""

@@ -48,19 +48,24 @@ class PromptDigest:
 
     Attributes:
         count: Prompts so far.
+        each: The hash of each of them.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.each: list[str] = []
         self._hash = hashlib.blake2b(digest_size=16)
 
     def over(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         """Yield prompts unchanged and include each in the digest."""
         for prompt in prompts:
-            self._hash.update(f"{prompt.sample_id}\0{prompt.token_ids}\0".encode())
+            own = hashlib.blake2b(digest_size=16)
+            own.update(f"{prompt.sample_id}\0{prompt.token_ids}\0".encode())
             # Sums of pixel rows, of their bits: hashing every pixel would cost more than decoding.
             rows = prompt.tiles.view(torch.int32).sum(-1, dtype=torch.int64)
-            self._hash.update(rows.numpy().tobytes())
+            own.update(rows.numpy().tobytes())
+            self._hash.update(own.digest())
+            self.each.append(own.hexdigest())
             self.count += 1
             yield prompt
 

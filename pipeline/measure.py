@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,9 @@ from accuracy.gate import judge, show
 from accuracy.paired import Paired, pair
 from checkpoint.faults import Fault
 from checkpoint.opened import open_checkpoint
-from export.manifest import read_manifest, write_manifest
+from export.manifest import file_digests, read_manifest, write_manifest
 from pipeline.job import Job
+from pipeline.times import Times
 from tiny.tasks import items
 
 
@@ -23,8 +24,8 @@ def measure(
     job: Job,
     reference: Callable[[], Sequence[States]],
     read_back: Callable[[], tuple[Sequence[States], nn.Module]],
-) -> bool:
-    """Compare the written directory with BF16 and write the gate's outcome into its manifest.
+) -> dict[str, Any]:
+    """Compare the written directory with BF16.
 
     Args:
         job: The run.
@@ -32,27 +33,38 @@ def measure(
         read_back: Returns those of the directory read back, and its `lm_head`.
 
     Returns:
-        Whether the gate passed.
+        The gate's outcome, for the manifest.
     """
     answers, lm_head = read_back()
     image_token = job.checkpoint.config.image_token_id
     agreement = compare(reference(), answers, lm_head, image_token)
     verdict = judge(agreement, job.recipe.accuracy, _task_rows(job))
     show(verdict)
-    record_gate(job, verdict.as_dict())
-    return verdict.passed
+    return verdict.as_dict()
 
 
-def record_faults(job: Job, faults: Sequence[Fault]) -> None:
-    """Mark the written directory as failed by the faults of its verification."""
-    record_gate(job, {"passed": False, "missed": [str(fault) for fault in faults]})
+def gate_of_faults(faults: Sequence[Fault]) -> dict[str, Any]:
+    """Return the gate's outcome where verification has found faults."""
+    return {"passed": False, "missed": [str(fault) for fault in faults]}
 
 
-def record_gate(job: Job, gate: dict[str, Any]) -> None:
-    """Write the gate's outcome into the manifest of the output."""
-    manifest = read_manifest(job.recipe.output)
+def finish_manifest(
+    job: Job, gate: dict[str, Any], weights: Mapping[str, str], times: Times
+) -> None:
+    """Complete the manifest of the output; nothing is written after it.
+
+    Args:
+        job: The run.
+        gate: The gate's outcome.
+        weights: SHA-256 of the output's weight files; empty where they were not read.
+        times: How long the steps took.
+    """
+    output = job.recipe.output
+    manifest = read_manifest(output)
     assert manifest is not None
-    write_manifest(job.recipe.output, dataclasses.replace(manifest, gate=gate))
+    files = file_digests(output, weights)
+    finished = dataclasses.replace(manifest, gate=gate, files=files, times=times.as_dict())
+    write_manifest(output, finished)
 
 
 def _task_rows(job: Job) -> list[Paired]:

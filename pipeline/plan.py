@@ -315,10 +315,11 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     # layers run once more.
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
     tokens = mean * settings.steps * settings.batch / plan.processes.count
-    trained = f"{len(plan.trained)} linears, {plan.weights / 1e6:,.1f} million weights"
+    trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
     duration = _duration(seconds * forwards * tokens)
-    return f"then {trained}, train for {steps}: about {duration}; activations need more memory"
+    peak = f"{_gb(plan.peak_bytes)} a process at the peak, as estimated"
+    return f"then {trained}, train for {steps}: about {duration}, {peak}"
 
 
 def _gb(size: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,15 @@ from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.opened import check_finite
 from checkpoint.processes import joined_processes
-from export.verify import show_faults, verify
+from export.verify import show_faults, verification
 from export.write import open_writer, write_companions
 from pipeline.inputs import pick_device
 from pipeline.job import Job, Way, make_manifest, open_job
-from pipeline.measure import measure, record_faults
+from pipeline.measure import finish_manifest, gate_of_faults, measure
 from pipeline.plan import choose_way, make_plan
 from pipeline.search import choose_formats
 from pipeline.suites import measure_suites, release_memory
+from pipeline.times import Times
 from recipes.schema import Recipe
 
 logger = get_logger(__name__)
@@ -74,50 +75,65 @@ def run_until_measured(recipe: Recipe) -> Outcome:
             job = open_job(recipe, device, processes)
             plan = make_plan(job)
             plan.log(processes)
-            check_finite(job.checkpoint)
+            times = Times()
+            weights = check_finite(job.checkpoint)
             job = choose_formats(job)
             way = choose_way(plan, job)
             if processes.is_first:
                 until_measured.enter_context(job.state.locked())
             with _resumable(job, way):
                 if not job.state.is_written:
-                    write_result(job, way)
+                    write_result(job, way, weights)
+            times.end("calibrate, quantize and write")
         reference = job.checkpoint.directory
         if not processes.is_first:
             return Outcome(passed=True, is_first=False, reference=reference)
         with _resumable(job, way):
-            passed = verify_and_measure(job, way)
+            passed = verify_and_measure(job, way, times)
         job.state.remove()
     return Outcome(passed, is_first=True, reference=reference)
 
 
-def write_result(job: Job, way: Way) -> None:
-    """Calibrate, quantize and write; the output appears under its name when it is whole."""
+def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
+    """Calibrate, quantize and write; the output appears under its name when it is whole.
+
+    Args:
+        job: The run.
+        way: How it is carried out.
+        source_weights: SHA-256 of the source's weight files, for the manifest.
+    """
     if not job.processes.is_first:
         for _ in way.packed_layers(drain=lambda: None):
             pass
         return
     job.state.begin()
-    with open_writer(job.checkpoint, job.policy, job.state.checkpoint) as writer:
+    with open_writer(job.checkpoint, job.policy, job.state.checkpoint, way.read) as writer:
         for layer in way.packed_layers(writer.drain):
             then = functools.partial(way.on_written, layer.index)
             writer.put(layer.index, layer.tensors(), then)
-    manifest = make_manifest(job, way.record())
+    manifest = make_manifest(job, way.record(), source_weights)
     write_companions(job.checkpoint, job.policy, job.state.checkpoint, manifest)
     if job.search is not None:
         job.search.write(job.state.checkpoint)
     job.state.publish()
 
 
-def verify_and_measure(job: Job, way: Way) -> bool:
-    """Verify the written files and compare them with BF16; returns whether the gate passed."""
+def verify_and_measure(job: Job, way: Way, times: Times) -> bool:
+    """Verify the written files and compare them with BF16; returns whether the gate passed.
+
+    The manifest is written last, with the SHA-256 of every file.
+    """
     output = job.recipe.output
-    faults = verify(output, job.checkpoint.directory)
-    show_faults(output, faults)
-    if faults:
-        record_faults(job, faults)
-        return False
-    return measure(job, way.reference, way.read_back)
+    found = verification(output, job.checkpoint.directory, run_prompts=False)
+    show_faults(output, found.faults)
+    times.end("verify")
+    if found.faults:
+        gate = gate_of_faults(found.faults)
+    else:
+        gate = measure(job, way.reference, way.read_back)
+        times.end("measure")
+    finish_manifest(job, gate, found.digests, times)
+    return gate["passed"] is True
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from accuracy.agreement import States, final_states
@@ -17,9 +18,10 @@ from checkpoint.native import load_model
 from checkpoint.opened import open_checkpoint
 from export.load import load_exported
 from pipeline.job import Job, Record
+from pipeline.layer_state import PromptDigest
 from quantize.algorithms import ALGORITHMS
 from quantize.distill.student import frozen_copy
-from quantize.distill.training import distill
+from quantize.distill.training import distill, trained_tensors
 from quantize.layerwise import FinishedLayer, layer_policy
 from quantize.ptq import packed_linears, quantize_model
 
@@ -40,6 +42,7 @@ class WholeModel:
         self._job = job
         self._reference: list[States] | None = None
         self._record = Record({}, {})
+        self._trained: dict[str, torch.Tensor] = {}
 
     def progress(self) -> str:
         """How far the run has come, for an out-of-memory message."""
@@ -61,6 +64,7 @@ class WholeModel:
         if job.distillation is not None:
             distilled = distill(job.distillation, model, teacher)
             distillation = dataclasses.asdict(distilled)
+            self._trained = trained_tensors(job.distillation, model.language_model, distilled)
             if job.processes.is_first:
                 logger.info("distilled: %s", distilled)
         del teacher
@@ -72,13 +76,14 @@ class WholeModel:
             packed = tuple(packed_linears(model.language_model, part))
             yield FinishedLayer(layer, packed)
 
-    def _calibrate(self, model: NemotronH_Omni_Reasoning_V3) -> dict[str, int]:
+    def _calibrate(self, model: NemotronH_Omni_Reasoning_V3) -> dict[str, object]:
         job = self._job
         quantize = job.recipe.quantize
         config = job.checkpoint.config
         total = job.recipe.calibrate.samples
         skipped = Skipped(job.recipe.calibrate.max_skipped)
-        prompts = job.calibration_prompts(skipped)
+        digest = PromptDigest()
+        prompts = digest.over(job.calibration_prompts(skipped))
         if ALGORITHMS[quantize.algorithm].repeats:
             given = embed_all(model, prompts, config, total)
             loop = functools.partial(forward_loop, model, given, config, total=total)
@@ -90,7 +95,7 @@ class WholeModel:
         for fault in skipped.faults:
             logger.warning("skipped: %s", fault)
         job.warn_of_fewer("calibrate", counts.samples)
-        return dataclasses.asdict(counts) | {"skipped": skipped.samples}
+        return dataclasses.asdict(counts) | {"skipped": skipped.samples, "digests": digest.each}
 
     def _reference_answers(self, model: NemotronH_Omni_Reasoning_V3) -> list[States]:
         states = self._answers(model, "BF16 answers")
@@ -100,6 +105,12 @@ class WholeModel:
     def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
         config = self._job.checkpoint.config
         return final_states(model, self._job.held_out_prompts(), config, describe)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor that is written without being quantized: trained, or the source's."""
+        if name in self._trained:
+            return self._trained[name].cpu()
+        return self._job.checkpoint.tensors.read(name)
 
     def on_written(self, layer: int) -> None:
         """Nothing is recorded: a run that was killed while it wrote starts again."""

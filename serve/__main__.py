@@ -23,7 +23,7 @@ from types import FrameType
 from typing import NoReturn
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.config import read_config
+from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import main
 from checkpoint.log import get_logger
@@ -31,6 +31,7 @@ from serve.command import build_environment
 from serve.environment import ServeEnvironment, find_environment
 from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
+from serve.plan import serving_plan
 from serve.precision import read_quantization
 from serve.preflight import checked_settings, preflight
 from serve.process import Server, ServerDied, death_message, full_command, running_server
@@ -78,9 +79,13 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     if "--trust-remote-code" in named_flags(extra):
         logger.warning("--trust-remote-code: vLLM runs the Python files of %s", options.directory)
     fast_video = fast_video_state(environment)
+    # In a dry run nothing will listen, so a port that is taken is no fault.
+    checked = override(settings, {"port": 0}) if options.dry_run else settings
+    config = preflight(options.directory, checked, environment, extra)
+    for choice in serving_plan(config, settings, environment, extra):
+        logger.info("%s", choice)
     if options.dry_run:
-        logger.info("fast video: %s", fast_video)
-        print(shell_line(options.directory, settings, environment, extra))
+        print(shell_line(config, settings, environment, extra))
         return 0
     # SIGINT too: a shell starts background jobs with it ignored, and they would never stop.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -126,19 +131,17 @@ def _summary(directory: Path, server: Server, fast_video: str) -> str:
 
 
 def shell_line(
-    directory: Path, settings: ServeSettings, environment: ServeEnvironment, extra: Sequence[str]
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str],
 ) -> str:
-    """Return the command and its environment variables as a line for a shell.
-
-    Raises:
-        BadInput: The preflight finds faults; a port that is taken is none here.
-    """
-    config = preflight(directory, override(settings, {"port": 0}), environment)
+    """Return the command and its environment variables as a line for a shell."""
     variables = build_environment(config, environment.device)
     parts = [f"{name}={value}" for name, value in variables.items()]
     if settings.api_key is not None:
         parts.append(f'{KEY_VARIABLE}="${KEY_VARIABLE}"')
-    parts.append(shlex.join(full_command(directory, settings, environment, extra)))
+    parts.append(shlex.join(full_command(config.directory, settings, environment, extra)))
     return " ".join(parts)
 
 

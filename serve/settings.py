@@ -6,11 +6,12 @@ Later ones win. A setting is declared here once, with its range, default and des
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from checkpoint.config import read_json
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
@@ -23,10 +24,34 @@ logger = get_logger(__name__)
 
 MANIFEST = "hybridquant.json"
 
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
+
 _OLD_RATE = "video_pruning_rate"
 """Key of `serve` in manifests of version 0.1."""
 
 SectionType = TypeVar("SectionType", bound=Section)
+
+
+def _split(value: Any) -> Any:
+    """Split the text of a command line at its commas; other values are left as they are."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(","))
+
+
+def _host_name(text: str) -> str:
+    """Return a host as URLs are compared with it: in small letters, other alphabets encoded."""
+    try:
+        host = text.lower().encode("idna").decode("ascii")
+    except UnicodeError:
+        host = ""
+    if not _HOST.fullmatch(host):
+        raise ValueError("names of hosts, without scheme, port or path")
+    return host
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+"""Name or address of a host."""
 
 
 class Serve(Section):
@@ -62,6 +87,9 @@ class ServeSettings(Serve):
     """Private key of the certificate."""
     allowed_local_media_path: Path | None = None
     """Directory that requests may name with file:// URLs; without it, none."""
+    allowed_media_domains: Annotated[tuple[HostName, ...], BeforeValidator(_split)] = ()
+    """Hosts, with commas between them, that requests may name with http:// and https:// URLs;
+    without them, none. Redirects are not followed."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the activations of what is not quantized; float32 on a CPU is for comparisons."""
 
@@ -162,7 +190,7 @@ def validation_faults(
             known = Video.model_fields if parents else section.model_fields
             faults.append(Fault(name, "is not a setting", nearest(str(last), known)))
             continue
-        allowed = detail["msg"].removeprefix("Input should be ")
+        allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         what = f"is {detail['input']!r:.80}"
         faults.append(Fault(name, what, f"allowed: {allowed}"))
     return faults

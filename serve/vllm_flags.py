@@ -36,6 +36,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--video-pruning-rate": ("video.pruning_rate", float),
     "--max-model-len": ("max_model_len", _length),
     "--tensor-parallel-size": ("tensor_parallel_size", int),
+    "--gpu-memory-utilization": ("gpu_memory_utilization", float),
     "--api-key": ("api_key", str),
     "--ssl-certfile": ("ssl_certfile", str),
     "--ssl-keyfile": ("ssl_keyfile", str),
@@ -104,6 +105,15 @@ def setting_values(arguments: Sequence[str]) -> dict[str, Any]:
         if "fps" in media:
             values["video.fps"] = media["fps"]
     return values
+
+
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """Return the last value given to a flag, by its canonical name; None when it is not given."""
+    found = None
+    for flag, text in _flags_with_values(arguments):
+        if canonical(flag) == name:
+            found = text
+    return found
 
 
 def samples_without_fps(arguments: Sequence[str]) -> bool:

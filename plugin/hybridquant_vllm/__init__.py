@@ -6,11 +6,14 @@ vLLM calls `register` in each of its processes, in some more than once.
   checkpoint and needs no `--trust-remote-code`.
 - `fast_video` replaces how vLLM prepares clips and pictures for Nemotron Nano VL. Off by
   HYBRIDQUANT_FAST_VIDEO=0.
+- `connector` answers requests whose media cannot be had with 400 and the reason.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
   measured with it would not be that of a GPU; the reference kernel is put before it. With
   HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as it would without the plug-in.
+- `layer_report` writes down which layers are quantized, and by which kernel, where
+  HYBRIDQUANT_LAYER_REPORT names a file.
 - `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
 """
 
@@ -39,6 +42,18 @@ def register() -> None:
         fast_video.register()
     except Exception as error:
         logger.warning("hybridquant: fast video is off, vLLM prepares clips itself (%r).", error)
+    try:
+        from hybridquant_vllm import connector
+
+        connector.register()
+    except Exception as error:
+        logger.warning("hybridquant: bad media may be answered with 500 (%r).", error)
+    try:
+        from hybridquant_vllm import layer_report
+
+        layer_report.register()
+    except Exception as error:
+        logger.warning("hybridquant: cannot report on layers (%r).", error)
     try:
         _register_kernels()
     except (ImportError, AttributeError) as error:

@@ -60,9 +60,8 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     # Without PyAV this raises now, not at the first request.
-    from hybridquant_vllm import loader
+    import hybridquant_vllm.loader  # noqa: F401
 
-    loader.refuse_picture_bombs()
     # A string: importing the class here would initialize CUDA in a process that forks later.
     ModelRegistry.register_model(ARCHITECTURE, f"hybridquant_vllm.model:{ARCHITECTURE}")
 

@@ -7,19 +7,17 @@ file and a few token ids.
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from vllm import envs
-from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from hybridquant_vllm import __version__
-from hybridquant_vllm.frames import MAX_FRAME_PIXELS, read_clip
+from hybridquant_vllm.clip_cache import KEPT_CLIPS
+from hybridquant_vllm.frames import MAX_FRAME_PIXELS
 
 
 class FastVideoLoader(VideoLoader):
@@ -54,7 +52,9 @@ class FastVideoLoader(VideoLoader):
         limit = envs.VLLM_MAX_IMAGE_PIXELS
         max_pixels = min(MAX_FRAME_PIXELS, limit) if limit > 0 else MAX_FRAME_PIXELS
         size = None if cls.frame_size is None else (cls.frame_size, cls.frame_size)
-        clip = read_clip(data, fps=fps, max_frames=num_frames, size=size, max_pixels=max_pixels)
+        clip = KEPT_CLIPS.read(
+            data, fps=fps, max_frames=num_frames, size=size, max_pixels=max_pixels
+        )
         return clip.frames, {
             "total_num_frames": clip.total,
             "fps": clip.fps,
@@ -63,26 +63,6 @@ class FastVideoLoader(VideoLoader):
             "frames_indices": list(clip.indices),
             "do_sample_frames": False,
         }
-
-
-def refuse_picture_bombs() -> None:
-    """Make pictures of far too many pixels a ValueError, which vLLM answers with 400.
-
-    Trap: Pillow refuses such a picture itself, with an exception that vLLM 0.32 and 0.33 do not
-    expect. Symptom: 500 Internal Server Error.
-    """
-    stock = ImageMediaIO.load_bytes
-    if hasattr(stock, "__wrapped__"):
-        return
-
-    @functools.wraps(stock)
-    def load_bytes(self: ImageMediaIO, data: bytes) -> Any:
-        try:
-            return stock(self, data)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"image cannot be read: {error} (make it smaller)") from None
-
-    ImageMediaIO.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 def register_loader(frame_size: int | None) -> str:

@@ -30,9 +30,10 @@ IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
 
 Batch = dict[str, Any]
-"""One sample: `inputs_embeds` [1, length, hidden] and int64 `labels` [1, length], both on the CPU;
-`answer_length`, how many of its last tokens are the answer. From the dataset also `position`, the
-sample's position, and `next_position`, where the next optimizer step begins.
+"""One sample: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
+tokens, and int64 `labels` [1, length], all on the CPU; `answer_length`, how many of its last tokens
+are the answer. From the dataset also `position`, the sample's position, and `next_position`, where
+the next optimizer step begins.
 """
 
 
@@ -57,7 +58,8 @@ def batch_of(
     video: Video,
     max_length: int,
 ) -> Batch:
-    """Embed one sample; teacher and student are both given these embeddings.
+    """Embed one sample; teacher and student are both given these embeddings, unless the student's
+    own train.
 
     A batch is one sample. The plain Mamba path has no padding mask and would carry its state from
     one packed sample into the next; with one sample there is nothing to pad, and clips that EVS
@@ -83,11 +85,13 @@ def batch_of(
     prompt = build_prompt(sample, config, checkpoint.tokenizer, video, max_length=limit)
     embedded = embed(model, prompt, config)
     is_visual = embedded.token_ids == config.image_token_id
-    labels = embedded.token_ids.masked_fill(is_visual, IGNORE)
+    text_ids = embedded.token_ids.masked_fill(is_visual, IGNORE)
+    labels = text_ids.clone()
     if not bool((labels[1:] != IGNORE).any()):
         raise BadInput(Fault(sample.where, "has no token to learn from", "give it some text"))
     return {
         "inputs_embeds": embedded.inputs_embeds[None].cpu(),
+        "text_ids": text_ids[None].cpu(),
         "labels": labels[None].cpu(),
         "answer_length": answer_length(sample, config, checkpoint.tokenizer),
     }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from quantize.distill.weights import Linears, enabled_quantizers, ranges_of, whole
+from quantize.distill.weights import Linears, Trained, enabled_quantizers, ranges_of, whole
 
 
 @contextlib.contextmanager
@@ -48,8 +48,8 @@ class GradientCheck(TrainerCallback):
     other.
     """
 
-    def __init__(self, trained: Linears) -> None:
-        self._trained = {id(linear): name for name, linear in trained.items()}
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
         self._is_done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,23 +61,27 @@ class GradientCheck(TrainerCallback):
         if self._is_done:
             return
         self._is_done = True
-        missing = dict(self._trained)
+        missing = []
+        expected = set()
+        for name, weight in self._trained.weights.items():
+            expected.add(id(weight.parameter))
+            if not _has_gradient(weight.parameter):
+                missing.append(name)
         unexpected = []
-        for name, module in kwargs["model"].named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
-                if not _has_gradient(parameter):
-                    continue
-                if key == "weight" and id(module) in self._trained:
-                    del missing[id(module)]
-                else:
-                    unexpected.append(f"{name}.{key}")
+        for name, parameter in kwargs["model"].named_parameters():
+            if id(parameter) not in expected and _has_gradient(parameter):
+                unexpected.append(name)
         if missing or unexpected:
-            lacking = sorted(missing.values())
-            raise RuntimeError(f"no gradient at {lacking}, and one too many at {unexpected}")
+            raise RuntimeError(f"no gradient at {missing}, and one too many at {unexpected}")
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(whole(parameter.grad.norm()))
+    """Return whether there is one, and for matrices that it is not zero: what a vector of a few
+    values is given may round to zero.
+    """
+    if parameter.grad is None:
+        return False
+    return parameter.dim() < 2 or bool(whole(parameter.grad.norm()))
 
 
 def copied_ranges(linears: Linears) -> dict[str, torch.Tensor]:

@@ -50,6 +50,7 @@ def loss_sum(
     teacher: torch.Tensor | None,
     labels: torch.Tensor,
     head: torch.Tensor,
+    teacher_head: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum the loss over the positions whose next token counts, in nats.
 
@@ -60,8 +61,8 @@ def loss_sum(
         student: The student's hidden states [1, length, hidden].
         teacher: The teacher's, or None.
         labels: int64 [1, length]; tokens labelled `IGNORE` do not count.
-        head: Weight [vocabulary, hidden] of the output layer, the same in both: it is neither
-            quantized nor trained.
+        head: Weight [vocabulary, hidden] of the student's output layer.
+        teacher_head: The teacher's; the student's when None.
     """
     next_tokens = labels[:, 1:]
     counted = next_tokens != IGNORE
@@ -74,15 +75,18 @@ def loss_sum(
         piece = _divergence
         targets = teacher[:, :-1][counted].to(head.dtype)
     sums = []
+    heads = [head] if teacher is None else [head, head if teacher_head is None else teacher_head]
     for some, their_targets in zip(ours.split(POSITIONS), targets.split(POSITIONS), strict=True):
-        sums.append(checkpoint(piece, some, their_targets, head, use_reentrant=False))
+        sums.append(checkpoint(piece, some, their_targets, *heads, use_reentrant=False))
     return torch.stack(sums).sum()
 
 
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def _divergence(
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, teacher_head: torch.Tensor
+) -> torch.Tensor:
     criterion = LogitsDistillationLoss(temperature=1.0, reduction="none")
     ours = F.linear(student, head).float()
-    theirs = F.linear(teacher, head).float()
+    theirs = F.linear(teacher, teacher_head).float()
     return criterion(ours, theirs).sum()
 
 

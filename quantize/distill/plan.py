@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,28 @@ from accelerate.utils import parse_flag_from_env
 
 from calibrate.samples import Sample, Skipped
 from checkpoint.atomic import space_faults
+from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layout import select_prefix, spec_bytes
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
 from checkpoint.video import Video
+from quantize.distill.loss import POSITIONS
 from quantize.distill.settings import Distill
 from quantize.policy import Policy
 
 # accelerate's launcher passes its FSDP options through the environment only; the object that holds
 # them exists from the trainer's construction on, which is after the weights are loaded.
+_BF16 = 2
+_FLOAT32 = 4
+
+_TENSORS_INSIDE = 8
+"""Tensors of a layer's inner width that its backward holds: input, activation, both quantized, and
+their gradients."""
+
+_LOSS_TENSORS = 6
+"""Tensors of a piece's logits that the loss and its backward hold at once."""
+
 _FSDP = "ACCELERATE_USE_FSDP"
 _FSDP_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -32,7 +44,7 @@ class DistillationPlan:
 
     Attributes:
         settings: The recipe's section.
-        trained: Checkpoint names of the linears whose weights train.
+        trained: Names of the tensors that train.
         directory: Where checkpoints are kept while it runs, and resumed from.
         samples: Opens one pass over the training samples, the same at every call.
         skipped: Counts the samples that cannot be used, those that `samples` leaves out included.
@@ -72,18 +84,41 @@ class DistillationPlan:
     @property
     def weights(self) -> int:
         """Number of weights that train."""
-        trained = set(self.trained)
-        return sum(
-            math.prod(linear.shape) for linear in self.checkpoint.linears if linear.name in trained
-        )
+        return sum(math.prod(self.checkpoint.layout[name].shape) for name in self.trained)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether the token embeddings train."""
+        return f"{self.checkpoint.config.family.embeddings}.weight" in self.trained
 
     @property
     def device_bytes(self) -> int:
         """Memory that the language model and its training take on each process's device, without
         activations.
         """
-        shards = self.processes.count if self.is_sharded else 1
-        return training_bytes(self._language_model_bytes, self.weights, self.is_taught, shards)
+        return training_bytes(
+            self._language_model_bytes, self.weights, self.is_taught, self._shards
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """An estimate of the peak: `device_bytes` and the activations of the longest sample."""
+        config = self.checkpoint.config
+        tokens = min(self.settings.max_length, config.max_length)
+        peak = training_bytes(
+            self._language_model_bytes,
+            self.weights,
+            self.is_taught,
+            self._shards,
+            activation_bytes(config, tokens, self.settings.gradient_checkpointing),
+        )
+        if self.is_sharded:
+            peak += gathered_bytes(self.checkpoint, self.trained, self.is_taught)
+        return max(peak, self.device_bytes)
+
+    @property
+    def _shards(self) -> int:
+        return self.processes.count if self.is_sharded else 1
 
     @property
     def state_bytes(self) -> int:
@@ -130,7 +165,7 @@ def plan_distillation(
     """
     plan = DistillationPlan(
         settings=settings,
-        trained=_trained(settings.train, policy),
+        trained=_trained(settings.train, checkpoint, policy),
         directory=directory,
         samples=samples,
         skipped=skipped,
@@ -146,13 +181,16 @@ def plan_distillation(
     return plan
 
 
-def _trained(pattern: str, policy: Policy) -> tuple[str, ...]:
-    """The quantized linears whose full name or last part matches."""
+def _trained(chosen: str, checkpoint: Checkpoint, policy: Policy) -> tuple[str, ...]:
+    """Return the tensors of the language model that `distill.train` chooses."""
+    if chosen == "all":
+        return tuple(select_prefix(checkpoint.layout, checkpoint.config.family.language_model))
+    pattern = "*" if chosen == "linears" else chosen
     names = []
     for name in policy.quantized:
         short = name.rpartition(".")[2]
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(short, pattern):
-            names.append(name)
+            names.append(f"{name}.weight")
     return tuple(names)
 
 
@@ -162,7 +200,7 @@ def _faults(plan: DistillationPlan) -> Iterator[Fault]:
     if not plan.trained:
         short = sorted({name.rpartition(".")[2] for name in plan.policy.quantized})
         what = f"{settings.train!r} matches no quantized linear"
-        yield Fault("distill.train", what, f"choose from {', '.join(short)}")
+        yield Fault("distill.train", what, f"choose all, linears or {', '.join(short)}")
     if settings.batch % count:
         what = f"{settings.batch} is not a multiple of {count} processes"
         yield Fault("distill.batch", what, "change either")
@@ -178,8 +216,10 @@ def _faults(plan: DistillationPlan) -> Iterator[Fault]:
     yield from space_faults(plan.directory, plan.state_bytes, " for checkpoints of the training")
 
 
-def training_bytes(model: int, weights: int, is_taught: bool, shards: int) -> int:
-    """Bytes of device memory that one process needs for training, without activations.
+def training_bytes(
+    model: int, weights: int, is_taught: bool, shards: int, activations: int = 0
+) -> int:
+    """Bytes of device memory that one process needs for training.
 
     Args:
         model: Bytes of the language model in BF16.
@@ -187,10 +227,67 @@ def training_bytes(model: int, weights: int, is_taught: bool, shards: int) -> in
             and AdamW's two moments.
         is_taught: Whether there is a teacher besides.
         shards: Processes that FSDP divides both models among; each holds them whole at first.
+        activations: Bytes that a sample needs besides; see `activation_bytes`.
     """
     models = 2 if is_taught else 1
     loaded = model * models + 2 * weights
-    return max(loaded, (loaded + 12 * weights) // shards)
+    return max(loaded, (loaded + 12 * weights) // shards + activations)
+
+
+def gathered_bytes(checkpoint: Checkpoint, trained: Collection[str], is_taught: bool) -> int:
+    """Bytes that a process of a sharded training holds whole: embeddings, final norm and output
+    layer of both models during a whole step, and the largest layer, the next one and a gradient.
+
+    Args:
+        checkpoint: The BF16 checkpoint.
+        trained: Names of the tensors that train; they are gathered in float32.
+        is_taught: Whether there is a teacher besides.
+    """
+    family = checkpoint.config.family
+    layers: dict[int | None, int] = {}
+    teachers = 0
+    for name, spec in select_prefix(checkpoint.layout, family.language_model).items():
+        layer = family.layer_of(name)
+        size = math.prod(spec.shape) * (_FLOAT32 if name in trained else _BF16)
+        layers[layer] = layers.get(layer, 0) + size
+        if layer is None and is_taught:
+            teachers += math.prod(spec.shape) * _BF16
+    outside = layers.pop(None)
+    return outside + teachers + 3 * max(layers.values())
+
+
+def activation_bytes(config: CheckpointConfig, tokens: int, gradient_checkpointing: bool) -> int:
+    """Bytes of device memory that one sample's forward and backward need beside the weights.
+
+    With checkpointed layers: the residual stream before every layer, the inside of one layer, and
+    the logits of one piece of the loss. Without: the inside of every layer. Counted by tensors of
+    the widest size; two H100s have measured what a token adds, and the peak within 10% of the plan
+    (benchmarks/results/training_12b_2gpu.json, tests/quantize/distill/test_distill_plan.py).
+
+    Args:
+        config: The model's.
+        tokens: Of the sample.
+        gradient_checkpointing: Whether each layer is computed twice.
+    """
+    stream = config.depth * config.hidden_size * _BF16
+    inside = {kind: _inside_bytes(config, kind) for kind in config.family.mixers.values()}
+    if gradient_checkpointing:
+        layers = max(inside.values())
+    else:
+        layers = sum(inside[config.mixer_kind(layer)] for layer in range(config.depth))
+    loss = _LOSS_TENSORS * min(tokens, POSITIONS) * config.text["vocab_size"] * _FLOAT32
+    return tokens * (stream + layers) + loss
+
+
+def _inside_bytes(config: CheckpointConfig, kind: str) -> int:
+    """Bytes of a token inside a layer, for its backward."""
+    text = config.text
+    widths = {
+        "mlp": text["intermediate_size"],
+        "mamba": text["mamba_num_heads"] * text["mamba_head_dim"],
+        "attention": text["num_attention_heads"] * text["head_dim"],
+    }
+    return _TENSORS_INSIDE * widths[kind] * _BF16
 
 
 def state_bytes(weights: int, sharded: int = 0) -> int:

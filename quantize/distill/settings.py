@@ -32,8 +32,9 @@ class Distill(Section):
     """AdamW's, with betas 0.9 and 0.999."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps over which the rate rises; afterwards it falls as a cosine."""
-    train: str = "*"
-    """Which quantized linears train: a shell pattern on the full name or its last part."""
+    train: str = "all"
+    """What trains: `all` of the language model, as published; `linears`, the quantized ones; or
+    some of those, by a shell pattern on the full name or its last part."""
     video_pruning_rates: Annotated[tuple[PruningRate, ...], Field(min_length=1)] | None = None
     """EVS rates of the clips; each sample draws one. By default `video.pruning_rate`."""
     max_length: Annotated[int, Field(ge=16)] = 16384

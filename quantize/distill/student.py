@@ -12,31 +12,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from checkpoint.libraries import language_model_classes
-from quantize.distill.weights import Linears, weight_of
+from quantize.distill.dataset import IGNORE
+from quantize.distill.weights import Trained
 
 if TYPE_CHECKING:
     from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 
 @contextlib.contextmanager
-def trainable(student: nn.Module, linears: Linears) -> Iterator[None]:
-    """Freeze everything but the weights of `linears`, hold those in float32, and keep Mamba's path
-    unfused.
+def trainable(student: nn.Module, trained: Trained) -> Iterator[None]:
+    """Freeze everything but what trains, hold that in float32, and keep Mamba's path unfused.
+
+    A step of 2e-6 is lost in BF16, whose numbers near 0.02 are 1e-4 apart. The model computes with
+    the weights rounded to BF16, so that the first loss is PTQ's; autocast would change every other
+    operation as well. Afterwards what was trained stays in float32.
     """
     student.requires_grad_(False)
+    linears = set(trained.linears.values())
     hooks = []
-    for linear in linears.values():
-        weight = weight_of(linear)
-        dtype = weight.dtype
-        # A step of 2e-6 is lost in BF16, whose numbers near 0.02 are 1e-4 apart.
-        weight.data = weight.data.float()
-        weight.requires_grad_(True)
-        # With the quantized weight in BF16 the matmul is PTQ's own, and the first loss is that of
-        # PTQ. Autocast would change every other layer as well.
-        quantizer: Any = linear.weight_quantizer
-        hooks.append(quantizer.register_forward_hook(partial(_cast_output, dtype=dtype)))
+    for weight in trained.weights.values():
+        parameter = weight.parameter
+        dtype = parameter.dtype
+        parameter.data = parameter.data.float()
+        if weight.module in linears:
+            quantizer: Any = weight.module.weight_quantizer
+            hooks.append(quantizer.register_forward_hook(partial(_cast_output, dtype=dtype)))
+        elif not weight.is_rounded:
+            # `unsafe` allows another dtype than the parameter's.
+            parametrize.register_parametrization(
+                weight.module, weight.key, _Rounded(dtype), unsafe=True
+            )
+        weight.parameter.requires_grad_(True)
     mixers = unfuse_mamba(student)
     try:
         yield
@@ -46,6 +55,17 @@ def trainable(student: nn.Module, linears: Linears) -> Iterator[None]:
         for mixer in mixers:
             del mixer.train
         student.requires_grad_(False).eval()
+
+
+class _Rounded(nn.Module):
+    """Rounds a float32 weight to the dtype that its module computes in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._dtype)
 
 
 def _cast_output(
@@ -102,6 +122,36 @@ class _Embeddings(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
+
+
+@contextlib.contextmanager
+def own_embeddings(student: nn.Module, text_ids: torch.Tensor) -> Iterator[None]:
+    """Let the student embed text by its own embeddings, so that they are given gradients.
+
+    Samples are embedded before, by BF16's, which the teacher is given. The student embeds inside
+    its forward, where its embeddings are whole under FSDP.
+
+    Args:
+        student: A `NemotronHForCausalLM`.
+        text_ids: int64 [1, length]; `IGNORE` at visual tokens, whose embeddings are the projector's
+            and stay.
+    """
+    model: Any = student
+    backbone = model.get_decoder()
+    hook = backbone.register_forward_pre_hook(partial(_embed_text, text_ids), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _embed_text(
+    text_ids: torch.Tensor, backbone: Any, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = named["inputs_embeds"]
+    is_text = text_ids != IGNORE
+    own = backbone.get_input_embeddings()(text_ids.clamp(min=0)).to(given.dtype)
+    return inputs, named | {"inputs_embeds": torch.where(is_text[..., None], own, given)}
 
 
 def frozen_copy(language_model: nn.Module) -> nn.Module:

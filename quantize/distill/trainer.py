@@ -44,13 +44,18 @@ from quantize.distill.guards import GradientCheck, watched_quantizers
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.plan import DistillationPlan
 from quantize.distill.step_log import StepLog
-from quantize.distill.weights import Linears, load_weights, save_weights
+from quantize.distill.student import own_embeddings
+from quantize.distill.weights import Trained, load_weights, save_weights
 from quantize.modelopt_output import printed_to_log
 
 _ADVICE = (
     "lower distill.learning_rate first, tenfold; "
     "2e-6 is right for the 12B, 2e-5 ends below PTQ there"
 )
+
+
+_MODEL_INPUTS = ("inputs_embeds", "text_ids", "labels")
+"""Tensors of a batch."""
 
 
 class DistillationArguments(TrainingArguments):
@@ -110,7 +115,7 @@ class DistillationTrainer(QADTrainer):
         plan: DistillationPlan,
         student: nn.Module,
         teacher: nn.Module | None,
-        linears: Linears,
+        trained: Trained,
         dataset: TrainingDataset,
         held_out: Sequence[Batch],
     ) -> None:
@@ -118,15 +123,15 @@ class DistillationTrainer(QADTrainer):
 
         Args:
             plan: Checked.
-            student: The quantized language model, the weights of `linears` its only trainable ones.
+            student: The quantized language model; its only trainable weights are `trained`.
             teacher: The BF16 language model; without it, the samples' own tokens are learnt by
                 cross-entropy.
-            linears: The linears that train, by checkpoint name.
+            trained: What trains.
             dataset: Training batches.
             held_out: Held-out batches, the same in every process.
         """
         callbacks: list[TrainerCallback] = [
-            GradientCheck(linears),
+            GradientCheck(trained),
             _CheckpointFinisher(self),
             StepLog(self),
         ]
@@ -144,9 +149,13 @@ class DistillationTrainer(QADTrainer):
         self.loss_name = "KL" if teacher else "cross-entropy"
         self.tokens = 0
         self._plan = plan
-        self._linears = linears
+        self._trained = trained
+        self._trains_embeddings = plan.trains_embeddings
         self._dataset = dataset
         self._teacher: nn.Module | None = teacher
+        # Whole, also where FSDP will shard the teacher.
+        head: Any = None if teacher is None else teacher.lm_head
+        self._teacher_head: torch.Tensor | None = None if head is None else head.weight.detach()
         self._teacher_is_prepared = False
         self._quantizers_are_checked = False
         self._next_position = dataset.start
@@ -165,6 +174,10 @@ class DistillationTrainer(QADTrainer):
         It shards itself; accelerate would broadcast the batches of one process.
         """
         return DataLoader(self._dataset, batch_size=None)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the matrices: norms, biases, and Mamba's A, D and time steps do not decay."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: transformers estimates it from `input_ids`, and there are none."""
@@ -187,7 +200,7 @@ class DistillationTrainer(QADTrainer):
 
         Args:
             model: The student, wrapped as transformers trains it.
-            inputs: `inputs_embeds` and `labels` on this process's device.
+            inputs: `inputs_embeds`, `text_ids` and `labels` on this process's device.
             return_outputs: Whether to return the model's outputs as well.
             num_items_in_batch: Positions that count in the step, over all processes.
         """
@@ -200,9 +213,13 @@ class DistillationTrainer(QADTrainer):
         student: Any = self.accelerator.unwrap_model(self.model)
 
         def loss_of(ours: torch.Tensor) -> torch.Tensor:
-            return loss_sum(ours, theirs, inputs["labels"], student.lm_head.weight)
+            head = student.lm_head.weight
+            return loss_sum(ours, theirs, inputs["labels"], head, self._teacher_head)
 
-        with replaced_head(student, loss_of):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced_head(student, loss_of))
+            if self._trains_embeddings:
+                stack.enter_context(own_embeddings(student, inputs["text_ids"]))
             outputs = model(inputs_embeds=embeds, use_cache=False)
         # FSDP and DDP average gradients over processes, which are to be summed.
         loss = outputs.logits * self.accelerator.num_processes
@@ -215,6 +232,8 @@ class DistillationTrainer(QADTrainer):
         if self._teacher_is_prepared:
             return
         self._teacher_is_prepared = True
+        if self._teacher_head is not None:
+            self._teacher_head = self._teacher_head.to(self.args.device)
         if self.is_fsdp_enabled:
             # accelerate shards a model under FSDP2 only together with an optimizer.
             optimizer = torch.optim.SGD([next(teacher.parameters())], lr=0.0)
@@ -237,7 +256,7 @@ class DistillationTrainer(QADTrainer):
             BadInput: The loss is not finite.
             RuntimeError: A quantizer was not called.
         """
-        given = {"inputs_embeds": inputs["inputs_embeds"], "labels": inputs["labels"]}
+        given = {name: inputs[name] for name in _MODEL_INPUTS}
         with contextlib.ExitStack() as stack:
             if not self._quantizers_are_checked:
                 self._quantizers_are_checked = True
@@ -284,12 +303,11 @@ class DistillationTrainer(QADTrainer):
         for number in range(rounds):
             index = number * processes.count + processes.index
             batch = batches[index % len(batches)]
-            labels = batch["labels"].to(self.args.device)
-            inputs = {"inputs_embeds": batch["inputs_embeds"].to(sums.device), "labels": labels}
+            inputs = {name: batch[name].to(sums.device) for name in _MODEL_INPUTS}
             loss = self.compute_loss(model, inputs, num_items_in_batch=processes.count)
             if index < len(batches):
                 sums[0] += loss
-                sums[1] += (labels[:, 1:] != IGNORE).sum()
+                sums[1] += (inputs["labels"][:, 1:] != IGNORE).sum()
         total, count = self.accelerator.reduce(sums).tolist()
         return total / count
 
@@ -312,7 +330,7 @@ class DistillationTrainer(QADTrainer):
         self._save_weights(Path(output_dir) / WEIGHTS)
 
     def _save_weights(self, path: Path) -> None:
-        save_weights(self._linears, path, self.state.global_step, self._plan.processes)
+        save_weights(self._trained, path, self.state.global_step, self._plan.processes)
 
     def finish_checkpoint(self) -> None:
         """Complete the checkpoint that transformers has written and give it its name."""
@@ -321,7 +339,7 @@ class DistillationTrainer(QADTrainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the progress of a checkpoint."""
-        load_weights(self._linears, checkpoint / WEIGHTS)
+        load_weights(self._trained, checkpoint / WEIGHTS)
         progress = read_progress(checkpoint, self._plan.processes.index)
         self.history = dict(progress.history)
         self.tokens = progress.tokens

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from calibrate.samples import Sample
+from checkpoint.files import DTYPES
 from checkpoint.memory import memory_advice
 from quantize.distill.checkpoints import (
     BEST,
@@ -34,7 +36,8 @@ from quantize.distill.plan import DistillationPlan
 from quantize.distill.student import embedding_only, trainable
 from quantize.distill.trainer import DistillationTrainer
 from quantize.distill.weights import (
-    Linears,
+    Trained,
+    Weight,
     gather_model,
     load_ranges,
     load_weights,
@@ -51,7 +54,7 @@ class Distilled:
     """What came of a distillation.
 
     Attributes:
-        trained: Checkpoint names of the linears whose weights are no longer the source's.
+        trained: Names of the tensors that are no longer the source's.
         loss: What was learnt, and by what the best step was chosen: `KL` from BF16, or
             `cross-entropy`.
         steps: Optimizer steps made.
@@ -107,29 +110,30 @@ def distill(
     student = model.language_model
     # The export will share them: what is trained must be what is served.
     share_fused_scales(student, plan.policy)
-    linears = _trained_linears(plan, student)
+    trained = find_trained(plan, student)
     plan.directory.mkdir(parents=True, exist_ok=True)
     remove_partial(plan)
-    with trainable(student, linears), embedding_only(model):
+    # Samples are embedded by BF16's embeddings, so they are copied before they can train.
+    with embedding_only(model), trainable(student, trained):
         dataset = _make_dataset(plan, model)
         held_out = dataset.held_out()
-        trainer = DistillationTrainer(plan, student, teacher, linears, dataset, held_out)
+        trainer = DistillationTrainer(plan, student, teacher, trained, dataset, held_out)
         share_ranges(student, plan.processes)
         last = last_checkpoint(plan.directory)
         if last is not None:
             # A GPU may have calibrated another bit this time.
-            load_ranges(linears, last / WEIGHTS)
-        ranges = copied_ranges(linears)
+            load_ranges(trained.linears, last / WEIGHTS)
+        ranges = copied_ranges(trained.linears)
         if last is not None and step_of(last) == plan.settings.steps:
             trainer.restore_finished(last)  # the run was killed during the export
         else:
             with _frozen_garbage():
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         gather_model(student, plan.processes)
-    check_ranges(linears, ranges)
+    check_ranges(trained.linears, ranges)
     best = 0
     if plan.processes.is_first:
-        best = load_weights(linears, plan.directory / BEST)
+        best = load_weights(trained, plan.directory / BEST)
         dataset.warn_of_unanswered()
     result = _result(plan, trainer, best)
     del trainer
@@ -138,9 +142,40 @@ def distill(
     return result
 
 
-def _trained_linears(plan: DistillationPlan, student: nn.Module) -> Linears:
+def find_trained(plan: DistillationPlan, student: nn.Module) -> Trained:
+    """Return what a plan trains, in a quantized language model."""
     family = plan.checkpoint.config.family
-    return {name: student.get_submodule(family.native_module(name)) for name in plan.trained}
+    quantized = set(plan.policy.quantized)
+    weights = {}
+    linears = {}
+    for name in plan.trained:
+        path, _, key = family.native_module(name).rpartition(".")
+        module = student.get_submodule(path)
+        weights[name] = Weight(module, key)
+        owner = name.rpartition(".")[0]
+        if owner in quantized:
+            linears[owner] = module
+    return Trained(weights, linears)
+
+
+def trained_tensors(
+    plan: DistillationPlan, model: nn.Module, distilled: Distilled
+) -> dict[str, torch.Tensor]:
+    """Return the trained tensors that are not quantized, as they are written, by name in the
+    checkpoint.
+
+    Args:
+        plan: Of the distillation.
+        model: The language model after it.
+        distilled: What came of it.
+    """
+    found = find_trained(plan, model)
+    tensors = {}
+    for name in distilled.trained:
+        if name.rpartition(".")[0] not in found.linears:
+            dtype = DTYPES[plan.checkpoint.layout[name].dtype]
+            tensors[name] = found.weights[name].parameter.detach().to(dtype)
+    return tensors
 
 
 def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) -> TrainingDataset:

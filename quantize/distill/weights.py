@@ -1,4 +1,4 @@
-"""Weights and quantizer ranges of the linears that train: saved, loaded, shared by processes, and
+"""Weights that train, and the quantizer ranges beside them: saved, loaded, shared by processes, and
 made whole again after sharding.
 """
 
@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,57 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import parametrize
 
 from checkpoint.atomic import write_tensors
 from checkpoint.processes import Processes
 
 Linears = Mapping[str, nn.Module]
 """Quantized linears by checkpoint name."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that trains.
+
+    Attributes:
+        module: The module that it belongs to.
+        key: Its name there.
+    """
+
+    module: nn.Module
+    key: str
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its module computes with a rounded copy: see `quantize.distill.student`."""
+        return parametrize.is_parametrized(self.module, self.key)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, as it is now: FSDP replaces parameters.
+
+        ModelOpt's `linear.weight` is computed, and quantized while the linear runs.
+        """
+        owner: Any = self.module
+        key = self.key
+        if self.is_rounded:
+            owner = owner.parametrizations[key]
+            key = "original"
+        return dict(owner.named_parameters(recurse=False))[key]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What trains.
+
+    Attributes:
+        weights: By name in the checkpoint.
+        linears: The quantized linears among their modules.
+    """
+
+    weights: Mapping[str, Weight]
+    linears: Linears
 
 
 def enabled_quantizers(module: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -58,32 +105,24 @@ def share_ranges(model: nn.Module, processes: Processes) -> None:
             dist.broadcast(quantizer.amax, 0)
 
 
-def weight_of(linear: nn.Module) -> nn.Parameter:
-    """Return the parameter itself.
-
-    ModelOpt's `linear.weight` is computed, and quantized while the linear runs.
-    """
-    return dict(linear.named_parameters(recurse=False))["weight"]
-
-
-def save_weights(linears: Linears, path: Path, step: int, processes: Processes) -> None:
-    """Write the float32 weights of the linears and the ranges of their quantizers.
+def save_weights(trained: Trained, path: Path, step: int, processes: Processes) -> None:
+    """Write the float32 weights that train and the ranges of their quantizers.
 
     Every process must call this, because each holds a part of sharded weights.
 
     Args:
-        linears: Whole or sharded.
+        trained: Whole or sharded.
         path: The safetensors file.
         step: The optimizer step that they are from.
         processes: The first one writes.
     """
     tensors = {}
-    for name, linear in linears.items():
-        weight = whole(weight_of(linear).detach())
+    for name, weight in trained.weights.items():
+        values = whole(weight.parameter.detach())
         if processes.is_first:
-            tensors[f"{name}.weight"] = weight.cpu()
+            tensors[name] = values.cpu()
     if processes.is_first:
-        for name, amax in ranges_of(linears).items():
+        for name, amax in ranges_of(trained.linears).items():
             tensors[name] = amax.cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"step": str(step)})
@@ -91,21 +130,21 @@ def save_weights(linears: Linears, path: Path, step: int, processes: Processes) 
 
 
 @torch.no_grad()
-def load_weights(linears: Linears, path: Path) -> int:
-    """Load what `save_weights` wrote into whole or sharded linears.
+def load_weights(trained: Trained, path: Path) -> int:
+    """Load what `save_weights` wrote into whole or sharded weights.
 
     Returns:
         The step that the weights are from.
     """
     with safe_open(path, framework="pt") as file:
-        for name, linear in linears.items():
-            weight = weight_of(linear)
-            loaded: torch.Tensor = file.get_tensor(f"{name}.weight").to(weight.device)
-            if isinstance(weight, DTensor):
-                loaded = distribute_tensor(loaded, weight.device_mesh, weight.placements)
-            weight.copy_(loaded)
+        for name, weight in trained.weights.items():
+            parameter: Any = weight.parameter
+            loaded: torch.Tensor = file.get_tensor(name).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                loaded = distribute_tensor(loaded, parameter.device_mesh, parameter.placements)
+            parameter.copy_(loaded)
         step = int(file.metadata()["step"])
-    load_ranges(linears, path)
+    load_ranges(trained.linears, path)
     return step
 
 

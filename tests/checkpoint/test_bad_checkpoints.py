@@ -126,7 +126,7 @@ def test_a_quantized_checkpoint_is_opened_but_not_as_bf16(tiny_copy):
         ("[]", "is a JSON list, not a JSON object"),
         ('{"metadata": {}}', "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "values that are not file names"),
+        ('{"weight_map": {"a": 1}}', "weight_map.a is not a file name"),
     ],
 )
 def test_an_index_that_is_not_one(tiny_copy, content, what):

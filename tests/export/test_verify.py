@@ -1,5 +1,5 @@
 """The verifier sees each kind of damage, and a sound directory has no faults. Every test damages
-one thing.
+one thing, in a directory whose manifest records no SHA-256: with it, any change would be seen.
 """
 
 import json
@@ -16,6 +16,7 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles
 from checkpoint.layout import language_model_linears
 from export.layout import linear_formats
+from export.manifest import MANIFEST
 from export.verify import show_faults, verify
 from tests.editing import edit_json, edit_tensors, truncate
 
@@ -24,6 +25,18 @@ FIX_SECTION = "fix quantization_config, or export again"
 
 LAYER = "language_model.backbone.layers.{}.mixer.{}"
 IN_PROJ = LAYER.format(0, "in_proj")
+
+
+@pytest.fixture
+def fp8_copy(fp8, tmp_path) -> Path:
+    """A copy of the FP8 export that a test may change, without recorded digests."""
+    return copy_without_digests(fp8, tmp_path / "fp8")
+
+
+def copy_without_digests(directory, target) -> Path:
+    shutil.copytree(directory, target)
+    edit_json(target / MANIFEST, lambda manifest: manifest.pop("files"))
+    return target
 
 
 @pytest.fixture
@@ -40,7 +53,7 @@ def mixed_export(nvfp4_export) -> Path:
 
 @pytest.fixture
 def mixed(mixed_export, tmp_path) -> Path:
-    return Path(shutil.copytree(mixed_export, tmp_path / "mixed"))
+    return copy_without_digests(mixed_export, tmp_path / "mixed")
 
 
 def messages(directory, source=None) -> str:
@@ -100,14 +113,15 @@ def test_files_that_are_sound_but_not_the_sources_are_faults(fp8_copy, tiny):
     (fp8_copy / "chat_template.jinja").write_text("{{ messages }}")
     (fp8_copy / "added_tokens.json").write_text('{"<a>": 7}')
     (fp8_copy / "README.md").write_text("Quantized.")
-    assert verify(fp8_copy) == []
+    (fault,) = verify(fp8_copy)  # a template without the assistant's turn is not sound either
+    assert fault.where == str(fp8_copy / "chat_template.jinja")
     found = {Path(fault.where).name: fault.what for fault in verify(fp8_copy, tiny)}
     assert found == {
-        "tokenizer_config.json": f"differs from that of {tiny}",
+        "tokenizer_config.json": f"differs from that of {tiny} in model_max_length",
         "configuration.py": f"differs from that of {tiny}",
         "generation_config.json": f"no such file, unlike in {tiny}",
         "chat_template.jinja": f"differs from that of {tiny}",
-        "added_tokens.json": f"does not exist in {tiny}",
+        "added_tokens.json": "belongs neither to the source nor to what hybridquant.json records",
     }
 
 
@@ -233,7 +247,7 @@ def test_an_unknown_algorithm_is_one_fault_that_names_the_known_ones(fp8_copy, a
         ("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo=algo)),
     ):
         edit_json(fp8_copy / file, change)
-    (fault,) = verify(fp8_copy)
+    fault, _ = verify(fp8_copy)  # the other names config_groups, which no longer fit
     known = "FP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION"
     assert fault.what == f"quant_algo is {algo}, not one of {known}"
     with pytest.raises(BadInput, match=r"quant_algo of .* not one of FP8"):
@@ -295,7 +309,7 @@ def test_a_name_in_quantized_layers_that_is_not_a_linear(mixed):
 
 def test_the_group_size_that_vllm_requires(nvfp4_weight_only, tmp_path):
     """Upstream trap: without it vLLM refuses NVFP4 checkpoints that come with this file alone."""
-    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    copy = copy_without_digests(nvfp4_weight_only, tmp_path / "copy")
     edit_json(copy / "hf_quant_config.json", lambda c: c["quantization"].pop("group_size"))
     assert "group_size is None, W4A16_NVFP4 has 16" in messages(copy)
 
@@ -304,22 +318,23 @@ def test_a_weight_only_directory(nvfp4_weight_only, tiny, tmp_path):
     assert verify(nvfp4_weight_only, tiny) == []
     tensors = TensorFiles(nvfp4_weight_only)
     assert not [name for name in tensors if name.endswith("input_scale")]
-    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    copy = copy_without_digests(nvfp4_weight_only, tmp_path / "copy")
     edit_tensors(copy, lambda t: t.update({f"{IN_PROJ}.input_scale": torch.ones(())}))
     # With an input scale, these are the tensors of another format.
+    where = f"{copy / 'config.json'}: {IN_PROJ}"
     assert messages(copy) == str(
-        Fault(IN_PROJ, "is NVFP4, config.json says W4A16_NVFP4", FIX_SECTION)
+        Fault(where, "is NVFP4, config.json says W4A16_NVFP4", FIX_SECTION)
     )
 
 
 def test_a_weight_only_directory_whose_q_k_v_scales_differ(nvfp4_weight_only, attention, tmp_path):
-    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    copy = copy_without_digests(nvfp4_weight_only, tmp_path / "copy")
     edit_tensors(copy, lambda t: t[f"{attention}.k_proj.weight_scale_2"].mul_(2))
     assert f"{attention} weight_scale_2: differs" in messages(copy)
 
 
 def test_a_flipped_weight_of_a_weight_only_directory(nvfp4_weight_only, tiny, tmp_path):
-    copy = Path(shutil.copytree(nvfp4_weight_only, tmp_path / "copy"))
+    copy = copy_without_digests(nvfp4_weight_only, tmp_path / "copy")
 
     def flip(tensors):
         codes = tensors[f"{IN_PROJ}.weight"].view(-1)
@@ -366,9 +381,10 @@ def test_swapped_layers_are_found(fp8_copy, tiny, tiny_config):
 
 def test_a_source_of_another_size_is_one_fault(fp8, tiny_copy):
     edit_json(tiny_copy / "config.json", lambda c: c.update(projector_hidden_size=64))
-    assert [fault.what for fault in verify(fp8, tiny_copy)] == [
-        "describes a model of other dimensions"
-    ]
+    (fault,) = verify(fp8, tiny_copy)
+    assert fault.where == str(tiny_copy)
+    assert fault.what.startswith("describes a model of other dimensions than ")
+    assert "projector_hidden_size is 512" in fault.what
 
 
 def test_truncated_weights(fp8_copy):
@@ -399,7 +415,7 @@ def test_the_command_line_gives_all_faults_and_exits_1(fp8_copy, tiny):
     result = run_verify(fp8_copy, "--source", tiny, "--json")
     found = json.loads(result.stdout)["faults"]
     assert result.returncode == 1
-    assert {fault["where"].rpartition("/")[2] for fault in found} >= {
+    assert {fault["where"].rpartition(": ")[2] for fault in found} >= {
         f"{IN_PROJ}.input_scale",
         "mlp1.1.weight",
     }

@@ -41,7 +41,7 @@ def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
     with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
         run(distilling)
     # Documents have some 100 tokens, answer included.
-    trained = r"then 24 linears, 1\.1 million weights, train for \d+ steps"
+    trained = r"then 61 tensors, 1\.\d million weights, train for \d+ steps"
     samples = r"of \d+ samples of about 1\d\d tokens:"
     assert any(re.match(rf"{trained} {samples}", message) for message in caplog.messages)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models import ModelRegistry, nano_nemotron_vl, radio
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -60,7 +61,7 @@ def media(renderer, options: dict, given: dict, pixels: dict[str, np.ndarray]) -
             _, (prompt,) = renderer.render_chat([case["messages"]], params)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
-            found[name]["is_bad_request"] = isinstance(error, ValueError)
+            found[name]["is_bad_request"] = isinstance(error, (ValueError, VLLMClientError))
             found[name]["seconds"] = time.process_time() - started
             continue
         found[name] = {"ids": prompt["prompt_token_ids"], "hashes": dict(prompt["mm_hashes"])}

@@ -13,7 +13,11 @@ from plugin_media import CLIPS, ODD_CLIPS, clip, png_of_size, sound
 
 def ask(server, kind, data):
     """Ask about one medium and return (status, answer or reason, seconds)."""
-    url = f"data:{kind}/x;base64,{base64.b64encode(data).decode()}"
+    return ask_url(server, kind, f"data:{kind}/x;base64,{base64.b64encode(data).decode()}")
+
+
+def ask_url(server, kind, url):
+    """Ask about the medium of a URL."""
     parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}]
     parts.append({"type": "text", "text": "What is it?"})
     body = {
@@ -56,3 +60,20 @@ def test_bad_media_are_refused_while_good_ones_are_answered(server):
         assert seconds < 2, name  # under one where nothing else runs
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert log.count("fast video replaces") == 1
+
+
+BAD_URLS = {
+    "data:image/png,abc": "Only base64 data URLs",
+    "file:///etc/hostname": "--allowed-local-media-path",
+    "http://127.0.0.1:9/picture.png": "remote-media-are-off.invalid",
+}
+
+
+@pytest.mark.server
+def test_a_url_that_is_not_allowed_is_the_requests_fault(server):
+    """test_fetching.py tries many more without a server."""
+    for kind in ("image", "video"):
+        for url, part in BAD_URLS.items():
+            status, reason, _ = ask_url(server, kind, url)
+            assert status == 400, (kind, url, reason)
+            assert part in reason

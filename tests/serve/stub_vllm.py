@@ -1,9 +1,9 @@
 """Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and
 ways to fail.
 
-STUB_MODE is `serve` (answers), `die` (prints two errors and ends), `stubborn` (answers and ignores
-SIGTERM) or `silent` (never answers). STUB_PIDS names a file for the process ids of the server and
-its child.
+STUB_MODE is `serve` (answers), `die` (prints two errors and ends), `taken` (ends because a port is
+in use), `taken once` (so the first time), `stubborn` (answers and ignores SIGTERM) or `silent`
+(never answers). STUB_PIDS names a file for the process ids of the server and its child.
 """
 
 import http.server
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 mode = os.environ["STUB_MODE"]
 arguments = sys.argv[1:]
@@ -24,6 +25,17 @@ if mode == "die":
     )
     print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
     sys.exit(3)
+if mode.startswith("taken"):
+    starts = Path(os.environ["STUB_PIDS"] + ".starts")
+    is_first = not starts.exists()
+    with starts.open("a") as file:
+        file.write(f"{port}\n")
+    if is_first or mode == "taken":
+        print(
+            "RuntimeError: [enforce fail at socket.cc:95] bind: Address already in use", flush=True
+        )
+        print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+        sys.exit(1)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

@@ -13,6 +13,7 @@ from serve.environment import (
     CPU,
     VARIABLE,
     Device,
+    Gpu,
     cuda_device,
     find_environment,
     find_python,
@@ -90,9 +91,13 @@ def test_the_environment_that_serves_is_set_up():
     assert done.returncode == 0, done.stderr
 
 
-B200 = ((10, 0), "B200")
-H100 = ((9, 0), "H100")
-BOTH = [["GPU-b2", "10.0", "B200"], ["GPU-a1", "9.0", "H100"]]
+MIB = 2**20
+B200 = Gpu((10, 0), "B200", 183359 * MIB, 182000 * MIB)
+H100 = Gpu((9, 0), "H100", 81559 * MIB, 81079 * MIB)
+BOTH = [
+    ["GPU-b2", "10.0", "183359", "182000", "B200"],
+    ["GPU-a1", "9.0", "81559", "81079", "H100"],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +111,7 @@ def every_gpu_is_visible(monkeypatch):
     [
         (True, [], CPU),
         (False, [], Device("none", "no GPU")),
-        (False, [["GPU-a", "9.0", "H100"]], cuda_device([H100])),
+        (False, BOTH[1:], cuda_device([H100])),
         # With several kinds of GPU, the weakest decides.
         (False, BOTH, Device("cuda", "H100", (9, 0), 2, (B200, H100))),
     ],
@@ -131,7 +136,7 @@ def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpu
         ("-1", []),
         ("", []),
         ("GPU-", []),  # of several
-        ("MIG-of-the-first", [B200]),
+        ("MIG-of-the-first", [B200._replace(memory=0, free=0)]),
     ],
 )
 def test_only_visible_gpus_count(interpreter, monkeypatch, visible, gpus):

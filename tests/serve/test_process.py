@@ -112,6 +112,28 @@ def test_a_dying_server_is_reported_with_its_first_error_and_the_end_of_its_log(
     assert rest[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
 
+def starts_of(stub):
+    return Path(os.environ["STUB_PIDS"] + ".starts").read_text().split()
+
+
+def test_a_server_that_lost_a_port_to_another_process_is_started_again(tiny, stub):
+    """vLLM looks for free ports for its processes long before it binds them; servers that start
+    together find the same ones.
+    """
+    with running_server(tiny, ANY_PORT, environment=stub("taken once")) as server:
+        assert urllib.request.urlopen(f"{server.url}/models").status == 200
+    first, second = starts_of(stub)
+    assert first != second
+    assert second == str(server.settings.port)
+
+
+def test_a_server_that_never_gets_its_ports_is_reported(tiny, stub):
+    with pytest.raises(ServerDied, match="Address already in use"):
+        with running_server(tiny, ANY_PORT, environment=stub("taken")):
+            pass
+    assert len(starts_of(stub)) == process.START_ATTEMPTS
+
+
 def test_waiting_for_a_server_that_never_answers_ends(tiny, stub, monkeypatch):
     monkeypatch.setattr(process, "READY_SECONDS", 1.5)
     with pytest.raises(ServerDied, match="did not answer within"):
@@ -169,7 +191,7 @@ def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status
     parent.send_signal(number)
     _, logged = parent.communicate(timeout=20)
     assert parent.returncode == status
-    assert logged.startswith("starting vLLM: ")
+    assert "\nstarting vLLM: " in logged
     if status == 0:
         assert logged.splitlines()[-1] == "stopped"
     assert gone(pids)

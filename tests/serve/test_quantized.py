@@ -66,9 +66,9 @@ def ask_directory(directory):
 
 @pytest.fixture(scope="module")
 def served(fp8, nvfp4, nvfp4_weight_only, nvfp4_export):
-    """Four servers at once: starting one imports vLLM three times, and uses one core."""
+    """Two servers at once: starting one imports vLLM three times, and uses one core."""
     mixed = nvfp4_export(MIXED)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         started = {
             "fp8": pool.submit(generate, fp8),
             "mixed": pool.submit(generate, mixed),

@@ -18,7 +18,8 @@ from quantize.distill.dataset import batch_of
 from quantize.distill.plan import plan_distillation
 from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy
-from quantize.distill.training import distill
+from quantize.distill.training import distill, find_trained
+from quantize.distill.weights import Weight
 from quantize.policy import Rule, make_policy
 from quantize.ptq import quantize_model
 
@@ -106,6 +107,7 @@ class Small:
         self.plan = small_plan(tiny, directory, samples, **options)
         self.checkpoint = self.plan.checkpoint
         self.model = load_model(self.checkpoint)
+        self._family = self.checkpoint.config.family
         self.teacher = frozen_copy(self.student) if self.plan.is_taught else None
         self.add_noise(noise)
         calibration = list(itertools.islice(samples(), 4))
@@ -117,11 +119,35 @@ class Small:
         return self.model.language_model
 
     @property
+    def trained(self):
+        """What trains."""
+        return find_trained(self.plan, self.student)
+
+    @property
     def linears(self):
-        """The linears that train, by checkpoint name."""
-        family = self.checkpoint.config.family
-        paths = {name: family.native_module(name) for name in self.plan.trained}
-        return {name: self.student.get_submodule(path) for name, path in paths.items()}
+        """The quantized linears that train, by checkpoint name."""
+        return self.trained.linears
+
+    @property
+    def trained_parameters(self):
+        """Names in the language model of what trains."""
+        return {self._family.native_module(name) for name in self.plan.trained}
+
+    def undo_trainable(self):
+        """Undo what a backward inside `trainable` leaves: gradients, and linears in float32."""
+        for weight in self.trained.weights.values():
+            weight.parameter.grad = None
+        for linear in self.linears.values():
+            weight = Weight(linear, "weight")
+            weight.parameter.data = weight.parameter.data.bfloat16()
+
+    def values(self):
+        """Values of the language model's parameters in float32, by name."""
+        found = {}
+        for name, parameter in self.student.named_parameters():
+            plain = name.replace(".parametrizations", "").removesuffix(".original")
+            found[plain] = parameter.detach().float().clone()
+        return found
 
     def add_noise(self, size):
         """Move the student away from BF16, by `size` times the spread of each linear's weights.
@@ -130,8 +156,8 @@ class Small:
         which differs between CPUs. From farther away, a step leads back.
         """
         generator = torch.Generator().manual_seed(0)
-        for linear in self.linears.values():
-            weight = linear.weight.data
+        for name in self.plan.policy.quantized:
+            weight = self.student.get_submodule(self._family.native_module(name)).weight.data
             noise = torch.randn(weight.shape, generator=generator)
             weight += (size * weight.float().std() * noise).to(weight.dtype)
 

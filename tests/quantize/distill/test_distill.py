@@ -9,10 +9,10 @@ import torch
 from calibrate.forward import embed
 from calibrate.prompts import build_prompt
 from checkpoint.native import load_model
-from quantize.distill.dataset import with_answer
-from quantize.distill.student import trainable
+from quantize.distill.dataset import IGNORE, with_answer
+from quantize.distill.student import own_embeddings, trainable
 from quantize.distill.trainer import DistillationTrainer
-from quantize.distill.weights import ranges_of, weight_of
+from quantize.distill.weights import ranges_of
 from quantize.ptq import share_fused_scales
 from tests.quantize.distill.distilling import VIDEO, Small, mixture, one_thread  # noqa: F401
 
@@ -30,9 +30,12 @@ def divergence(reference, small, samples, answers=False):
     for sample in samples:
         prompt = build_prompt(with_answer(sample), config, tokenizer, VIDEO)
         given = embed(small.model, prompt, config)
-        with torch.no_grad():
+        text_ids = given.token_ids.masked_fill(given.token_ids == config.image_token_id, IGNORE)
+        # Each model by its own embeddings, which may train.
+        with torch.no_grad(), own_embeddings(reference, text_ids[None]):
             p = log_probabilities(reference, given.inputs_embeds)
-        q = log_probabilities(small.student, given.inputs_embeds)
+        with own_embeddings(small.student, text_ids[None]):
+            q = log_probabilities(small.student, given.inputs_embeds)
         counted = (given.token_ids[1:] != config.image_token_id).nonzero().flatten()
         if answers:
             # Without a system message the template opens a thought, which the answer ends.
@@ -56,18 +59,17 @@ def done(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
     samples = list(mixture())
     with torch.no_grad():
         small.ptq_held_out = float(divergence(small.bf16, small, samples[:2], answers=True))
-    with trainable(small.student, small.linears):
+    trained = small.trained
+    with trainable(small.student, trained):
         loss = divergence(small.bf16, small, samples[2:4])
         loss.backward()
-        norms = [weight_of(linear).grad.norm() for linear in small.linears.values()]
+        norms = [weight.parameter.grad.norm() for weight in trained.weights.values()]
         small.first_loss = float(loss.detach())
         small.first_norm = float(torch.stack(norms).norm())
-    for linear in small.linears.values():
-        weight_of(linear).data = weight_of(linear).data.bfloat16()
-        weight_of(linear).grad = None
+    small.undo_trainable()
     small.probe = small.batch(samples[2])["inputs_embeds"]
     small.teacher_before = small.teacher(inputs_embeds=small.probe).logits
-    small.weights_before = {n: p.float() for n, p in small.student.named_parameters()}
+    small.weights_before = small.values()
     small.ranges_before = {n: amax.clone() for n, amax in ranges_of(small.linears).items()}
     small.logged = []
     log = DistillationTrainer.log
@@ -114,25 +116,30 @@ def test_the_teachers_outputs_do_not_move(done):
 
 def test_only_the_weights_that_train_have_changed_and_no_range_has(done):
     changed = set()
-    for name, parameter in done.student.named_parameters():
-        if not torch.equal(parameter.float(), done.weights_before[name]):
+    for name, values in done.values().items():
+        if not torch.equal(values, done.weights_before[name]):
             changed.add(name)
-    family = done.checkpoint.config.family
-    assert changed == {f"{family.native_module(name)}.weight" for name in done.plan.trained}
-    source = dict(done.bf16.named_parameters())
-    for name, parameter in done.student.named_parameters():
-        assert name in changed or torch.equal(parameter, source[name]), name
+    assert changed == done.trained_parameters
     after = ranges_of(done.linears)
     assert after.keys() == done.ranges_before.keys()
-    assert len(after) == 2 * len(done.plan.trained)
+    assert len(after) == 2 * len(done.linears)
     for name, amax in done.ranges_before.items():
         assert torch.equal(after[name], amax), name
+
+
+def test_the_linears_alone_train_on_request(tiny, tmp_path):
+    small = Small(tiny, tmp_path, mixture, format="nvfp4", noise=0.3, train="linears")
+    before = small.values()
+    result = small.run()
+    changed = {name for name, now in small.values().items() if not torch.equal(now, before[name])}
+    assert changed == small.trained_parameters
+    assert len(result.trained) == len(small.plan.policy.quantized)
 
 
 def test_nvfp4_trains_with_checkpointed_layers_and_a_pattern_of_weights(tiny, tmp_path):
     settings = {"steps": 1, "train": "o*_proj", "gradient_checkpointing": True}
     small = Small(tiny, tmp_path, format="nvfp4", noise=0.3, **settings)
-    assert {name.rpartition(".")[2] for name in small.plan.trained} == {"o_proj", "out_proj"}
+    assert {name.split(".")[-2] for name in small.plan.trained} == {"o_proj", "out_proj"}
     result = small.run()
     assert result.held_out[1][1] < result.held_out[0][1]
 
@@ -141,7 +148,7 @@ def test_a_weight_only_format_is_distilled_without_input_ranges(tiny, tmp_path):
     small = Small(tiny, tmp_path, mixture, format="nvfp4_weight_only", noise=0.3)
     ranges = ranges_of(small.linears)
     assert {name.rpartition("_proj.")[2] for name in ranges} == {"weight_quantizer.amax"}
-    assert len(ranges) == len(small.plan.trained)
+    assert len(ranges) == len(small.linears)
     result = small.run()
     assert result.best_step > 0
     assert result.held_out[result.best_step][1] < result.held_out[0][1]
@@ -178,5 +185,5 @@ def test_when_no_step_is_better_ptq_is_kept_and_the_log_shows_why(tiny, tmp_path
     pattern += f"step's {number}, {number} tokens/s"
     assert re.fullmatch(pattern, after)
     source = dict(load_model(small.checkpoint).language_model.named_parameters())
-    for name, parameter in small.student.named_parameters():
-        assert torch.equal(parameter.float(), source[name].float()), name
+    for name, values in small.values().items():
+        assert torch.equal(values, source[name].float()), name

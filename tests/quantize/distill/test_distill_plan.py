@@ -6,8 +6,15 @@ import shutil
 import pytest
 
 from checkpoint.faults import BadInput
+from checkpoint.layout import expected_tensors, select_prefix, spec_bytes
+from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
-from quantize.distill.plan import state_bytes, training_bytes
+from quantize.distill.plan import (
+    activation_bytes,
+    gathered_bytes,
+    state_bytes,
+    training_bytes,
+)
 from tests.quantize.distill.distilling import Small, one_thread, small_plan  # noqa: F401
 from tiny.checkpoint import write_tiny
 
@@ -65,7 +72,10 @@ def test_the_largest_state_is_what_was_counted(tmp_path):
 
     small = Small(tmp_path / "bf16", tmp_path, record=measure, steps=3, learning_rate=3e-5)
     assert small.run().best_step > 0
-    weights = sum(math.prod(linear.shape) for linear in small.checkpoint.linears)
+    layout = small.checkpoint.layout
+    weights = sum(
+        math.prod(spec.shape) for name, spec in layout.items() if name.startswith("language_model.")
+    )
     assert small.plan.weights == weights
     assert 0.98 < max(sizes) / small.plan.state_bytes <= 1.02
     shutil.rmtree(small.plan.directory)
@@ -86,3 +96,43 @@ def test_memory_is_divided_by_fsdp_but_never_less_than_what_is_loaded():
     assert training_bytes(20 * gb, 10 * gb, True, shards=2) == 90 * gb
     assert training_bytes(20 * gb, 10 * gb, True, shards=8) == 60 * gb
     assert training_bytes(20 * gb, 10 * gb, False, shards=1) == 160 * gb
+
+
+@pytest.mark.parametrize(("tokens", "measured"), [(1959, 60.7e9), (7901, 66.3e9)])
+def test_memory_is_what_two_h100s_measured(full12b, tokens, measured):
+    """training_12b_2gpu.json: the linears named down_proj train, layers are checkpointed."""
+    family = full12b.family
+    layout = expected_tensors(full12b)
+    model = spec_bytes(select_prefix(layout, family.language_model))
+    trained = {name for name in layout if name.endswith("down_proj.weight")}
+    weights = sum(math.prod(layout[name].shape) for name in trained)
+    activations = activation_bytes(full12b, tokens, gradient_checkpointing=True)
+    planned = training_bytes(model, weights, True, shards=2, activations=activations)
+    planned += gathered_bytes(Checkpoint(full12b, None), trained, is_taught=True)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_a_token_adds_the_memory_that_two_h100s_measured(full12b):
+    more, fewer = (activation_bytes(full12b, tokens, True) for tokens in (7901, 1959))
+    assert more - fewer == pytest.approx(66.3e9 - 60.7e9, rel=0.1)
+
+
+def test_checkpointed_layers_need_less(full12b):
+    kept = activation_bytes(full12b, 16384, gradient_checkpointing=False)
+    assert activation_bytes(full12b, 16384, gradient_checkpointing=True) < kept / 3
+
+
+def names(tiny, tmp_path, chosen):
+    return set(small_plan(tiny, tmp_path, train=chosen).trained)
+
+
+def test_what_trains_is_all_the_linears_or_some(tiny, tmp_path):
+    everything = names(tiny, tmp_path, "all")
+    linears = names(tiny, tmp_path, "linears")
+    assert linears < everything
+    for part in ("embeddings.weight", "norm_f.weight", "lm_head.weight", "A_log", "dt_bias", ".D"):
+        assert any(name.endswith(part) for name in everything - linears), part
+    assert any(name.endswith("conv1d.bias") for name in everything - linears)
+    assert all(name.startswith("language_model.") for name in everything)
+    assert names(tiny, tmp_path, "*") == linears
+    assert {name.split(".")[-2] for name in names(tiny, tmp_path, "o_proj")} == {"o_proj"}

@@ -89,7 +89,7 @@ def test_a_sharded_run_killed_and_resumed_exports_what_one_process_does(tiny, tm
 
 def assert_same_but_for_rounding(directory, other):
     """Two processes add up gradients in another order, which moves a weight or two over the edge of
-    an FP8 step.
+    an FP8 step, and others by a step of BF16.
     """
     ours = TensorFiles(directory)
     theirs = TensorFiles(other)
@@ -103,4 +103,4 @@ def assert_same_but_for_rounding(directory, other):
             one_step = tensor.float().abs() / 8 + 2**-9  # E4M3 has three bits of mantissa
             assert (apart <= one_step).all(), name
         else:
-            assert torch.equal(tensor, expected), name
+            torch.testing.assert_close(tensor, expected, rtol=2**-7, atol=1e-5, msg=name)

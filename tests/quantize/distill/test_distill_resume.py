@@ -17,10 +17,11 @@ import torch
 
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
+from checkpoint.opened import open_bf16
 from checkpoint.run_state import RunState
-from export.checks import trained_linears
+from export.checks import trained_tensors, unchecked_parts
 from export.manifest import read_manifest
-from export.verify import show_faults, verify
+from export.verify import verify
 from pipeline.run import run
 from quantize.distill.trainer import DistillationTrainer
 from recipes.loading import SHIPPED, load_recipe
@@ -155,8 +156,9 @@ def test_killed_between_writing_and_the_verdict_it_comes_to_one_without_training
     with pytest.raises(BadInput, match=r"distill\.steps: was 4"):  # another recipe's output stays
         load_and_run(tiny, output, "distill.steps=5")
     load_and_run(tiny, output)
-    recipe = read_manifest(output).recipe
-    assert read_manifest(output) == dataclasses.replace(read_manifest(uninterrupted), recipe=recipe)
+    resumed = read_manifest(output)
+    same = {"recipe": resumed.recipe, "times": resumed.times}
+    assert resumed == dataclasses.replace(read_manifest(uninterrupted), **same)
     assert_same_tensors(output, uninterrupted)
     assert not (tmp_path / ".out.run").exists()
     with pytest.raises(BadInput, match="exists already"):
@@ -197,32 +199,46 @@ def test_a_run_interrupted_before_its_first_checkpoint_leaves_nothing(tiny, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def is_changed(source, written, name):
+    """Whether a tensor that is not quantized differs from the source's."""
+    if source.specs[name] != written.specs[name]:
+        return False
+    return not torch.equal(source.read(name), written.read(name))
+
+
 def test_nvfp4_is_distilled_and_its_export_verified(tiny, tmp_path):
     nvfp4 = ["quantize.layers=[{format: nvfp4}]", "distill.steps=1", "distill.learning_rate=1e-5"]
     output = tmp_path / "out"
     assert load_and_run(tiny, output, *nvfp4) in (0, 1)
     manifest = read_manifest(output)
     assert verify(output, tiny) == []
-    assert len(manifest.distillation["trained"]) == manifest.formats["nvfp4"] == 24
+    weights = [name for name in open_bf16(tiny).layout if name.startswith("language_model.")]
+    assert manifest.distillation["trained"] == weights
+    assert manifest.formats["nvfp4"] == 24
+    source, written = TensorFiles(tiny), TensorFiles(output)
+    changed = [name for name in weights if is_changed(source, written, name)]
+    assert "language_model.lm_head.weight" in changed
+    assert "language_model.backbone.embeddings.weight" in changed
 
 
 def test_the_export_passes_verification_except_for_the_weights_that_it_names(
-    uninterrupted, tiny, tmp_path, capsys
+    uninterrupted, tiny, tiny_checkpoint, tmp_path
 ):
     assert verify(uninterrupted, tiny) == []
     manifest = read_manifest(uninterrupted)
     trained = manifest.distillation["trained"]
-    assert trained_linears(uninterrupted) == set(trained) != set()
+    assert trained_tensors(uninterrupted) == set(trained) != set()
     assert manifest.distillation["steps"] == 4
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted, copy)
-    edit_tensors(copy, lambda tensors: tensors["language_model.backbone.norm_f.weight"].mul_(1.1))
+    edit_tensors(copy, lambda tensors: tensors["mlp1.0.weight"].mul_(1.1))
+    edit_json(copy / "hybridquant.json", lambda content: content.pop("files"))
     (fault,) = verify(copy, tiny)  # what was not trained is still compared
-    assert "norm_f" in str(fault)
+    assert "mlp1.0.weight" in str(fault)
     edit_json(copy / "hybridquant.json", lambda content: content["distillation"].update(trained=[]))
     assert any("further from the source" in str(fault) for fault in verify(copy, tiny))
-    show_faults(uninterrupted, [])
-    assert f"{len(trained)} linears were trained" in capsys.readouterr().out
+    (part,) = unchecked_parts(uninterrupted, tiny_checkpoint, {"a": "b"})
+    assert part == f"single weights of {len(trained)} tensors that a distillation has trained"
 
 
 def test_a_recipe_chooses_the_loss_and_distils_by_default():

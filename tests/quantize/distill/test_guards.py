@@ -9,7 +9,7 @@ import torch
 from checkpoint.faults import BadInput
 from checkpoint.libraries import language_model_classes
 from quantize.distill import student as student_module
-from quantize.distill.weights import weight_of
+from quantize.distill.weights import Weight
 from tests.quantize.distill.distilling import (  # noqa: F401
     Small,
     one_thread,
@@ -52,12 +52,12 @@ def test_a_gradient_that_is_missing_or_in_excess_stops_the_run(
     unfuse_mamba = student_module.unfuse_mamba
 
     def disturb(model):
-        weight_of(model.get_submodule(name)).requires_grad_(trains)
+        Weight(model.get_submodule(name), "weight").parameter.requires_grad_(trains)
         return unfuse_mamba(model)
 
     monkeypatch.setattr(student_module, "unfuse_mamba", disturb)
     with pytest.raises(RuntimeError, match=message):
-        Small(tiny, tmp_path, steps=1).run()
+        Small(tiny, tmp_path, steps=1, train="linears").run()
 
 
 def test_a_range_that_changes_stops_the_run(tiny, tmp_path):

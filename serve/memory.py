@@ -1,0 +1,182 @@
+"""How many sequences fit: weights, one step, KV cache and Mamba states against a GPU's memory.
+
+vLLM puts attention and Mamba layers into one pool of blocks. Each block belongs to a group of
+layers of one kind: a sequence takes a block for every `block_tokens` tokens from the group of the
+attention layers, and one block, whatever its length, from each group of Mamba layers. A block is as
+large as the state of a group of Mamba layers, so that it holds more than a thousand tokens
+(vllm/platforms/interface.py, vllm/v1/core/kv_cache_utils.py; tests/serve/test_memory.py holds the
+numbers to what vLLM reports).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint.config import CheckpointConfig
+from serve.environment import Device
+
+GB = 1e9
+
+GPU_ALIGNMENT = 16
+CPU_ALIGNMENT = 128
+"""Tokens that the size of a block is a multiple of: vLLM's own block size there."""
+
+DEFAULT_UTILIZATION = 0.92
+"""Share of a GPU's memory that vLLM takes (vllm/config/cache.py, 0.32 and 0.33)."""
+
+DEFAULT_SEQUENCES = 256
+"""Sequences that vLLM runs at once at most on a GPU below 70 GB; 1,024 above, which no GPU's pool
+holds at this model's state. The logits of a step are counted for so many."""
+
+CUDA_BYTES = 0.6 * GB
+"""CUDA context and libraries. An estimate."""
+
+BF16 = 2
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What sequences take of the pool.
+
+    Attributes:
+        token_bytes: KV cache of one token, in all attention layers of one rank.
+        sequence_bytes: State of one sequence, in all Mamba layers of one rank.
+        block_tokens: Tokens that one block of the attention layers holds.
+        block_bytes: Size of a block.
+        state_blocks: Blocks that a sequence takes for its Mamba states.
+    """
+
+    token_bytes: int
+    sequence_bytes: int
+    block_tokens: int
+    block_bytes: int
+    state_blocks: int
+
+    def sequences(self, pool_bytes: float, length: int) -> float:
+        """Return how many sequences of `length` tokens fit into a pool, as vLLM reports it."""
+        blocks = pool_bytes // self.block_bytes
+        per_sequence = math.ceil(length / self.block_tokens) + self.state_blocks
+        return blocks / per_sequence
+
+    def longest(self, pool_bytes: float) -> int:
+        """Return how long one sequence can be; 0 when none fits."""
+        blocks = int(pool_bytes // self.block_bytes)
+        return max(0, blocks - self.state_blocks) * self.block_tokens
+
+
+def cache_of(
+    config: CheckpointConfig,
+    ranks: int = 1,
+    alignment: int = GPU_ALIGNMENT,
+    value_bytes: int = BF16,
+    key_bytes: int | None = None,
+) -> Cache:
+    """Return what sequences take of one rank's pool.
+
+    Args:
+        config: A checkpoint's.
+        ranks: GPUs that the model is split over.
+        alignment: Tokens that the size of a block is a multiple of.
+        value_bytes: Bytes of a value of the convolution's state; Mamba states are in float32.
+        key_bytes: Bytes of a value of the KV cache; those of `value_bytes` when None.
+    """
+    text = config.text
+    heads = max(1, text["num_key_value_heads"] // ranks)
+    layer_token = 2 * heads * text["head_dim"] * (key_bytes or value_bytes)
+    state = text["mamba_num_heads"] * text["mamba_head_dim"] * text["ssm_state_size"] * _FLOAT32
+    channels = text["mamba_num_heads"] * text["mamba_head_dim"]
+    channels += 2 * max(text["n_groups"], ranks) * text["ssm_state_size"]
+    convolution = channels * (text["conv_kernel"] - 1) * value_bytes
+    layer_state = (state + convolution) // ranks
+    block_tokens = alignment * math.ceil(layer_state / (alignment * layer_token))
+
+    attention_layers = config.pattern.count("*")
+    mamba_layers = config.pattern.count("M")
+    group = _layers_of_a_group(attention_layers, mamba_layers)
+    return Cache(
+        token_bytes=attention_layers * layer_token,
+        sequence_bytes=mamba_layers * layer_state,
+        block_tokens=block_tokens,
+        block_bytes=group * block_tokens * layer_token,
+        state_blocks=math.ceil(mamba_layers / group),
+    )
+
+
+def _layers_of_a_group(attention_layers: int, mamba_layers: int) -> int:
+    fewest = min(attention_layers, mamba_layers)
+    most = max(attention_layers, mamba_layers)
+    return most if most < 1.5 * fewest else fewest
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A GPU's memory, in bytes, for one rank.
+
+    Attributes:
+        allowed: What vLLM may take.
+        weights: The checkpoint's tensors.
+        step: Activations of the largest step, of language model or vision tower, and CUDA's own.
+    """
+
+    allowed: float
+    weights: float
+    step: float
+
+    @property
+    def pool(self) -> float:
+        """What is left for sequences; negative when the rest does not fit."""
+        return self.allowed - self.weights - self.step
+
+
+def plan_memory(
+    config: CheckpointConfig,
+    device: Device,
+    step_tokens: int,
+    frames: int,
+    ranks: int = 1,
+    utilization: float | None = None,
+) -> MemoryPlan:
+    """Return how a GPU's memory is divided.
+
+    Args:
+        config: A checkpoint's.
+        device: Whose smallest GPU decides.
+        step_tokens: Tokens of the largest step.
+        frames: Most frames of a clip, which the tower sees at once.
+        ranks: GPUs that the model is split over.
+        utilization: Share of the memory that vLLM may take; vLLM's default when None.
+    """
+    allowed = device.memory * (utilization or DEFAULT_UTILIZATION)
+    weights = weight_bytes(config.directory) / ranks
+    step = max(_step_of_language(config, step_tokens), _step_of_tower(config, frames))
+    logits = DEFAULT_SEQUENCES * config.text["vocab_size"] * 2 * _FLOAT32
+    return MemoryPlan(allowed, weights, step + logits + CUDA_BYTES)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Return the size of a checkpoint's weight files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _step_of_language(config: CheckpointConfig, tokens: int) -> float:
+    """Activations of a step in its widest layer: residual stream in and out, and what the layer
+    holds inside.
+    """
+    text = config.text
+    channels = text["mamba_num_heads"] * text["mamba_head_dim"]
+    states = 2 * text["n_groups"] * text["ssm_state_size"]
+    inside = max(2 * text["intermediate_size"], 3 * channels + 2 * states)
+    return tokens * (3 * text["hidden_size"] + inside) * BF16
+
+
+def _step_of_tower(config: CheckpointConfig, frames: int) -> float:
+    """Activations of the tower over a clip: pixels, and the widest part of a block."""
+    tower = config.vision
+    side = config.tile_size // tower.patch_size
+    patches = frames * (side * side + tower.prefix_tokens)
+    pixels = frames * 3 * config.tile_size**2
+    inside = max(2 * tower.mlp_size, 4 * tower.hidden_size)
+    return (pixels + patches * (3 * tower.hidden_size + inside)) * BF16

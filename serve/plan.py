@@ -1,0 +1,289 @@
+"""What a server will run on and how, before it starts: each choice with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpoint.config import CheckpointConfig
+from checkpoint.faults import Fault
+from serve.command import CPU_SPACE, batched_tokens, build_environment, media_threads
+from serve.environment import ServeEnvironment
+from serve.fast_video import fast_video_state
+from serve.known_faults import Situation, faults_of
+from serve.memory import (
+    BF16,
+    CPU_ALIGNMENT,
+    GB,
+    GPU_ALIGNMENT,
+    Cache,
+    MemoryPlan,
+    cache_of,
+    plan_memory,
+)
+from serve.precision import PRECISIONS, read_quantization
+from serve.settings import ServeSettings
+from serve.vllm_flags import flag_value, named_flags
+
+_POOL_FLAG = "--kv-cache-memory-bytes"
+
+_OTHER_LAYOUTS = (
+    "--block-size",
+    "--kv-cache-dtype",
+    "--mamba-block-size",
+    "--mamba-cache-dtype",
+    "--mamba-ssm-cache-dtype",
+    "--cpu-offload-gb",
+    "--pipeline-parallel-size",
+    "--num-gpu-blocks-override",
+    "--enable-prefix-caching",
+)
+"""Flags of vLLM after which its memory is divided otherwise than computed here."""
+
+_HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the plan.
+
+    Attributes:
+        name: What was chosen.
+        value: The choice.
+        reason: Why.
+    """
+
+    name: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many sequences fit.
+
+    Attributes:
+        cache: What a sequence takes.
+        pool: Bytes for all sequences of one rank.
+        length: Longest sequence in tokens.
+        memory: How the GPU's memory is divided; None where the pool's size is given.
+    """
+
+    cache: Cache
+    pool: float
+    length: int
+    memory: MemoryPlan | None = None
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of the full length that fit, as vLLM reports them."""
+        return self.cache.sequences(self.pool, self.length)
+
+
+def serving_plan(
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
+) -> list[Choice]:
+    """Return what a server will run on and how.
+
+    Args:
+        config: The checkpoint's.
+        settings: How it is served.
+        environment: Where vLLM is.
+        extra: Flags of vLLM that will be added.
+    """
+    fast_video = fast_video_state(environment)
+    choices = [_precision(config, environment, settings)]
+    choices += _memory(config, settings, environment, extra)
+    choices.append(_step(config, settings, extra))
+    choices.append(_processes(extra))
+    choices.append(Choice("fast video", *_with_reason(fast_video)))
+    situation = Situation(
+        vllm=environment.vllm,
+        device=environment.device.first(settings.tensor_parallel_size),
+        ranks=settings.tensor_parallel_size,
+        is_quantized=read_quantization(config) is not None,
+        has_fast_video=fast_video == "on",
+        flags=frozenset(named_flags(_switched_on(extra))),
+    )
+    version = ".".join(str(number) for number in environment.vllm)
+    for fault in faults_of(situation):
+        choices.append(Choice(f"vLLM {version}", fault.symptom, f"{fault.remedy}; {fault.source}"))
+    return choices
+
+
+def room_for_sequences(
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
+) -> Room | None:
+    """Return how many sequences fit; None where the memory, or how it is divided, is not known."""
+    device = environment.device.first(settings.tensor_parallel_size)
+    if _changed_layout(extra) is not None:
+        return None
+    length = settings.max_model_len or config.max_length
+    ranks = settings.tensor_parallel_size
+    on_cpu = device.kind == "cpu"
+    alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
+    value_bytes = 4 if settings.dtype == "float32" else BF16
+    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config))
+    given = flag_value(extra, _POOL_FLAG)
+    if given is not None:
+        return Room(cache, float(given), length) if given.isdecimal() else None
+    if on_cpu:
+        variables = os.environ | build_environment(config, device)
+        return Room(cache, float(variables[CPU_SPACE]) * 2**30, length)
+    if not device.memory:
+        return None
+    frames = settings.video.max_frames
+    step_tokens = _step_tokens(config, settings, extra)
+    memory = plan_memory(
+        config, device, step_tokens, frames, ranks, settings.gpu_memory_utilization
+    )
+    return Room(cache, memory.pool, length, memory)
+
+
+def memory_faults(
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
+) -> list[Fault]:
+    """Return faults of a GPU that cannot hold the model or one sequence, or that others use."""
+    room = room_for_sequences(config, settings, environment, extra)
+    if room is None or room.memory is None:
+        return []
+    device = environment.device.first(settings.tensor_parallel_size)
+    memory = room.memory
+    where = f"memory of {device.name}"
+    if 0 < device.free < memory.allowed:
+        what = f"vLLM would take {_gb(memory.allowed)}, and {_gb(device.free)} are free"
+        share = int(device.free / device.memory * 100) / 100
+        return [
+            Fault(where, what, f"end what else runs there, or --gpu-memory-utilization {share}")
+        ]
+    longest = room.cache.longest(room.pool)
+    if longest == 0:
+        need = memory.weights + memory.step
+        what = f"weights and one step need {_gb(need)}, and vLLM may take {_gb(memory.allowed)}"
+        return [Fault(where, what, "serve a quantized export, or split it over more GPUs")]
+    if room.length > longest:
+        what = f"one sequence of {room.length:,} tokens does not fit beside the weights"
+        return [Fault(where, what, f"--max-model-len {longest}")]
+    return []
+
+
+def _precision(
+    config: CheckpointConfig, environment: ServeEnvironment, settings: ServeSettings
+) -> Choice:
+    device = environment.device.first(settings.tensor_parallel_size)
+    quantization = read_quantization(config)
+    if quantization is None:
+        return Choice("precision", "BF16", "the checkpoint is not quantized")
+    algo = quantization.algo
+    if device.kind == "cpu":
+        return Choice("precision", algo, "reference kernels of the plug-in: right, and slow")
+    native = PRECISIONS[algo].native
+    capability = ".".join(str(number) for number in device.capability)
+    if device.capability >= native:
+        return Choice("precision", algo, f"{device.name} has kernels for it")
+    value = f"{algo}, weights only: activations stay in BF16"
+    needed = ".".join(str(number) for number in native)
+    reason = f"{device.name} has capability {capability}, activations need {needed}"
+    if algo != "FP8" and device.capability >= _HOPPER:
+        reason += "; an FP8 export is faster there"
+    return Choice("precision", value, reason)
+
+
+def _memory(
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str],
+) -> list[Choice]:
+    changed = _changed_layout(extra)
+    if changed is not None:
+        return [Choice("memory", "not computed", f"{changed} divides it otherwise")]
+    room = room_for_sequences(config, settings, environment, extra)
+    if room is None:
+        return [Choice("memory", "not computed", "the GPU's memory is not known")]
+    cache = room.cache
+    pool = f"{_gb(room.pool)} for sequences"
+    reason = "given"
+    if room.memory is not None:
+        memory = room.memory
+        reason = (
+            f"of {_gb(memory.allowed)}, weights take {_gb(memory.weights)}, and a step, as "
+            f"estimated, {_gb(memory.step)}"
+        )
+    elif flag_value(extra, _POOL_FLAG) is None:
+        reason = CPU_SPACE
+    each = (
+        f"{cache.token_bytes:,} B a token of KV cache and {cache.sequence_bytes / 1e6:.1f} MB a "
+        f"sequence of Mamba state, in blocks of {cache.block_tokens:,} tokens"
+    )
+    value = f"{room.sequences:.1f} of {room.length:,} tokens at once"
+    return [Choice("memory", pool, reason), Choice("sequences", value, each)]
+
+
+def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> Choice:
+    tokens = f"{_step_tokens(config, settings, extra):,} tokens"
+    if flag_value(extra, "--max-num-batched-tokens") is not None:
+        return Choice("step", tokens, "given")
+    video = settings.video
+    reason = f"it must hold a clip of {video.max_frames} frames, of which EVS drops "
+    return Choice("step", tokens, f"{reason}{video.pruning_rate:.0%}, and the question")
+
+
+def _step_tokens(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> int:
+    given = flag_value(extra, "--max-num-batched-tokens")
+    if given is not None and given.isdecimal():
+        return int(given)
+    return batched_tokens(config, settings)
+
+
+def _processes(extra: Sequence[str]) -> Choice:
+    threads = media_threads()
+    processes = flag_value(extra, "--api-server-count") or "1"
+    value = f"{processes} process, {threads} threads for media"
+    cores = len(os.sched_getaffinity(0))
+    reason = f"{cores} cores; several processes would each prepare a clip that one has in its cache"
+    return Choice("requests", value, reason)
+
+
+def _with_reason(state: str) -> tuple[str, str]:
+    value, _, reason = state.partition(", ")
+    if not reason and " by " in state:
+        value, _, reason = state.partition(" ")
+    return value, reason or "the plug-in is tested with this vLLM"
+
+
+def _switched_on(extra: Sequence[str]) -> list[str]:
+    """Return the flags without those that switch something off."""
+    return [part for part in extra if not part.startswith("--no-")]
+
+
+def _changed_layout(extra: Sequence[str]) -> str | None:
+    """Return a flag after which the memory is divided otherwise; None when there is none."""
+    given = named_flags(_switched_on(extra))
+    for flag in _OTHER_LAYOUTS:
+        if flag in given:
+            return flag
+    return None
+
+
+def _key_bytes(config: CheckpointConfig) -> int | None:
+    """Return the bytes of a value of the KV cache where the checkpoint says so."""
+    section = config.raw.get("quantization_config") or {}
+    return 1 if section.get("kv_cache_scheme") else None
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"

@@ -1,0 +1,222 @@
+"""Finds the EVS rate of a checkpoint: accuracy, time to the first token and load at several rates.
+
+    python -m serve.sweep DIR --rates 0,0.5,0.75,0.9 --out sweep
+    python -m serve.sweep BF16_DIR FP8_DIR --data clips.jsonl --tolerance 1 --out sweep
+    python -m serve.sweep DIR --tasks video_event --items 150 --concurrency 1,8 --out sweep
+
+Each directory is served at each rate and asked the same items, first one --concurrency, then the
+next. Items are test items of tiny's tasks, made for the tiny checkpoint, or the lines of --data:
+{"messages": [...], "answer": "..."} with paths of clips in the messages. An answer counts when it
+is exact. The server keeps nothing of a clip that it has seen, so every request is measured whole.
+
+Recommended is the highest rate whose loss of accuracy against rate 0 is inside --tolerance: the
+upper end of the paired 95 % interval must be, and, with few items, the three hundredths of a rule
+of three. A rate that was measured with the same settings is not measured again: the same command
+goes on after a stop, and another rate may be added.
+
+Exit status: 0 measured, 1 a server ended or answered nothing, 2 bad input.
+
+--out gets sweep.json, sweep.svg, sweep.png, and measured.json, from which the command goes on.
+sweep.json is an object:
+  command, vllm, device, tasks (list), items, tolerance, concurrency (list), max_tokens
+  measured     list of {directory, precision, rate, items, accuracy, loss, loss_low, loss_high,
+               empty, prompt_tokens_mean}: accuracy is a share, the mean over the tasks; the loss
+               against rate 0 and its 95 % interval are in points, worse is positive
+  tasks_measured  list of {directory, rate, task, items, accuracy, loss, loss_low, loss_high}
+  load         list of {directory, rate, concurrency, requests, failed, ttft_ms_median, ttft_ms_p99,
+               requests_per_s, output_tokens_per_s}
+  recommended  list of {directory, rate, sentences (list)}
+  warnings     list of sentences
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint import atomic
+from checkpoint.command import command_parser, parse_command
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.log import get_logger
+from serve.__main__ import split_extra
+from serve.bench import concurrencies, shown_command
+from serve.bench_runs import BenchFailed
+from serve.environment import ServeEnvironment, find_environment
+from serve.options import add_setting_options, given_settings
+from serve.precision import read_quantization
+from serve.preflight import checked_settings, directory_faults
+from serve.process import ServerDied
+from serve.sweep_figure import draw
+from serve.sweep_items import (
+    VIDEO_TASKS,
+    Items,
+    count_frames,
+    data_items,
+    short_clip_warning,
+    task_items,
+)
+from serve.sweep_points import measure_all
+from serve.sweep_result import result_of, tables
+from serve.vllm_flags import setting_values
+from serve.workloads import NEEDED, check_packages
+
+logger = get_logger("serve.sweep")
+
+SETTINGS = (
+    *("video.fps", "video.max_frames", "max_model_len", "max_images", "max_videos"),
+    *("gpu_memory_utilization", "tensor_parallel_size"),
+)
+"""Settings of the servers that the command line may change."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("serve.sweep", __doc__)
+    directories_help = "checkpoint directories, such as BF16, FP8 and NVFP4"
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help=directories_help)
+    rates_help = "EVS rates, separated by commas; 0 is always measured (default: 0,0.5,0.75,0.9)"
+    parser.add_argument("--rates", default="0,0.5,0.75,0.9", metavar="Q,…", help=rates_help)
+    data_help = "JSON Lines file of clips with answers, instead of tiny's tasks"
+    parser.add_argument("--data", type=Path, metavar="FILE", help=data_help)
+    tasks_help = f"tiny's tasks, separated by commas (default: {','.join(VIDEO_TASKS)})"
+    parser.add_argument("--tasks", default=",".join(VIDEO_TASKS), metavar="NAME,…", help=tasks_help)
+    items_help = "items of each of tiny's tasks (default: 150)"
+    parser.add_argument("--items", type=int, default=150, metavar="N", help=items_help)
+    tolerance_help = "largest loss of accuracy in points (default: 2)"
+    parser.add_argument("--tolerance", type=float, default=2.0, metavar="P", help=tolerance_help)
+    concurrency_help = "requests at a time, separated by commas (default: 1,8)"
+    parser.add_argument("--concurrency", default="1,8", metavar="N,…", help=concurrency_help)
+    tokens_help = "most tokens of an answer (default: 24)"
+    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help=tokens_help)
+    out_help = "folder of the results (default: sweep)"
+    parser.add_argument("--out", type=Path, default=Path("sweep"), metavar="DIR", help=out_help)
+    add_setting_options(parser, SETTINGS)
+    return parser
+
+
+def command_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse our part of a command line."""
+    return parse_command(_parser(), arguments)
+
+
+def parse_rates(text: str) -> list[float]:
+    """Parse `0,0.5,0.75`; 0 is added if it is not there, and the rates are sorted.
+
+    Raises:
+        BadInput: A part is not a rate.
+    """
+    rates = {0.0}
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = -1.0
+        if not 0 <= rate < 1:
+            remedy = "give rates from 0 up to but not including 1, such as 0,0.5,0.75"
+            raise BadInput(Fault("--rates", f"is {text!r:.80}", remedy))
+        rates.add(rate)
+    return sorted(rates)
+
+
+def _check(
+    options: argparse.Namespace, flags: Sequence[str], environment: ServeEnvironment
+) -> None:
+    """Check the options and the directories.
+
+    Raises:
+        BadInput: With every fault.
+    """
+    faults = []
+    for name in ("items", "max_tokens"):
+        if getattr(options, name) < 1:
+            option = "--" + name.replace("_", "-")
+            faults.append(Fault(option, f"is {getattr(options, name)}", "give 1 or more"))
+    if not 0 < options.tolerance <= 100:
+        what = f"is {options.tolerance}"
+        faults.append(Fault("--tolerance", what, "give points of accuracy, above 0"))
+    if "video.pruning_rate" in setting_values(flags):
+        faults.append(Fault("--video-pruning-rate", "would fix the rate", "give --rates"))
+    names = [directory.resolve().name for directory in options.directories]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults.append(Fault(name, "is the name of two directories", "rename one"))
+    for directory in options.directories:
+        faults += directory_faults(directory, environment)
+    raise_if_any(faults)
+
+
+def _items(options: argparse.Namespace) -> Items:
+    if options.data is not None:
+        return data_items(options.data)
+    names = [name for name in options.tasks.split(",") if name]
+    if not names:
+        raise BadInput(Fault("--tasks", "names no task", f"such as {','.join(VIDEO_TASKS)}"))
+    return task_items(names, options.items)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Raises:
+        BadInput: With the faults of the options, the directories or the items.
+    """
+    ours, flags = split_extra(arguments)
+    options = command_options(ours)
+    check_packages((*NEEDED, "matplotlib"))
+    environment = find_environment()
+    _check(options, flags, environment)
+    rates = parse_rates(options.rates)
+    counts = concurrencies(options.concurrency)
+    items = _items(options)
+    overrides = given_settings(options)
+    video = checked_settings(options.directories[0], overrides, flags, environment).video
+    warnings = []
+    clips = count_frames(items, video)
+    for rate in rates:
+        warning = short_clip_warning(clips, rate)
+        if warning:
+            logger.warning("%s", warning)
+            warnings.append(warning)
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        points = measure_all(options, flags, items, rates, environment)
+    except (ServerDied, BenchFailed) as failed:
+        logger.error("%s", failed)
+        return 1
+    precisions = {}
+    for directory in options.directories:
+        quantization = read_quantization(read_config(directory))
+        precisions[directory.resolve().name] = quantization.algo if quantization else "BF16"
+    result = {
+        "command": shown_command("serve.sweep", arguments),
+        "vllm": ".".join(str(number) for number in environment.vllm),
+        "device": environment.device.name,
+        "tasks": list(items),
+        "items": sum(len(asked) for asked in items.values()),
+        "tolerance": options.tolerance,
+        "concurrency": counts,
+        "max_tokens": options.max_tokens,
+        **result_of(points, precisions, items, options.tolerance),
+        "warnings": warnings,
+    }
+    atomic.write_json(options.out / "sweep.json", result)
+    draw(result, options.out)
+    from rich.console import Console
+
+    console = Console()
+    for shown in tables(result):
+        console.print(shown)
+    for row in result["recommended"]:
+        option = f"--video-pruning-rate {row['rate']:g}"
+        print(f"{row['directory']}: recommended EVS rate {row['rate']:g} ({option})")
+        for sentence in row["sentences"]:
+            print(f"  {sentence}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(lambda: run(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""The items of a sweep: tiny's tasks, or clips of the user with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint.faults import Fault, raise_if_any
+from checkpoint.video import Video
+
+if TYPE_CHECKING:
+    from calibrate.samples import Sample
+
+VIDEO_TASKS = ("video_event", "video_static")
+"""The tasks of `tiny.tasks` that EVS can change."""
+
+CLIPS = "clips"
+"""What the user's own items are called among the tasks."""
+
+_SMALL = 16
+"""Pixels per side of the frames that are decoded to count them."""
+
+Items = dict[str, list["Sample"]]
+
+
+@dataclass(frozen=True)
+class ItemClip:
+    """A clip of an item.
+
+    Attributes:
+        item: The item's name.
+        frames: Frames that are sampled of it.
+    """
+
+    item: str
+    frames: int
+
+
+def task_items(names: Sequence[str], count: int) -> Items:
+    """Return the first test items of tasks.
+
+    Raises:
+        BadInput: A task is unknown, or the count is below 1.
+    """
+    from tiny.tasks import check_tasks, items
+
+    check_tasks(names)
+    return {name: items(name, count=count) for name in names}
+
+
+def data_items(path: Path) -> Items:
+    """Return the items of a file, as `calibrate.sources.jsonl` reads them.
+
+    A line is `{"messages": […], "answer": "…"}`; without `answer`, the assistant's last turn is the
+    answer. Answers count when they are exact, up to white space.
+
+    Raises:
+        BadInput: With every line that cannot be used or has no answer.
+    """
+    from calibrate.sources.jsonl import read_jsonl
+
+    faults = []
+    found = []
+    for sample in read_jsonl(path):
+        item = _with_answer(sample)
+        if item.answer is None:
+            remedy = 'give "answer", or end with a message of the assistant'
+            faults.append(Fault(item.where, "has no answer", remedy))
+        found.append(item)
+    raise_if_any(faults)
+    return {CLIPS: [_with_media(item) for item in found]}
+
+
+def _with_answer(sample: Sample) -> Sample:
+    """An item without the assistant's turn at the end, which is its answer if it has none."""
+    last = sample.messages[-1]
+    if last.get("role") != "assistant":
+        return sample
+    content = last.get("content")
+    answer = sample.answer
+    if answer is None and isinstance(content, str):
+        answer = content
+    return replace(sample, messages=sample.messages[:-1], answer=answer)
+
+
+def _with_media(sample: Sample) -> Sample:
+    """An item whose media are in its messages: the server reads no files."""
+    messages = []
+    for message in sample.messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [_with_data(part, sample.where) for part in content]
+            message = message | {"content": parts}
+        messages.append(message)
+    return replace(sample, messages=messages)
+
+
+def _with_data(part: dict[str, Any], where: str) -> dict[str, Any]:
+    from calibrate.samples import media_bytes
+    from calibrate.sources.synthetic.drawing import data_url
+
+    field = str(part.get("type"))
+    if field not in ("image_url", "video_url"):
+        return part
+    url = part[field]["url"]
+    if url.startswith("data:"):
+        return part
+    media_type = "image/png" if field == "image_url" else "video/mp4"
+    content = media_bytes(url, where)
+    return part | {field: {"url": data_url(media_type, content)}}
+
+
+def count_frames(items: Mapping[str, Sequence[Sample]], video: Video) -> list[ItemClip]:
+    """Decode every clip of the items and count the frames that are sampled of it.
+
+    Raises:
+        BadInput: With every clip that cannot be decoded.
+    """
+    from calibrate.samples import media_bytes
+    from calibrate.video import decode
+    from checkpoint.faults import BadInput
+
+    faults: list[Fault] = []
+    clips = []
+    for sample in _samples(items):
+        for url in _clip_urls(sample):
+            try:
+                clip = decode(media_bytes(url, sample.where), sample.where, video, _SMALL)
+            except BadInput as bad:
+                faults += bad.faults
+                continue
+            clips.append(ItemClip(sample.id, len(clip.indices)))
+    raise_if_any(faults)
+    return clips
+
+
+def _samples(items: Mapping[str, Sequence[Sample]]) -> Iterator[Sample]:
+    for samples in items.values():
+        yield from samples
+
+
+def _clip_urls(sample: Sample) -> Iterator[str]:
+    for message in sample.messages:
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        for part in content:
+            if part.get("type") == "video_url":
+                yield part["video_url"]["url"]
+
+
+def short_clip_warning(clips: Sequence[ItemClip], rate: float) -> str | None:
+    """Return a warning if a rate leaves only the first frame of some clips; else None.
+
+    EVS keeps the first frame whole, and int(n · T · (1 − q)) of the n · T visual tokens of T
+    frames, but at least n: with T · (1 − q) of 1 or less nothing of a later frame is left.
+    """
+    short = [clip for clip in clips if clip.frames > 1 and clip.frames * (1 - rate) <= 1 + 1e-9]
+    if not short:
+        return None
+    longest = max(clip.frames for clip in short)
+    found = f"of {len(short)} of {len(clips)} clips only the first frame survives"
+    reason = f"they have at most {longest} sampled frames, such as {short[0].item}"
+    return f"rate {rate:g}: {found}: {reason}"

@@ -1,0 +1,65 @@
+"""`verify --load`: the real vLLM loads an export, says which layers it quantizes, and answers."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from checkpoint.config import read_config
+from checkpoint.faults import BadInput
+from export.loaded import Loaded, kernels_of, layer_faults, load_and_ask, read_report
+from tests.editing import edit_json
+
+PLUGIN = Path(__file__).parents[2] / "plugin"
+IN_PROJ = "language_model.backbone.layers.0.mixer.in_proj"
+MODULE = "language_model.model.layers.0.mixer.in_proj"
+
+
+@pytest.fixture(scope="module")
+def loaded(fp8) -> Loaded:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(PLUGIN))  # this plug-in, whatever is installed
+        return load_and_ask(fp8)
+
+
+@pytest.mark.server
+def test_every_layer_of_an_export_runs_quantized_and_questions_are_answered(loaded, tiny_config):
+    assert loaded.faults == []
+    fused = 2 * tiny_config.pattern.count("*")  # of q, k and v, vLLM makes one
+    assert sum(kernels_of(loaded.layers).values()) == 24 - fused
+    assert set(kernels_of(loaded.layers)) == {"ReferenceFp8Kernel"}
+    methods = {layer["name"]: layer["method"] for layer in loaded.layers}
+    assert methods["language_model.lm_head"].startswith("Unquantized")
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ({"quant_algo": "NVFP4"}, f"{MODULE}: runs by ReferenceFp8Kernel, not in NVFP4"),
+        ({"ignore": [IN_PROJ, "*lm_head*"]}, f"{MODULE}: is quantized by ReferenceFp8Kernel"),
+    ],
+)
+def test_a_directory_that_says_otherwise_than_vllm_runs(loaded, fp8, tmp_path, section, what):
+    directory = Path(shutil.copytree(fp8, tmp_path / "fp8"))
+    edit_json(directory / "config.json", lambda c: c["quantization_config"].update(section))
+    faults = [str(fault) for fault in layer_faults(read_config(directory), loaded.layers)]
+    assert any(what in fault for fault in faults), faults
+
+
+@pytest.mark.server
+def test_a_layer_that_runs_in_bf16_is_a_fault(loaded, fp8):
+    config = read_config(fp8)
+    layers = [dict(layer) for layer in loaded.layers]
+    for layer in layers:
+        if layer["name"] == MODULE:
+            layer["method"] = "UnquantizedLinearMethod"
+    (fault,) = layer_faults(config, layers)
+    assert fault.what == "runs in BF16, not in FP8"
+    (fault,) = layer_faults(config, [layer for layer in layers if layer["name"] != MODULE])
+    assert fault.what == "is not a layer that vLLM has loaded"
+
+
+def test_a_plugin_that_does_not_report_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="which layers it quantizes"):
+        read_report(tmp_path / "nothing.json")

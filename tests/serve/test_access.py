@@ -1,0 +1,90 @@
+"""Who may ask a server for what: keys, hosts and directories of media."""
+
+import pytest
+
+from checkpoint.endpoint import KEY_VARIABLE
+from checkpoint.faults import BadInput
+from serve.command import NO_HOST, REDIRECTS, build_command, build_environment
+from serve.environment import CPU
+from serve.preflight import access_faults
+from serve.settings import ServeSettings, override
+
+VERSION = (0, 33, 0)
+
+
+def faults(**settings):
+    return [str(fault) for fault in access_faults(ServeSettings(port=0, **settings))]
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(REDIRECTS, raising=False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_alone_needs_no_key(host):
+    assert faults(host=host) == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "example.com", "fe80::1"])
+def test_every_other_address_needs_a_key(host, monkeypatch):
+    (fault,) = faults(host=host)
+    assert "can be reached from other machines, and there is no key" in fault
+    assert KEY_VARIABLE in fault
+    assert faults(host=host, api_key="secret") == []
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    assert faults(host=host) == []
+
+
+def test_an_empty_key_is_none(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert len(faults(host="0.0.0.0")) == 1
+
+
+def test_the_media_directory_is_one(tmp_path):
+    assert faults(allowed_local_media_path=tmp_path) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        (fault,) = faults(allowed_local_media_path=path)
+        assert "is not a directory" in fault
+
+
+def values(command, flag):
+    """The values after a flag that takes several."""
+    start = command.index(flag) + 1
+    end = start
+    while end < len(command) and not command[end].startswith("--"):
+        end += 1
+    return command[start:end]
+
+
+def test_no_host_is_allowed_by_default(tiny):
+    """Trap: vLLM fetches from every host when its flag names none."""
+    command = build_command(tiny, ServeSettings(), VERSION, CPU)
+    assert values(command, "--allowed-media-domains") == [NO_HOST]
+
+
+def test_named_hosts_are_allowed(tiny):
+    settings = override(ServeSettings(), {"allowed_media_domains": "Example.com, bücher.de"})
+    command = build_command(tiny, settings, VERSION, CPU)
+    assert values(command, "--allowed-media-domains") == ["example.com", "xn--bcher-kva.de"]
+
+
+def test_vllms_own_flag_for_hosts_wins(tiny):
+    extra = ["--allowed-media-domains", "a.org", "b.org"]
+    command = build_command(tiny, ServeSettings(), VERSION, CPU, extra)
+    assert command.count("--allowed-media-domains") == 1
+    assert values(command, "--allowed-media-domains") == ["a.org", "b.org"]
+
+
+@pytest.mark.parametrize("text", ["https://x.org", "x.org/y", "x.org:80", "", "a,,b", "a b", "*"])
+def test_what_is_not_a_host_is_refused(text):
+    with pytest.raises(BadInput, match="names of hosts, without scheme, port or path"):
+        override(ServeSettings(), {"allowed_media_domains": text})
+
+
+def test_redirects_are_off_unless_the_user_wants_them(full12b, monkeypatch):
+    assert build_environment(full12b, CPU)[REDIRECTS] == "0"
+    monkeypatch.setenv(REDIRECTS, "1")
+    assert REDIRECTS not in build_environment(full12b, CPU)

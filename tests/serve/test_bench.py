@@ -1,0 +1,244 @@
+"""Load on a real vLLM: its clients, the media of the requests, the figures."""
+
+import base64
+import json
+import os
+import subprocess
+import time
+
+import numpy
+import pytest
+from commands import ROOMS
+from PIL import Image
+
+from checkpoint.faults import BadInput
+from hybridquant_vllm.frames import read_clip
+from serve.bench import run, shown_command
+from serve.bench_figures import percentile, ratios, summarize
+from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
+from serve.demo import draw_square, draw_video
+from serve.environment import find_python
+from serve.gpu_memory import GpuMemory, parse_rows
+from serve.workloads import Workload
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder with two pictures, a film and something else."""
+    folder = tmp_path_factory.mktemp("media")
+    for colour in ("red", "blue"):
+        draw_square(folder / f"{colour}.png", colour)
+    draw_video(folder / "film.mp4", seconds=6)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def content(messages):
+    """The medium of a request, as bytes."""
+    part = messages[-1]["content"][0]
+    url = part[part["type"]]["url"]
+    return base64.b64decode(url.partition(",")[2])
+
+
+def load(ttft, rate=2.0, errors=()):
+    return Load(tuple(ttft), (10.0, 30.0), rate, 5 * rate, (7, 0, 9), ("a", None, "b"), errors)
+
+
+# The media
+
+
+def test_no_two_requests_have_the_same_picture(media, tmp_path):
+    workload = Workload("image", 4, media, tmp_path)
+    found = [content(request) for request in workload.requests(0, 8)]
+    assert len(set(found)) == 8
+    assert workload.media == ["blue.png", "red.png"]
+    for data in found:
+        (tmp_path / "picture.jpg").write_bytes(data)
+        with Image.open(tmp_path / "picture.jpg") as picture:
+            assert 0.85 * 256 - 1 <= picture.width <= 256
+
+
+def test_no_two_clips_have_the_same_frames(media, tmp_path):
+    workload = Workload("video", 4, media, tmp_path)
+    clips = []
+    for request in workload.requests(0, 4):
+        clips.append(read_clip(content(request), fps=2, max_frames=128))
+    assert all(4 <= clip.total / clip.fps < 5 for clip in clips)
+    assert len({clip.frames.tobytes() for clip in clips}) == 4
+
+
+def test_a_mixture_has_each_kind_in_turn(media, tmp_path):
+    workload = Workload("mixed", 2, media, tmp_path)
+    kinds = []
+    for messages in workload.requests(4, 4):
+        last = messages[-1]["content"]
+        kinds.append(last[0]["type"] if isinstance(last, list) else "text")
+    assert kinds == ["image_url", "image_url", "video_url", "text"]
+
+
+def test_a_request_depends_on_its_number_alone(media, tmp_path):
+    workload = Workload("document", 2, None, tmp_path)
+    assert workload.requests(3, 2)[1] == workload.request(4)
+
+
+def test_a_folder_without_the_kind_is_named(media, tmp_path):
+    (tmp_path / "photo.png").write_bytes((media / "red.png").read_bytes())
+    with pytest.raises(BadInput, match="has no file for the workload video"):
+        Workload("video", 4, tmp_path, tmp_path)
+    (tmp_path / "film.mp4").write_bytes(b"no film")
+    with pytest.raises(BadInput, match=r"film\.mp4: is not a film"):
+        Workload("video", 4, tmp_path, tmp_path)
+
+
+# The figures
+
+
+def test_percentiles_are_numpys():
+    values = [3.0, 1.0, 8.0, 2.0, 2.5]
+    for share in (0.0, 0.5, 0.9, 0.99, 1.0):
+        assert percentile(values, share) == pytest.approx(numpy.percentile(values, 100 * share))
+
+
+def test_times_are_over_all_repeats_and_rates_their_median():
+    row = summarize("a", 4, [load([100.0, 300.0], 2), load([200.0], 6), load([900.0], 3)], None)
+    assert (row.requests, row.failed) == (4, 0)
+    assert row.ttft_ms_median == 250
+    assert row.ttft_ms_p99 == pytest.approx(882)
+    assert (row.requests_per_s, row.output_tokens_per_s) == (3, 15)
+    assert row.prompt_tokens_mean == 8  # of those that were answered
+
+
+def test_ratios_are_of_repeats_in_pairs():
+    first = [load([100.0], 1), load([200.0], 1), load([100.0], 1)]
+    second = [load([50.0], 2), load([300.0], 2), load([100.0], 3)]
+    by_measure = {row.measure: row for row in ratios(8, first, second)}
+    times = by_measure["ttft_ms_median"]
+    assert (times.ratio, times.low, times.high) == (1, 0.5, 1.5)
+    assert by_measure["requests_per_s"].ratio == 2
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A function that puts a program in the place of nvidia-smi; it answers with given rows."""
+
+    def answering(by_process, by_gpu):
+        script = tmp_path / "nvidia-smi"
+        choices = f"*compute-apps*) echo '{by_process}';; *) echo '{by_gpu}';;"
+        script.write_text(f"#!/bin/sh\ncase $1 in {choices} esac\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return answering
+
+
+@pytest.fixture
+def session():
+    """A process that leads a session of its own, as the guard of a server does."""
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_gpu_memory_is_that_of_a_servers_own_processes(nvidia_smi, session):
+    nvidia_smi(f"{session}, 700\n{os.getpid()}, 900", "0, 1600")
+    with GpuMemory({"ours": session, "running before": None}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") == 700
+    assert memory.peak_mib("running before") is None
+
+
+def test_gpu_memory_of_one_server_is_the_gpus_where_processes_are_not_listed(nvidia_smi, session):
+    nvidia_smi("", "0, 1600\n1, 30")
+    with GpuMemory({"ours": session}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") == 1630
+    with GpuMemory({"ours": session, "other": session}) as memory:
+        time.sleep(0.2)
+    assert memory.peak_mib("ours") is None
+
+
+def test_rows_of_nvidia_smi():
+    assert parse_rows("1234, 5678\n99, [N/A]\n\nNo devices were found\n") == [(1234, 5678)]
+
+
+def test_a_result_file_does_not_hold_the_key():
+    for arguments in (["DIR", "--api-key", "s3cret"], ["DIR", "--api-key=s3cret"]):
+        assert "s3cret" not in shown_command("serve.bench", arguments)
+        assert "DIR" in shown_command("serve.bench", arguments)
+
+
+def test_upstream_trap_vllms_client_sends_the_users_own_key_to_any_server():
+    variables = client_variables({"OPENAI_API_KEY": "sk-users-own", "NO_PROXY": "intranet"})
+    assert variables["OPENAI_API_KEY"] == ""
+    assert variables["no_proxy"] == "intranet,localhost,127.0.0.1,::1"
+
+
+# The servers
+
+
+@pytest.fixture
+def target(server):
+    return Target("tiny", server.url.removesuffix("/v1"), server.model)
+
+
+@pytest.mark.server
+def test_a_request_that_fails_is_counted_and_the_others_are_measured(target, load_client, tmp_path):
+    broken = base64.b64encode(b"\x89PNG\r\n no picture").decode()
+    url = {"url": f"data:image/png;base64,{broken}"}
+    bad = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
+    good = [{"role": "user", "content": "What is the value of kx?"}]
+    write_requests(tmp_path / "requests.jsonl", [good, bad, good])
+    found = load_client.run(target, tmp_path / "requests.jsonl", 3, 2, 5, ignore_eos=True)
+    assert len(found.errors) == 1
+    assert [text is None for text in found.texts] == [False, True, False]
+    assert found.prompt_tokens[0] == found.prompt_tokens[2] > found.prompt_tokens[1] == 0
+    assert len(found.ttft_ms) == len(found.tpot_ms) == 2
+    write_requests(tmp_path / "requests.jsonl", [bad])
+    with pytest.raises(BenchFailed, match="tiny answered no request: "):
+        load_client.run(target, tmp_path / "requests.jsonl", 1, 1, 5, ignore_eos=True)
+
+
+@pytest.mark.server
+def test_the_command_measures_a_running_server(target, media, tmp_path, capsys):
+    out = tmp_path / "results" / "bench.json"
+    arguments = [target.url, "--workload", "mixed", "--concurrency", "2", "--requests", "4"]
+    arguments += ["--repeats", "2", "--clip-seconds", "4", "--output-tokens", "3"]
+    assert run([*arguments, "--media", str(media), "--json", str(out)]) == 0
+    assert "2 at a time: first token " in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    (row,) = result["measured"]
+    assert (row["requests"], row["failed"], row["concurrency"]) == (8, 0, 2)
+    assert 0 < row["ttft_ms_median"] <= row["ttft_ms_p99"]
+    assert 0 < row["tpot_ms_median"] <= row["tpot_ms_p99"]
+    assert row["output_tokens_per_s"] == pytest.approx(3 * row["requests_per_s"], rel=0.01)
+    assert result["media"] == ["blue.png", "red.png", "drawn pages", "film.mp4"]
+    assert result["ratios"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DIR", "--concurrency", "1,none"], "--concurrency: is '1,none'"),
+        (["DIR", "--repeats", "0", "--requests", "0"], "--requests: is 0 "),
+        (["DIR", "--media", "nowhere"], "nowhere: is not a folder"),
+        (["DIR", "--against-flags=--enforce-eager"], "--against-flags: has no server to start"),
+        (["http://a:1", "--against", "http://a:1/v1"], "--against: is the same server"),
+        (["http://127.0.0.1:9", "--workload", "chat"], "no server answers"),
+        (["nowhere", "--workload", "chat"], "nowhere"),
+    ],
+)
+def test_bad_options_are_named(arguments, message):
+    with pytest.raises(BadInput) as caught:
+        run(arguments)
+    assert message in str(caught.value)
+
+
+def test_the_environment_of_vllm_lacks_what_media_are_drawn_with():
+    command = [find_python(), "-m", "serve.bench", "http://127.0.0.1:9"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOMS)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: font_roboto: is not installed here")
+    assert "Traceback" not in done.stderr

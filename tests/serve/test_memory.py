@@ -1,0 +1,140 @@
+"""How many sequences fit: against what vLLM reports, and the faults of GPUs that are too small."""
+
+import os
+import re
+
+import pytest
+
+from checkpoint.config import CheckpointConfig, read_config
+from serve.environment import CPU, Gpu, ServeEnvironment, cuda_device
+from serve.memory import CPU_ALIGNMENT, cache_of
+from serve.plan import memory_faults, room_for_sequences, serving_plan
+from serve.settings import ServeSettings, override
+
+MIB = 2**20
+H200 = Gpu((9, 0), "NVIDIA H200", 143771 * MIB, 143100 * MIB)
+H100 = Gpu((9, 0), "NVIDIA H100", 81559 * MIB, 81079 * MIB)
+A10 = Gpu((8, 6), "NVIDIA A10", 23028 * MIB, 22500 * MIB)
+BF16_SIZE = 26.36e9
+FP8_SIZE = 15.40e9
+
+
+def on(*gpus):
+    return ServeEnvironment("python", (0, 33, 0), cuda_device(gpus), "0.2.0")
+
+
+ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.0")
+
+
+@pytest.fixture
+def checkpoint(full12b, tmp_path):
+    """The 12B's configuration in a directory with a weight file of so many bytes, all holes."""
+
+    def make(size):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.truncate(int(size))
+        return CheckpointConfig(tmp_path, full12b.raw)
+
+    return make
+
+
+def test_the_12bs_cache_and_state(full12b):
+    """Six attention layers of eight heads of 128; 28 Mamba layers of 128 heads × 80 × 128."""
+    cache = cache_of(full12b)
+    assert cache.token_bytes == 24_576
+    state = 28 * 128 * 80 * 128 * 4
+    assert state < cache.sequence_bytes < 1.02 * state
+    assert cache.state_blocks == 5
+    halved = cache_of(full12b, ranks=2)
+    assert halved.token_bytes == cache.token_bytes / 2
+    assert halved.sequence_bytes == pytest.approx(cache.sequence_bytes / 2, rel=0.01)
+
+
+@pytest.mark.server
+def test_the_numbers_are_those_that_vllm_reports(server, tiny):
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency .*: ([\d.]+)x", log)
+    assert found is not None
+    room = room_for_sequences(read_config(tiny), server.settings, ON_CPU)
+    assert room.sequences == pytest.approx(float(found[2]), rel=0.01)
+    assert room.sequences * room.length == pytest.approx(int(found[1].replace(",", "")), rel=0.01)
+    block = re.search(r"Setting attention block size to (\d+) tokens", log)
+    assert room.cache.block_tokens == int(block[1])
+
+
+def test_an_h200_holds_what_was_measured(checkpoint):
+    """4.2 million tokens with the FP8 export and vLLM 0.32."""
+    room = room_for_sequences(checkpoint(FP8_SIZE), ServeSettings(), on(H200))
+    assert room.sequences * room.length == pytest.approx(4.2e6, rel=0.1)
+
+
+def test_weights_and_step_leave_room_on_an_h100(checkpoint):
+    config = checkpoint(BF16_SIZE)
+    assert memory_faults(config, ServeSettings(), on(H100)) == []
+    room = room_for_sequences(config, ServeSettings(), on(H100))
+    assert room.memory.weights == int(BF16_SIZE)
+    assert 1e9 < room.memory.step < 8e9
+    assert room.pool == room.memory.allowed - room.memory.weights - room.memory.step
+
+
+def test_a_gpu_that_cannot_hold_the_weights_is_a_fault(checkpoint):
+    (fault,) = memory_faults(checkpoint(BF16_SIZE), ServeSettings(), on(A10))
+    assert "weights and one step need" in str(fault)
+    assert "quantized export, or split it over more GPUs" in str(fault)
+
+
+def test_the_length_that_fits_is_named_and_fits(checkpoint):
+    config = checkpoint(FP8_SIZE)
+    settings = override(ServeSettings(), {"gpu_memory_utilization": 0.27})
+    (fault,) = memory_faults(config, settings, on(H100))
+    assert "tokens does not fit beside the weights" in str(fault)
+    length = int(re.search(r"--max-model-len (\d+)", str(fault))[1])
+    assert 0 < length < config.max_length
+    shorter = override(settings, {"max_model_len": length})
+    assert memory_faults(config, shorter, on(H100)) == []
+    longer = override(settings, {"max_model_len": length + 2000})
+    assert len(memory_faults(config, longer, on(H100))) == 1
+
+
+def test_two_gpus_hold_what_one_cannot(checkpoint):
+    settings = override(ServeSettings(), {"tensor_parallel_size": 2, "max_model_len": 4096})
+    assert memory_faults(checkpoint(BF16_SIZE), settings, on(A10, A10)) == []
+
+
+def test_a_gpu_that_others_use_is_a_fault(checkpoint):
+    busy = H100._replace(free=40e9)
+    (fault,) = memory_faults(checkpoint(FP8_SIZE), ServeSettings(), on(busy))
+    assert "40.0 GB are free" in str(fault)
+    share = float(re.search(r"--gpu-memory-utilization ([\d.]+)", str(fault))[1])
+    fitting = override(ServeSettings(), {"gpu_memory_utilization": share})
+    assert memory_faults(checkpoint(FP8_SIZE), fitting, on(busy)) == []
+
+
+@pytest.mark.parametrize("flag", ["--block-size", "--kv-cache-dtype", "--cpu-offload-gb"])
+def test_what_divides_memory_otherwise_is_not_computed(checkpoint, flag):
+    config = checkpoint(BF16_SIZE)
+    extra = [flag, "8"]
+    assert memory_faults(config, ServeSettings(), on(A10), extra) == []
+    lines = "\n".join(map(str, serving_plan(config, ServeSettings(), on(A10), extra)))
+    assert f"memory: not computed ({flag} divides it otherwise)" in lines
+
+
+def test_a_given_pool_is_taken(checkpoint):
+    config = checkpoint(FP8_SIZE)
+    extra = ["--kv-cache-memory-bytes", "8000000000"]
+    assert room_for_sequences(config, ServeSettings(), on(A10), extra).pool == 8e9
+
+
+def test_the_space_that_the_user_gives_a_cpu_counts(full12b, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert room_for_sequences(full12b, ServeSettings(), ON_CPU).pool == 3 * 2**30
+
+
+def test_a_block_on_a_cpu_is_a_multiple_of_vllms(full12b):
+    assert cache_of(full12b, alignment=CPU_ALIGNMENT).block_tokens % CPU_ALIGNMENT == 0
+
+
+def test_threads_follow_the_cores(full12b, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    lines = "\n".join(map(str, serving_plan(full12b, ServeSettings(), ON_CPU)))
+    assert "16 threads for media (64 cores" in lines
