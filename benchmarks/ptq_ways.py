@@ -32,7 +32,7 @@ from checkpoint.log import get_logger
 from checkpoint.native import load_model
 from checkpoint.opened import Checkpoint, check_finite, open_bf16
 from export.manifest import Manifest
-from export.verify import verify
+from export.verify import verification
 from export.write import open_writer, write_companions
 from quantize.layerwise import FinishedLayer, layer_policy, quantize_layers
 from quantize.policy import Policy, Rule, make_policy
@@ -256,7 +256,9 @@ class Runner:
         faults = []
         if verified:
             source = self.subject.checkpoint.directory
-            faults = self.clock.time(f"{name}: verify", lambda: verify(out, source))
+            # Without prompts, as a run itself verifies.
+            check = functools.partial(verification, out, source, run_prompts=False)
+            faults = self.clock.time(f"{name}: verify", check).faults
         return {"faults": [str(fault) for fault in faults]}
 
     def _warm_up(self) -> None:

@@ -222,16 +222,16 @@ class Client:
 
 
 def requests_in_order(model: str, count: int, client: Client) -> list[Callable[[], Outcome]]:
-    """Return the requests, shuffled; the same for the same count."""
+    """Return the requests, shuffled, each bad kind among them; the same for the same count."""
     chosen = random.Random(0)
     good = {kind: good_bodies(model, kind) for kind in GOOD}
     bad = bad_bodies(model)
-    made: list[Callable[[], Outcome]] = []
-    for _ in range(count):
+    bad_kinds = [*bad, "wrong content type"]
+    made = [_bad_request(client, kind, bad) for kind in bad_kinds]
+    while len(made) < count:
         (group,) = chosen.choices(list(SHARES), list(SHARES.values()))
         if group == "bad":
-            kind = chosen.choice([*bad, "wrong content type"])
-            made.append(_bad_request(client, kind, bad))
+            made.append(_bad_request(client, chosen.choice(bad_kinds), bad))
             continue
         kind = chosen.choice(GOOD)
         body = chosen.choice(good[kind])
@@ -241,6 +241,7 @@ def requests_in_order(model: str, count: int, client: Client) -> list[Callable[[
         streamed = json.dumps(json.loads(body) | {"stream": True, "max_tokens": 200}).encode()
         way = chosen.choice(VANISHING)
         made.append(lambda way=way, body=streamed: client.vanish(way, body))  # type: ignore[misc]
+    chosen.shuffle(made)
     return made
 
 

@@ -53,7 +53,7 @@ def stray_faults(directory: Path, files: Mapping[str, str], is_complete: bool) -
         short = path.name
         if name in files or name in _OWN or name in python or is_for_people(short):
             if not is_for_people(short):
-                yield from _pickle_faults(path, directory)
+                yield from pickle_faults(path, directory)
         elif short.endswith(".safetensors"):
             what = f"is not named in {INDEX}; vLLM loads it all the same, or in place of the others"
             yield Fault(str(path), what, _REMOVE)
@@ -62,7 +62,7 @@ def stray_faults(directory: Path, files: Mapping[str, str], is_complete: bool) -
         elif path.suffix in (".py", ".pyc", ".so"):
             yield Fault(str(path), "is code that is not the model's", _REMOVE)
         elif "/" not in name and is_known(name):
-            pickled = list(_pickle_faults(path, directory))
+            pickled = list(pickle_faults(path, directory))
             yield from pickled
             if is_complete and not pickled:
                 what = f"belongs neither to the source nor to what {MANIFEST} records"
@@ -90,14 +90,17 @@ def _walk(directory: Path) -> Iterator[str]:
                 yield str(path.relative_to(directory))
 
 
-def _pickle_faults(path: Path, directory: Path) -> Iterator[Fault]:
+def pickle_faults(path: Path, directory: Path) -> Iterator[Fault]:
     """Yield a fault for a file that torch or Python would unpickle, whatever its name."""
     if checkpoint_file_fault(path, directory) is not None:
         return  # what reads it reports that
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(9)
+    # A safetensors file begins with the length of its JSON header, which may be any number.
+    if start[8:] == b"{":
+        return
     is_pickle = len(start) > 1 and start[0] == 0x80 and start[1] in range(2, 6)
-    if is_pickle or start == b"PK\x03\x04":
+    if is_pickle or start.startswith(b"PK\x03\x04"):
         yield Fault(str(path), "is a pickle, which can run any code", "copy the file again")
 
 

@@ -4,8 +4,8 @@ vLLM puts attention and Mamba layers into one pool of blocks. Each block belongs
 layers of one kind: a sequence takes a block for every `block_tokens` tokens from the group of the
 attention layers, and one block, whatever its length, from each group of Mamba layers. A block is as
 large as the state of a group of Mamba layers, so that it holds more than a thousand tokens
-(vllm/platforms/interface.py, vllm/v1/core/kv_cache_utils.py; tests/serve/test_memory.py holds the
-numbers to what vLLM reports).
+(vllm/platforms/interface.py, vllm/v1/core/kv_cache_utils.py). A test holds the numbers to what vLLM
+reports: tests/serve/test_sequences_that_fit.py.
 """
 
 from __future__ import annotations

@@ -12,24 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import requests
 from PIL import Image
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
 
 _LONGEST_REASON = 200
 
-_REQUEST_FAULTS: tuple[type[Exception], ...] = (
-    OSError,  # of a local file; time-outs
-    NotImplementedError,  # a `data:` URL that is not base64
-    RuntimeError,  # no directory is allowed, or a loop of symbolic links
-    aiohttp.ClientError,
-    requests.exceptions.RequestException,
-    Image.DecompressionBombError,
-)
-"""What a medium that cannot be had raises, beside the errors that vLLM answers with 4xx itself. The
-engine cannot raise them here: it gets a request after its media."""
+_KNOWN = (ValueError, TypeError, OverflowError, VLLMError, MemoryError)
+"""Errors that vLLM answers with 4xx itself, and what is no request's fault. Whatever else is raised
+is the medium's: the engine gets a request after its media."""
 
 
 class ReasonedConnector(MediaConnector):
@@ -44,14 +35,18 @@ class ReasonedConnector(MediaConnector):
         """
         try:
             return super().load_from_url(url, RegularFiles(media_io), **options)
-        except _REQUEST_FAULTS as error:
+        except _KNOWN:
+            raise
+        except Exception as error:
             raise VLLMValidationError(_reason(error)) from error
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
         """Do the same in the event loop."""
         try:
             return await super().load_from_url_async(url, RegularFiles(media_io), **options)
-        except _REQUEST_FAULTS as error:
+        except _KNOWN:
+            raise
+        except Exception as error:
             raise VLLMValidationError(_reason(error)) from error
 
 

@@ -137,7 +137,8 @@ def test_an_index_that_is_not_one(tiny_copy, content, what):
 def test_tokenizer_of_another_release(tiny_copy):
     edit_json(tiny_copy / "config.json", lambda c: c.update(img_context_token_id=5))
     checkpoint = open_bf16(tiny_copy)
-    with pytest.raises(BadInput, match=r"<image> has id 980, in config\.json it has 5"):
+    message = r"<image> has id 980, img_context_token_id in config\.json is 5"
+    with pytest.raises(BadInput, match=message):
         _ = checkpoint.tokenizer
 
 

@@ -158,7 +158,7 @@ def test_calibration_and_held_out_prompts_see_the_recipes_video(job):
 def test_the_manifest_carries_the_recipes_video_and_gives_it_back(job, tmp_path):
     from pipeline.job import Record, make_manifest
 
-    manifest = make_manifest(job, Record({}, {}))
+    manifest = make_manifest(job, Record({}, {}), {})
     assert manifest.video == WANTED
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path).video == WANTED
@@ -169,7 +169,7 @@ def test_the_server_sees_the_manifests_video(job, tmp_path):
     from pipeline.job import Record, make_manifest
     from serve.settings import settings_for
 
-    write_manifest(tmp_path, make_manifest(job, Record({}, {})))
+    write_manifest(tmp_path, make_manifest(job, Record({}, {}), {}))
     assert settings_for(tmp_path).video == WANTED
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from damages import FP8, MIXED, TRAINED, UNQUANTIZED, Damage
 
+from export.beside import pickle_faults
 from export.manifest import MANIFEST
 from export.verify import verification, verify
 from tests.editing import edit_json
@@ -102,3 +103,12 @@ def test_hostile_files_are_refused_in_a_moment(fp8, tmp_path):
     found = {Path(fault.where).name for fault in verify(directory)}
     assert {"tokenizer.json", "hf_quant_config.json"} <= found
     assert time.process_time() - before < 5
+
+
+def test_a_header_of_any_length_is_no_pickle(tmp_path):
+    """A length such as 0x0280 gives the file the first bytes of a pickle of protocol 2."""
+    header = b'{"__metadata__":{"x":"' + b"a" * (0x0280 - 25) + b'"}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert list(pickle_faults(path, tmp_path)) == []
