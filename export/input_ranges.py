@@ -24,7 +24,7 @@ PROMPTS = (
     "def area(width, height):\\n    return width * height  # in mm²",
 )
 
-LEAST = 0.1
+LEAST = 0.2
 MOST = 50.0
 """What a stored range may be of the observed one, as a multiple of the median of this quotient over
 all linears of the same kind. On the tiny checkpoint it is 0.4 to 2.0 times its median. Upwards it
