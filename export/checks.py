@@ -74,7 +74,8 @@ def inspect(directory: Path, source: Path | None, run_prompts: bool = True) -> V
     Args:
         directory: The exported directory.
         source: The BF16 checkpoint that it was made from.
-        run_prompts: Whether input scales are compared with what the source observes.
+        run_prompts: Whether input scales that the manifest does not vouch for are compared with
+            what the source observes.
     """
     result = Verification()
     original = None if source is None else open_checkpoint(source)
@@ -100,7 +101,7 @@ def inspect(directory: Path, source: Path | None, run_prompts: bool = True) -> V
         result.add(bad.faults)
     _check_files(result, config, tensors, original, recorded)
     if tensors is not None:
-        _check_weights(result, Checkpoint(config, tensors), original, run_prompts)
+        _check_weights(result, Checkpoint(config, tensors), original, recorded, run_prompts)
     broken = result.broken_files
     for fault in manifest_faults(directory, recorded, result.digests):
         if fault.where not in broken:
@@ -162,7 +163,11 @@ def _check_files(
 
 
 def _check_weights(
-    result: Verification, exported: Checkpoint, original: Checkpoint | None, run_prompts: bool
+    result: Verification,
+    exported: Checkpoint,
+    original: Checkpoint | None,
+    recorded: Mapping[str, str],
+    run_prompts: bool,
 ) -> None:
     """Check the quantization section, the layout and the values."""
     result.faults += section_faults(exported.config)
@@ -181,6 +186,10 @@ def _check_weights(
     scales = [*fused_scale_faults(exported, formats), *range_faults(exported, formats)]
     result.faults += [*values.faults, *scales]
     if original is None or not run_prompts or values.faults or scales:
+        return
+    # Weight files with the SHA-256 that the run has recorded hold the scales that it calibrated and
+    # measured; on another model than the tiny one, three prompts know less than that.
+    if all(recorded.get(file) == digest for file, digest in values.digests.items()):
         return
     result.faults += input_range_faults(exported, formats, original)
 
