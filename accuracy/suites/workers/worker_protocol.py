@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+
+
+MOST_SECONDS = 600
+"""Processor time of one request at most; scoring a benchmark's answers takes seconds."""
 
 
 class DataError(Exception):
@@ -38,10 +43,22 @@ def serve_requests(handlers: Mapping[str, Handler]) -> None:
     # VLMEvalKit logs the judge's key at INFO.
     logging.disable(logging.INFO)
     for line in requests:
+        _limit_processor_time()
         request = json.loads(line)
         reply = _answer(handlers[request["do"]], request)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+
+def _limit_processor_time() -> None:
+    """End this process if one request takes `MOST_SECONDS` of processor time: seen once in
+    VLMEvalKit, which then kept two cores busy for 20 minutes.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + MOST_SECONDS
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
 def _answer(handler: Handler, request: Mapping[str, Any]) -> dict[str, Any]:
