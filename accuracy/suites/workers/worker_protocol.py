@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 MOST_SECONDS = 600
 """Processor time of one request at most; scoring a benchmark's answers takes seconds."""
 
