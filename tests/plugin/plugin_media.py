@@ -1,6 +1,7 @@
 """Clips as people have them, made in the test."""
 
 import io
+import os
 import struct
 import zlib
 from fractions import Fraction
@@ -31,7 +32,34 @@ def clip(
     rotation: int = 0,
     title: bytes | None = None,
 ) -> bytes:
-    """A clip whose every frame differs."""
+    """A clip whose every frame differs.
+
+    Trap: SVT-AV1's encoder gives the whole process real-time scheduling where it runs as root.
+    Symptom: this process and its children take both cores from everything else, and a child that
+    waits for its own children, as VLMEvalKit's scoring does, never ends.
+    """
+    policy = os.sched_getscheduler(0)
+    parameters = os.sched_getparam(0)
+    try:
+        return _encoded(
+            frames,
+            fps,
+            form,
+            codec,
+            pixel_format,
+            size,
+            options,
+            container_options,
+            rotation,
+            title,
+        )
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+def _encoded(
+    frames, fps, form, codec, pixel_format, size, options, container_options, rotation, title
+) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form, options=container_options or {}) as container:
         if title is not None:

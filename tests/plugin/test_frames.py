@@ -1,6 +1,7 @@
 """The decoder: the right frames, the same ones in parallel, and what is refused."""
 
 import io
+import os
 import time
 
 import av
@@ -173,3 +174,8 @@ def test_either_limit_may_be_left_out_as_in_vllm(fps, max_frames, indices):
 
 def test_pictures_of_the_clips_differ():
     assert not np.array_equal(picture(0, 96, 64), picture(1, 96, 64))
+
+
+def test_making_clips_leaves_the_scheduling_of_the_process_alone():
+    clip(4, codec="libsvtav1", options={"svtav1-params": "keyint=8"})
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

@@ -50,8 +50,8 @@ def serve_requests(handlers: Mapping[str, Handler]) -> None:
 
 
 def _limit_processor_time() -> None:
-    """End this process if one request takes `MOST_SECONDS` of processor time: seen once in
-    VLMEvalKit, which then kept two cores busy for 20 minutes.
+    """End this process if one request takes `MOST_SECONDS` of processor time: under real-time
+    scheduling VLMEvalKit's scoring waits for its own processes and never ends.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + MOST_SECONDS
