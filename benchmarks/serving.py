@@ -66,7 +66,7 @@ def backend_flags(backend: str) -> list[str]:
 
 def vllm_version() -> str:
     """Return the version of vLLM in the environment that serves."""
-    return ".".join(str(number) for number in find_environment().vllm)
+    return find_environment().version
 
 
 def measure(

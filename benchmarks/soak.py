@@ -36,7 +36,7 @@ from checkpoint.faults import main
 from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from serve.environment import find_environment
-from serve.process import Server, running_server
+from serve.process import Server, running_server, session_members
 from serve.settings import settings_for
 
 logger = get_logger("benchmarks.soak")
@@ -94,7 +94,7 @@ def empty_png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -254,14 +254,12 @@ def _bad_request(client: Client, kind: str, bad: dict[str, bytes]) -> Callable[[
 def resident_bytes(leader: int) -> int:
     """Return the resident memory of all processes of the session that `leader` leads."""
     total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for member in session_members(leader):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader:
-                pages = int((stat.parent / "statm").read_text().split()[1])
-                total += pages * 4096
-        except (OSError, IndexError, ValueError):
+            pages = int(Path(f"/proc/{member}/statm").read_text().split()[1])
+        except (OSError, IndexError):
             continue  # it has ended
+        total += pages * 4096
     return total
 
 
@@ -346,7 +344,7 @@ def run(arguments: Sequence[str]) -> int:
     left = resident_bytes(leader)
     found |= {
         "command": "python -m benchmarks.soak DIR " + " ".join(arguments[1:]),
-        "vllm": ".".join(str(number) for number in environment.vllm),
+        "vllm": environment.version,
         "device": environment.device.name,
         "versions": installed_versions(),
         "bytes_left_after_stop": left,

@@ -236,7 +236,7 @@ def _serve(given: argparse.Namespace) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.video", *sys.argv[1:]]),
         "device": environment.device.name,
         "cores": len(os.sched_getaffinity(0)),
-        "vllm": ".".join(str(number) for number in environment.vllm),
+        "vllm": environment.version,
         "plugin": environment.plugin,
         "notes": [
             "Two servers on one GPU, asked in turn; the other one is idle. Clips are loops of the "

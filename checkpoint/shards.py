@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from checkpoint.atomic import write_tensors
+from checkpoint.atomic import write_json, write_tensors
 from checkpoint.family import Family
-from checkpoint.files import DTYPES, Reader
+from checkpoint.files import DTYPES, INDEX, Reader
 from checkpoint.layout import Specs, spec_bytes, split_by_size
 
 OUTSIDE_BYTES = 400_000_000
@@ -78,6 +78,12 @@ def plan_shards(specs: Specs, family: Family) -> Shards:
     for layer in sorted(by_layer):
         layers.append((files[first_layer + layer], by_layer[layer]))
     return Shards(specs, dict(zip(files, outside, strict=False)), tuple(layers))
+
+
+def write_index(shards: Shards, directory: Path) -> None:
+    """Write model.safetensors.index.json."""
+    metadata = {"total_size": shards.total_bytes}
+    write_json(directory / INDEX, {"metadata": metadata, "weight_map": shards.weight_map})
 
 
 class ShardWriter:

@@ -170,7 +170,7 @@ def format_faults(
     entries = exclude_entries(section)
     for linear in language_model_linears(config):
         declared = formats.get(linear.name, UNQUANTIZED)
-        actual = _formats_of(linear, found, config.family)
+        actual = formats_of(linear, found, config.family)
         if not actual or declared in actual:
             continue
         module = config.family.fused_module(linear.name)
@@ -184,7 +184,7 @@ def format_faults(
         yield linear.name, Fault(where, what, "fix quantization_config, or export again")
 
 
-def _formats_of(linear: Linear, found: Specs, family: Family) -> list[str]:
+def formats_of(linear: Linear, found: Specs, family: Family) -> list[str]:
     """The formats whose tensors are exactly those found of a linear, `bf16` among them."""
     ignored = family.kv_linears.get(linear.short)
     own = {}

@@ -14,9 +14,9 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from tqdm import tqdm
 
 from checkpoint.atomic import write_json
-from checkpoint.files import INDEX, Reader
+from checkpoint.files import Reader
 from checkpoint.opened import Checkpoint
-from checkpoint.shards import ShardWriter, plan_shards
+from checkpoint.shards import ShardWriter, plan_shards, write_index
 from export.layout import output_specs
 from export.manifest import Manifest, write_manifest
 from export.matching import exclude_list
@@ -57,9 +57,7 @@ def write_companions(
 ) -> None:
     """Write everything beside the weights: index, configs, the source's other files, manifest."""
     source.companions.copy_to(directory)
-    shards = plan_shards(output_specs(source, policy), source.config.family)
-    metadata = {"total_size": shards.total_bytes}
-    write_json(directory / INDEX, {"metadata": metadata, "weight_map": shards.weight_map})
+    write_index(plan_shards(output_specs(source, policy), source.config.family), directory)
     legacy = quantization_config(policy)
     write_json(directory / "hf_quant_config.json", legacy)
     config = dict(source.config.raw)

@@ -32,7 +32,7 @@ from serve.environment import ServeEnvironment, find_environment
 from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
 from serve.plan import serving_plan
-from serve.precision import read_quantization
+from serve.precision import precision_name
 from serve.preflight import checked_settings, preflight
 from serve.process import Server, ServerDied, death_message, full_command, running_server
 from serve.settings import ServeSettings, gate_passed, has_manifest, override
@@ -123,8 +123,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _summary(directory: Path, server: Server, fast_video: str) -> str:
-    quantization = read_quantization(read_config(directory))
-    precision = quantization.algo if quantization else "BF16"
+    precision = precision_name(read_config(directory))
     rate = server.settings.video.pruning_rate
     evs = f"EVS drops {rate:.0%} of a clip's visual tokens" if rate else "EVS off"
     return f"{server.model} ({precision}, {evs}, fast video {fast_video}) at {server.url}"

@@ -56,7 +56,7 @@ from serve.environment import ServeEnvironment, find_environment
 from serve.gpu_memory import GpuMemory
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.own_server import own_server
-from serve.precision import read_quantization
+from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, running_server
 from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
@@ -222,11 +222,10 @@ def _started(
     settings = checked_settings(path, {**overrides, "port": 0}, flags, environment)
     with running_server(path, settings, flags, environment=environment) as server:
         reached = own_server(server.settings)
-        quantization = read_quantization(read_config(path))
         described = {
             "name": name,
             "target": path.name,
-            "precision": quantization.algo if quantization else "BF16",
+            "precision": precision_name(read_config(path)),
             "video_pruning_rate": server.settings.video.pruning_rate,
             "flags": shlex.join(without_key(flags)),
         }
@@ -341,7 +340,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         result = {
             "command": shown_command("serve.bench", arguments),
-            "vllm": ".".join(str(number) for number in environment.vllm),
+            "vllm": environment.version,
             "device": environment.device.name,
             "workload": workload.name,
             "media": workload.media,

@@ -144,6 +144,11 @@ class ServeEnvironment:
     device: Device
     plugin: str | None
 
+    @property
+    def version(self) -> str:
+        """vLLM's version as it is written, `0.33.0`."""
+        return ".".join(str(number) for number in self.vllm)
+
 
 def installed_version(*distributions: str) -> str | None:
     """Return the version of the first of `distributions` that is installed in the running

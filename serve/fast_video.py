@@ -28,6 +28,6 @@ def fast_video_state(environment: ServeEnvironment) -> str:
     from hybridquant_vllm.fast_video import TESTED
 
     if environment.vllm[:2] not in TESTED:
-        version = ".".join(str(number) for number in environment.vllm)
+        version = environment.version
         return f"off, the plug-in is not tested with vLLM {version}"
     return "on"

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
+
+from serve.process import session_members
 
 SECONDS = 0.5
 """Time between two samples."""
@@ -61,10 +62,10 @@ class GpuMemory:
         by_process = _used("--query-compute-apps=pid,used_memory")
         found = {}
         for server, leader in self._leaders.items():
-            used = 0
-            for pid, mib in by_process:
-                if leader is not None and session_of(pid) == leader:
-                    used += mib
+            if leader is None:
+                continue
+            members = set(session_members(leader))
+            used = sum(mib for pid, mib in by_process if pid in members)
             if used:
                 found[server] = used
         if not found and len(self._leaders) == 1:
@@ -88,13 +89,3 @@ def parse_rows(text: str) -> list[tuple[int, int]]:
         if first.strip().isdecimal() and second.strip().isdecimal():
             rows.append((int(first), int(second)))
     return rows
-
-
-def session_of(pid: int) -> int | None:
-    """Return the leader of a process's session; None if the process is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name in parentheses may contain spaces.
-    return int(stat.rpartition(")")[2].split()[3])

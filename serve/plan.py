@@ -112,7 +112,7 @@ def serving_plan(
         has_fast_video=fast_video == "on",
         flags=frozenset(named_flags(_switched_on(extra))),
     )
-    version = ".".join(str(number) for number in environment.vllm)
+    version = environment.version
     for fault in faults_of(situation):
         choices.append(Choice(f"vLLM {version}", fault.symptom, f"{fault.remedy}; {fault.source}"))
     return choices

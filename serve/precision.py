@@ -73,6 +73,16 @@ class Quantization:
     file: str
 
 
+def precision_name(config: CheckpointConfig) -> str:
+    """Return a checkpoint's `quant_algo`, or `BF16`.
+
+    Raises:
+        BadInput: hf_quant_config.json cannot be read.
+    """
+    quantization = read_quantization(config)
+    return quantization.algo if quantization else "BF16"
+
+
 def read_quantization(config: CheckpointConfig) -> Quantization | None:
     """Return how a checkpoint is quantized, found where vLLM looks; None for BF16.
 

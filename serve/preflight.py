@@ -227,7 +227,7 @@ def precision_faults(
         remedy = "write quantization_config into config.json: export the checkpoint again"
         yield Fault(file, what, remedy)
     if environment.vllm < precision.loaded_since:
-        what = f"is {algo}, which vLLM {_dotted(environment.vllm)} cannot load"
+        what = f"is {algo}, which vLLM {environment.version} cannot load"
         major, minor, _ = precision.loaded_since
         yield Fault(where, what, f"install {major}.{minor} or newer")
     device = environment.device.first(ranks)

@@ -179,7 +179,7 @@ def _kill_session(leader: int) -> None:
     """
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
-        members = list(_session_members(leader))
+        members = list(session_members(leader))
         if not members:
             return
         for member in members:
@@ -188,7 +188,7 @@ def _kill_session(leader: int) -> None:
         time.sleep(0.02)
 
 
-def _session_members(leader: int) -> Iterator[int]:
+def session_members(leader: int) -> Iterator[int]:
     """Yield the processes of a session that still run."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -300,6 +300,7 @@ def wait_until_ready(process: ServerProcess, reached: OwnServer, seconds: float)
     """
     started = time.monotonic()
     progress = _Progress()
+    progress.report(0, process.log)
     while not reached.is_healthy():
         waited = time.monotonic() - started
         status = process.poll()

@@ -46,7 +46,7 @@ from serve.bench import concurrencies, shown_command
 from serve.bench_runs import BenchFailed
 from serve.environment import ServeEnvironment, find_environment
 from serve.options import add_setting_options, given_settings
-from serve.precision import read_quantization
+from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied
 from serve.sweep_figure import draw
@@ -189,11 +189,10 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     precisions = {}
     for directory in options.directories:
-        quantization = read_quantization(read_config(directory))
-        precisions[directory.resolve().name] = quantization.algo if quantization else "BF16"
+        precisions[directory.resolve().name] = precision_name(read_config(directory))
     result = {
         "command": shown_command("serve.sweep", arguments),
-        "vllm": ".".join(str(number) for number in environment.vllm),
+        "vllm": environment.version,
         "device": environment.device.name,
         "tasks": list(items),
         "items": sum(len(asked) for asked in items.values()),

@@ -164,19 +164,18 @@ class Curve:
         return " ".join(f"{point.x:.1f},{point.y:.1f}" for point in self.points)
 
 
-def accuracy_curve(sweep: Sweep) -> Curve | None:
-    """Place accuracy against the EVS rate; None where it was not measured."""
-    known = [point for point in sweep.rates if point.accuracy is not None]
+def accuracy_curve(sweep: Sweep) -> Curve:
+    """Place accuracy and its interval against the EVS rate."""
     values = []
-    for point in known:
-        values += [value for value in (point.accuracy, point.low, point.high) if value is not None]
-    if not values:
-        return None
+    for point in sweep.rates:
+        values += [point.accuracy, point.low, point.high]
     bottom, top = _range(values)
     placed = []
-    for point in sorted(known, key=lambda item: item.rate):
-        ends = [None if end is None else _y(end, bottom, top) for end in (point.low, point.high)]
-        placed.append(Point(_x(point.rate), _y(point.accuracy or 0.0, bottom, top), *ends))
+    for point in sweep.rates:
+        middle, low, high = (
+            _y(value, bottom, top) for value in (point.accuracy, point.low, point.high)
+        )
+        placed.append(Point(_x(point.rate), middle, low, high))
     return Curve(tuple(placed), bottom, top)
 
 
@@ -187,7 +186,7 @@ def first_token_curve(sweep: Sweep) -> Curve | None:
         return None
     top = max(point.first_token_s or 0.0 for point in known)
     placed = []
-    for point in sorted(known, key=lambda item: item.rate):
+    for point in known:
         placed.append(Point(_x(point.rate), _y(point.first_token_s or 0.0, 0.0, top)))
     return Curve(tuple(placed), 0.0, top)
 

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.atomic import write_json
 from checkpoint.config import CheckpointConfig
 from checkpoint.family import Family
 from checkpoint.faults import BadInput, Fault
-from checkpoint.files import INDEX, SINGLE, TensorFiles
+from checkpoint.files import SINGLE, TensorFiles
 from checkpoint.layout import Linear, Specs, TensorSpec, language_model_linears
 from checkpoint.opened import Checkpoint
-from checkpoint.shards import Shards, ShardWriter, plan_shards
-from export.layout import quantized_layout
-from quantize.formats.registry import FORMATS, UNQUANTIZED
+from checkpoint.shards import ShardWriter, plan_shards, write_index
+from export.layout import formats_of, quantized_layout
+from quantize.formats.registry import UNQUANTIZED
 
 _NEW = "weights.new"
 _GIVE_SOURCE = "give --source BF16_DIR"
@@ -158,12 +157,6 @@ def write_weights(
     write_index(shards, target)
 
 
-def write_index(shards: Shards, target: Path) -> None:
-    """Write model.safetensors.index.json."""
-    metadata = {"total_size": shards.total_bytes}
-    write_json(target / INDEX, {"metadata": metadata, "weight_map": shards.weight_map})
-
-
 def _right_name(name: str, family: Family) -> str:
     """The checkpoint's name of a tensor that an exporter wrote under transformers' names.
 
@@ -197,13 +190,7 @@ def _embeddings_renamed(name: str, family: Family) -> str:
 
 def _format(linear: Linear, specs: Specs, family: Family, declared: Mapping[str, str]) -> str:
     """The format whose tensors are those of a linear; `bf16` where none fits."""
-    ignored = family.kv_linears.get(linear.short)
-    own = {}
-    for name, spec in specs.items():
-        parent, _, suffix = name.rpartition(".")
-        if parent == linear.name and suffix != ignored:
-            own[suffix] = spec
-    fitting = [format.name for format in FORMATS.values() if format.tensors(linear.shape) == own]
+    fitting = formats_of(linear, specs, family)
     if declared.get(linear.name) in fitting:
         return declared[linear.name]
     return fitting[0] if fitting else UNQUANTIZED

@@ -165,13 +165,20 @@ def write_mathvista(folder: Path, answers: list[int]) -> None:
     write_table(folder / "MathVista_MINI.tsv", rows)
 
 
-def write_videomme(folder: Path, letters: list[str], clip: bytes) -> None:
-    root = folder / "hub/datasets--lmms-lab--Video-MME"
+def hub_snapshot(folder: Path, dataset: str) -> Path:
+    """A snapshot of a dataset in a cache of the Hub."""
+    root = folder / "hub" / f"datasets--{dataset}"
     snapshot = root / "snapshots" / SNAPSHOT
     (root / "refs").mkdir(parents=True, exist_ok=True)
     (root / "refs/main").write_text(SNAPSHOT)
     (root / "blobs").mkdir(exist_ok=True)
-    (snapshot / "video").mkdir(parents=True, exist_ok=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    return snapshot
+
+
+def write_videomme(folder: Path, letters: list[str], clip: bytes) -> None:
+    snapshot = hub_snapshot(folder, "lmms-lab--Video-MME")
+    (snapshot / "video").mkdir(exist_ok=True)
     (snapshot / "video/first.mp4").write_bytes(clip)
     rows = []
     for number, letter in enumerate(letters):
@@ -194,12 +201,8 @@ def write_videomme(folder: Path, letters: list[str], clip: bytes) -> None:
 
 
 def write_longvideobench(folder: Path, choices: list[int], clip: bytes) -> None:
-    root = folder / "hub/datasets--longvideobench--LongVideoBench"
-    snapshot = root / "snapshots" / SNAPSHOT
-    (root / "refs").mkdir(parents=True, exist_ok=True)
-    (root / "refs/main").write_text(SNAPSHOT)
-    (root / "blobs").mkdir(exist_ok=True)
-    (snapshot / "videos").mkdir(parents=True, exist_ok=True)
+    snapshot = hub_snapshot(folder, "longvideobench--LongVideoBench")
+    (snapshot / "videos").mkdir(exist_ok=True)
     (snapshot / "videos/first.mp4").write_bytes(clip)
     rows = []
     for number, choice in enumerate(choices):

@@ -1,10 +1,7 @@
 """Answers from a server: failures are counted and shown, and too many of them end the command."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from json_server import JsonHandler, serving
 
 from accuracy.endpoint import ask_endpoint
 from accuracy.paired import pair
@@ -24,34 +21,16 @@ def samples(count: int) -> list[Sample]:
 def endpoint():
     """A server of the OpenAI protocol: the test sets `reply`, from an item to (status, body)."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
             self.send(*self.server.models)
 
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send(*self.server.reply(request["messages"][0]["content"]))
+            self.send(*self.server.reply(self.request_body()["messages"][0]["content"]))
 
-        def send(self, status, body):
-            data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.models = (200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    models = (200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+    with serving(Handler, models=models) as server:
+        yield server
 
 
 def completion(content):

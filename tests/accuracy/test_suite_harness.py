@@ -5,12 +5,11 @@ the benchmarks' own formats, scores worked out by hand.
 import json
 import os
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import suite_data
+from json_server import JsonHandler, serving
 
 import accuracy.suites
 from accuracy.suites.catalogue import REPORT, Task, choose_tasks
@@ -184,27 +183,13 @@ def test_lm_evals_prompts_and_scores(data):
 def judge():
     """A server of the OpenAI protocol that reads every answer as 7; `.asked` are its prompts."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.asked.append(request["messages"][-1]["content"])
-            body = json.dumps({"choices": [{"message": {"content": "7"}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.server.asked.append(self.request_body()["messages"][-1]["content"])
+            self.send(200, {"choices": [{"message": {"content": "7"}}]})
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler, asked=[]) as server:
+        yield server
 
 
 def test_a_judge_reads_what_the_rule_cannot(tmp_path, judge):

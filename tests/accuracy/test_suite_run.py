@@ -1,17 +1,16 @@
 """Asking a suite: what is kept, what is asked again, what has failed, and a server that dies."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from ask_suite import plan_of
+from json_server import JsonHandler, serving
 from suite_data import CHART_ANSWERS, write_clip, write_videomme
 from tokenizers import Tokenizer
 
@@ -36,12 +35,12 @@ def chat():
     status and answer.
     """
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self):
             self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
         def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = self.request_body()
             self.server.requests.append(request)
             question = request["messages"][-1]["content"][-1]["text"].splitlines()[0]
             status, text = self.server.reply(question)
@@ -50,28 +49,8 @@ def chat():
             self.send(status, body | {"choices": [{"index": 0, "message": message}]})
             self.server.asked.append(question)
 
-        def send(self, status, body):
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    server.requests = []
-    server.reply = lambda question: (200, "100")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler, asked=[], requests=[], reply=lambda question: (200, "100")) as server:
+        yield server
 
 
 def test_a_killed_run_resumes_without_asking_an_answered_item_again(folder, chat, tiny):

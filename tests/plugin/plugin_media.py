@@ -2,8 +2,6 @@
 
 import io
 import os
-import struct
-import zlib
 from fractions import Fraction
 
 import av
@@ -100,22 +98,6 @@ def sound(cover: bool = False) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A picture that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [
-        chunk(b"IHDR", header),
-        chunk(b"IDAT", zlib.compress(bytes(1000))),
-        chunk(b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 SHORT_GROUPS = {"g": "7", "bf": "3"}

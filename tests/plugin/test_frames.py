@@ -7,8 +7,9 @@ import time
 import av
 import numpy as np
 import pytest
-from plugin_media import CLIPS, ODD_CLIPS, clip, picture, png_of_size, sound
+from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
 
+from benchmarks.soak import empty_png
 from hybridquant_vllm import frames
 from hybridquant_vllm.frames import ClipError, read_clip, sample_indices
 
@@ -131,8 +132,8 @@ REFUSED = {
     "no index": (clip()[:900], "video cannot be read"),
     "sound": (sound(), "file has no video stream"),
     "sound with a cover": (sound(cover=True), "only a cover picture"),
-    "picture": (png_of_size(8, 8), "file is a picture (png)"),
-    "bomb": (png_of_size(100_000, 100_000), "file is a picture (png)"),
+    "picture": (empty_png(8, 8), "file is a picture (png)"),
+    "bomb": (empty_png(100_000, 100_000), "file is a picture (png)"),
     "8K": (clip(2, 2, size=(7680, 4320), options={"preset": "ultrafast"}), "at most 16777216"),
     "ten hours": (clip(2, 1, form="matroska", options={"g": "1"}), "seconds long"),
 }

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plugin_media import CLIPS, ODD_CLIPS, clip, picture, png_of_size, sound
+from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
 
+from benchmarks.soak import empty_png
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.video import UNPRUNED
@@ -52,8 +53,8 @@ BAD = {
     "sound with a cover": (messages("video", sound(cover=True)), "only a cover picture"),
     "picture as a clip": (messages("video", png(64, 64)), "file is a picture"),
     "clip as a picture": (messages("image", clip()), "Failed to load image"),
-    "bomb": (messages("image", png_of_size(100_000, 100_000)), "make it smaller"),
-    "bomb as a clip": (messages("video", png_of_size(100_000, 100_000)), "file is a picture"),
+    "bomb": (messages("image", empty_png(100_000, 100_000)), "make it smaller"),
+    "bomb as a clip": (messages("video", empty_png(100_000, 100_000)), "file is a picture"),
 }
 
 

@@ -8,7 +8,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from plugin_media import CLIPS, ODD_CLIPS, clip, png_of_size, sound
+from plugin_media import CLIPS, ODD_CLIPS, clip, sound
+
+from benchmarks.soak import empty_png
 
 
 def ask(server, kind, data):
@@ -41,8 +43,8 @@ BAD = {
     "truncated": ("video", clip()[:900], "video cannot be read"),
     "sound": ("video", sound(), "no video stream"),
     "8K": ("video", clip(2, 2, size=(7680, 4320), options={"preset": "ultrafast"}), "at most"),
-    "bomb": ("image", png_of_size(100_000, 100_000), "make it smaller"),
-    "bomb as a clip": ("video", png_of_size(100_000, 100_000), "file is a picture"),
+    "bomb": ("image", empty_png(100_000, 100_000), "make it smaller"),
+    "bomb as a clip": ("video", empty_png(100_000, 100_000), "file is a picture"),
 }
 
 
