@@ -53,7 +53,8 @@ class Asker:
             tokens: Tokens of the answer.
 
         Returns:
-            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`.
+            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`;
+            `begin`: when it was asked, by the machine's monotonic clock.
         """
         parts: list[Measured] = []
         for file in files:
@@ -73,7 +74,7 @@ class Asker:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        start = time.perf_counter()
+        start = time.monotonic()
         first = 0.0
         prompt_tokens = 0
         with urllib.request.urlopen(request, timeout=300) as response:
@@ -82,10 +83,15 @@ class Asker:
                     continue
                 event = json.loads(line[6:])
                 if event["choices"] and not first and _has_token(event["choices"][0]):
-                    first = time.perf_counter() - start
+                    first = time.monotonic() - start
                 if event.get("usage"):
                     prompt_tokens = event["usage"]["prompt_tokens"]
-        return {"first": first, "all": time.perf_counter() - start, "prompt_tokens": prompt_tokens}
+        return {
+            "begin": start,
+            "first": first,
+            "all": time.monotonic() - start,
+            "prompt_tokens": prompt_tokens,
+        }
 
 
 def _has_token(choice: Measured) -> bool:

@@ -1,16 +1,20 @@
 """The decoder: the right frames, the same ones in parallel, and what is refused."""
 
 import io
+import logging
 import os
 import time
+from functools import partial
 
 import av
 import numpy as np
 import pytest
+from av.codec.hwaccel import HWAccel
 from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
 
 from benchmarks.soak import empty_png
-from hybridquant_vllm import frames
+from hybridquant_vllm import conversion, frames, hardware_decoder
+from hybridquant_vllm import stretches as stretches_module
 from hybridquant_vllm.frames import ClipError, read_clip, sample_indices
 
 ALL_CLIPS = CLIPS | ODD_CLIPS
@@ -30,14 +34,14 @@ def every_frame(data):
 def stretches(monkeypatch):
     """The numbers of stretches that clips were divided into."""
     counts = []
-    divide = frames._stretches
+    divide = frames.divide
 
     def counting(*arguments):
         found = divide(*arguments)
         counts.append(len(found))
         return found
 
-    monkeypatch.setattr(frames, "_stretches", counting)
+    monkeypatch.setattr(frames, "divide", counting)
     return counts
 
 
@@ -84,11 +88,25 @@ def test_a_stretch_that_loses_frames_makes_the_clip_be_counted(monkeypatch):
     whole = read(CLIPS["h264, short groups"])
 
     def lose(*arguments):
-        raise frames._NotParallel
+        raise stretches_module.NotParallel
 
-    monkeypatch.setattr(frames, "_decode_stretch", lose)
+    monkeypatch.setattr(stretches_module, "_decode", lose)
     counted = read(CLIPS["h264, short groups"])
     assert np.array_equal(counted.frames, whole.frames)
+
+
+def test_without_nvdec_the_cpu_decodes_and_the_log_says_so_once(monkeypatch, caplog):
+    """As on a machine whose driver has no libnvcuvid: there is no GPU of this number."""
+    expected = read(CLIPS["h264, short groups"])
+    monkeypatch.setenv(hardware_decoder.VARIABLE, "nvdec")
+    monkeypatch.setattr(hardware_decoder, "_refused", set())
+    monkeypatch.setattr(hardware_decoder, "HWAccel", partial(HWAccel, device="99"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for _ in range(2):
+        decoded = read(CLIPS["h264, short groups"])
+        assert np.array_equal(decoded.frames, expected.frames)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len([text for text in messages if "the CPU decodes h264 yuv420p" in text]) == 1
 
 
 def test_a_damaged_clip_is_counted_as_opencv_does(stretches):
@@ -120,7 +138,7 @@ def test_no_more_frames_are_held_than_there_are_slots(monkeypatch):
         def release(self):
             self.now -= 1
 
-    monkeypatch.setattr(frames, "_SLOTS", Counting())
+    monkeypatch.setattr(conversion, "FRAME_SLOTS", Counting())
     read(CLIPS["h264, short groups"], fps=-1)
     assert len(held) == 90
 
