@@ -249,12 +249,19 @@ def _serve(given: argparse.Namespace) -> int:
         def keep(found: dict[str, Any]) -> None:
             write_json(given.json, result | {"measured": found})
 
-        with servers(given.directory, folder, flags) as askers:
+        with servers(given.directory, folder, flags, dict(given.plugin)) as askers:
             work = Workload(folder, films)
             found = measure(askers, work, given.seconds, keep)
         keep(found)
     print(json.dumps(found, indent=1))
     return 0
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not NAME=VALUE")
+    return name, value
 
 
 def _height(film: Path) -> int:
@@ -301,6 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--json", type=Path, required=True, help="the result file")
     serve.add_argument("--seconds", type=float, default=900, help="time to spend on asking (900)")
     serve.add_argument("--vllm", default="", metavar="FLAGS", help="more flags of vllm serve")
+    plugin_help = "an environment variable of the server with the plug-in; several are possible"
+    serve.add_argument(
+        "--plugin", type=_variable, action="append", default=[], metavar="A=B", help=plugin_help
+    )
     serve.set_defaults(run=_serve)
     return parser
 

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
+from hybridquant_vllm.step_times import VARIABLE
 from serve.clips import looped
 from serve.command import build_environment
 from serve.environment import find_environment
@@ -25,8 +27,7 @@ from serve.settings import ServeSettings, override
 
 logger = get_logger(__name__)
 
-SWITCHES = {"stock": "0", "plugin": "1"}
-"""Value of HYBRIDQUANT_FAST_VIDEO by server."""
+SERVERS = ("stock", "plugin")
 
 START_SECONDS = 420.0
 
@@ -102,13 +103,16 @@ def _has_token(choice: Measured) -> bool:
 
 
 @contextlib.contextmanager
-def servers(directory: Path, media: Path, flags: list[str]) -> Iterator[dict[str, Asker]]:
+def servers(
+    directory: Path, media: Path, flags: list[str], variables: dict[str, str]
+) -> Iterator[dict[str, Asker]]:
     """Serve one directory twice, stock and with the plug-in, for the length of a `with` block.
 
     Args:
         directory: A checkpoint.
-        media: Folder that requests may name files of.
+        media: Folder that requests may name files of; the plug-in's step times go there.
         flags: More flags of `vllm serve`.
+        variables: More environment variables of the server with the plug-in.
 
     Raises:
         BadInput: The preflight finds faults.
@@ -116,15 +120,18 @@ def servers(directory: Path, media: Path, flags: list[str]) -> Iterator[dict[str
     """
     environment = find_environment()
     shared = ServeSettings(allowed_local_media_path=media, max_images=32)
+    own_variables = {
+        "stock": {"HYBRIDQUANT_FAST_VIDEO": "0"},
+        "plugin": {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))} | variables,
+    }
     with contextlib.ExitStack() as stack:
         started: dict[str, tuple[ServerProcess, str]] = {}
-        for name, switch in SWITCHES.items():
+        for name in SERVERS:
             settings = override(shared, {"port": free_port("127.0.0.1")})
             config = preflight(directory, settings, environment)
-            variables = build_environment(config, environment.device)
-            variables["HYBRIDQUANT_FAST_VIDEO"] = switch
+            given = build_environment(config, environment.device) | own_variables[name]
             command = full_command(directory, settings, environment, flags)
-            process = ServerProcess(command, variables, new_log(settings))
+            process = ServerProcess(command, given, new_log(settings))
             stack.enter_context(process)
             started[name] = (process, f"http://127.0.0.1:{settings.port}")
         askers = {}
@@ -134,6 +141,11 @@ def servers(directory: Path, media: Path, flags: list[str]) -> Iterator[dict[str
             logger.info("%s answers after %.0f s more", name, time.monotonic() - begun)
             askers[name] = Asker(url)
         yield askers
+
+
+def step_times(media: Path) -> Path:
+    """Return the file of the plug-in's step times in a folder of media."""
+    return media / "steps.jsonl"
 
 
 class Workload:
@@ -148,6 +160,11 @@ class Workload:
         self._folder = folder
         self.films = films
         self._count = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        return self._folder
 
     def clip(self, height: int, seconds: float) -> Path:
         """Write a loop of a film whose bytes are new."""
@@ -184,17 +201,22 @@ def measure(
         keep: Called with everything measured so far after each part.
     """
     end = time.monotonic() + seconds
+    new_clip = partial(work.clip, 720, 64.0)
+    times = step_times(work.folder)
+    steps = partial(breakdown, askers["plugin"], times=times, count=5)
     parts: dict[str, Callable[[], Measured]] = {
-        "64 s of 720p": partial(first_tokens, askers, partial(work.clip, 720, 64.0), 6),
-        "the same clip again": partial(again, askers, partial(work.clip, 720, 64.0), 4),
+        "64 s of 720p": partial(first_tokens, askers, new_clip, 6),
+        "steps of 64 s of 720p": partial(steps, new_clip),
+        "the same clip again": partial(again, askers, new_clip, 4),
         "12 clips of 32 s at once": partial(
             at_once, askers, "video", partial(work.clip, 720, 32.0), 12, 12, 128
         ),
-        "32 pages, 16 at once": partial(at_once, askers, "image", work.page, 32, 16, 16),
     }
     for height in sorted(set(work.films) - {720}):
         clip = partial(work.clip, height, 64.0)
         parts[f"64 s of {height}p"] = partial(first_tokens, askers, clip, 3)
+        parts[f"steps of 64 s of {height}p"] = partial(steps, clip)
+    parts["32 pages, 16 at once"] = partial(at_once, askers, "image", work.page, 32, 16, 16)
     found: Measured = {}
     for name, part in parts.items():
         if time.monotonic() > end:
@@ -210,11 +232,14 @@ def measure(
 
 
 def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
-    """Seconds to the first token of new clips, one after another, the servers in turn."""
+    """Seconds to the first token of new clips, one after another, the servers in turn.
+
+    The plug-in's server is asked first, so that it finds no kernels that the other has compiled.
+    """
     runs: dict[str, list[Measured]] = {name: [] for name in askers}
     for _ in range(count):
-        for name, asker in askers.items():
-            runs[name].append(asker.ask("video", [new_clip()], 1))
+        for name in reversed(SERVERS):
+            runs[name].append(askers[name].ask("video", [new_clip()], 1))
     return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
         "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
     }
