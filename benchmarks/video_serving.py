@@ -2,132 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
 import statistics
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.paired_servers import Asker, Measured, Side
 from checkpoint.log import get_logger
 from serve.clips import looped
-from serve.command import build_environment
-from serve.environment import find_environment
-from serve.own_server import OwnServer
-from serve.preflight import free_port, preflight
-from serve.process import ServerProcess, full_command, new_log, wait_until_ready
-from serve.settings import ServeSettings, override
 
 logger = get_logger(__name__)
 
 SWITCHES = {"stock": "0", "plugin": "1"}
 """Value of HYBRIDQUANT_FAST_VIDEO by server."""
 
-START_SECONDS = 420.0
 
-Measured = dict[str, Any]
-
-
-class Asker:
-    """One server that answers.
-
-    Args:
-        url: Its address, without `/v1`.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._model = OwnServer(url).served_name()
-
-    def ask(self, kind: str, files: list[Path], tokens: int) -> Measured:
-        """Ask about media that the server reads itself.
-
-        Args:
-            kind: `image` or `video`.
-            files: In a folder that the server may read.
-            tokens: Tokens of the answer.
-
-        Returns:
-            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`.
-        """
-        parts: list[Measured] = []
-        for file in files:
-            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"file://{file}"}})
-        parts.append({"type": "text", "text": "What happens?"})
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": parts}],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        request = urllib.request.Request(
-            f"{self._url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        start = time.perf_counter()
-        first = 0.0
-        prompt_tokens = 0
-        with urllib.request.urlopen(request, timeout=300) as response:
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event["choices"] and not first and _has_token(event["choices"][0]):
-                    first = time.perf_counter() - start
-                if event.get("usage"):
-                    prompt_tokens = event["usage"]["prompt_tokens"]
-        return {"first": first, "all": time.perf_counter() - start, "prompt_tokens": prompt_tokens}
-
-
-def _has_token(choice: Measured) -> bool:
-    """Return whether a streamed choice follows a token: the first one only names the role, and a
-    token may have no text.
-    """
-    return bool(choice["delta"].get("content") or choice.get("finish_reason"))
-
-
-@contextlib.contextmanager
-def servers(directory: Path, media: Path, flags: list[str]) -> Iterator[dict[str, Asker]]:
-    """Serve one directory twice, stock and with the plug-in, for the length of a `with` block.
+def sides(directory: Path, flags: list[str]) -> list[Side]:
+    """Return the two servers: one directory, served by us, without and with the plug-in.
 
     Args:
         directory: A checkpoint.
-        media: Folder that requests may name files of.
         flags: More flags of `vllm serve`.
-
-    Raises:
-        BadInput: The preflight finds faults.
-        ServerDied: A vLLM ends before it answers.
     """
-    environment = find_environment()
-    shared = ServeSettings(allowed_local_media_path=media, max_images=32)
-    with contextlib.ExitStack() as stack:
-        started: dict[str, tuple[ServerProcess, str]] = {}
-        for name, switch in SWITCHES.items():
-            settings = override(shared, {"port": free_port("127.0.0.1")})
-            config = preflight(directory, settings, environment)
-            variables = build_environment(config, environment.device)
-            variables["HYBRIDQUANT_FAST_VIDEO"] = switch
-            command = full_command(directory, settings, environment, flags)
-            process = ServerProcess(command, variables, new_log(settings))
-            stack.enter_context(process)
-            started[name] = (process, f"http://127.0.0.1:{settings.port}")
-        askers = {}
-        for name, (process, url) in started.items():
-            begun = time.monotonic()
-            wait_until_ready(process, OwnServer(url), START_SECONDS)
-            logger.info("%s answers after %.0f s more", name, time.monotonic() - begun)
-            askers[name] = Asker(url)
-        yield askers
+    found = []
+    for name, switch in SWITCHES.items():
+        found.append(Side(name, directory, tuple(flags), {"HYBRIDQUANT_FAST_VIDEO": switch}))
+    return found
 
 
 class Workload:
