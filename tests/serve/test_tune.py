@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,12 @@ from checkpoint.config import read_config
 from checkpoint.faults import BadInput
 from serve import tune_kernel
 from serve.command import build_environment
-from serve.environment import CPU, Device, Gpu, ServeEnvironment, cuda_device, find_python
+from serve.environment import CPU, Device, Gpu, ServeEnvironment, cuda_device
 from serve.plan import serving_plan
 from serve.settings import ServeSettings
 from serve.state_update import FOLDER_VARIABLE, file_name, find_tuned, mamba_layer, state_type
-from serve.tune import configuration, parse_batches, parse_states, run, write_files
+from serve.tune import parse_batches, parse_states, run, write_files
 
-BY_VLLM = Path(__file__).with_name("state_update_by_vllm.py")
 H100 = cuda_device([Gpu((9, 0), "NVIDIA H100 80GB HBM3", 85e9, 84e9)])
 ON_H100 = ServeEnvironment("python", (0, 33, 0), H100, "0.2.0")
 SHAPE = tune_kernel.Shape(heads=4, groups=2, head_dim=8, state_size=16)
@@ -118,19 +115,16 @@ def found(search):
     return {"states": states, "triton": "3.6.0", "device_name": "NVIDIA_H100_80GB_HBM3"}
 
 
-def test_vllm_reads_the_file(found, full12b, tmp_path):
+def test_the_file_has_a_launch_for_each_batch_times_heads(found, full12b, tmp_path):
     layer = mamba_layer(full12b)
     assert layer == (128, 8, 80, 128)
     (path,) = write_files(found, layer, tmp_path)
-    assert list(configuration(found["states"]["float32"], "3.6.0"))[1:] == ["128", "2048", "8192"]
-    arguments = [found["device_name"], layer.head_dim, layer.state_size, layer.heads, "float32"]
-    # 20 requests are nearest to 16, 3 to 1.
-    command = [find_python(), BY_VLLM, *arguments, 64, 1, 20, 3]
-    variables = os.environ | {FOLDER_VARIABLE: str(path.parent)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stderr
-    launches = json.loads(done.stdout.splitlines()[-1])
-    assert launches == [[16, 2], [4, 1], [8, 4], [4, 1]]
+    assert path.name == (
+        "headdim=80,dstate=128,device_name=NVIDIA_H100_80GB_HBM3,cache_dtype=float32.json"
+    )
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert list(content) == ["triton_version", "128", "2048", "8192"]
+    assert content["2048"] == {"BLOCK_SIZE_M": 8, "num_warps": 4}
 
 
 @pytest.fixture
