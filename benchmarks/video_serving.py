@@ -2,145 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
 import statistics
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn
+from benchmarks.paired_servers import Asker, Measured, Side
 from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
 from hybridquant_vllm.step_times import VARIABLE
 from serve.clips import looped
-from serve.command import build_environment
-from serve.environment import find_environment
-from serve.own_server import OwnServer
-from serve.preflight import free_port, preflight
-from serve.process import ServerProcess, full_command, new_log, wait_until_ready
-from serve.settings import ServeSettings, override
 
 logger = get_logger(__name__)
 
 SERVERS = ("stock", "plugin")
 
-START_SECONDS = 420.0
 
-Measured = dict[str, Any]
-
-
-class Asker:
-    """One server that answers.
-
-    Args:
-        url: Its address, without `/v1`.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._model = OwnServer(url).served_name()
-
-    def ask(self, kind: str, files: list[Path], tokens: int) -> Measured:
-        """Ask about media that the server reads itself.
-
-        Args:
-            kind: `image` or `video`.
-            files: In a folder that the server may read.
-            tokens: Tokens of the answer.
-
-        Returns:
-            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`;
-            `begin`: when it was asked, by the machine's monotonic clock.
-        """
-        parts: list[Measured] = []
-        for file in files:
-            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"file://{file}"}})
-        parts.append({"type": "text", "text": "What happens?"})
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": parts}],
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        request = urllib.request.Request(
-            f"{self._url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        start = time.monotonic()
-        first = 0.0
-        prompt_tokens = 0
-        with urllib.request.urlopen(request, timeout=300) as response:
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event["choices"] and not first and _has_token(event["choices"][0]):
-                    first = time.monotonic() - start
-                if event.get("usage"):
-                    prompt_tokens = event["usage"]["prompt_tokens"]
-        return {
-            "begin": start,
-            "first": first,
-            "all": time.monotonic() - start,
-            "prompt_tokens": prompt_tokens,
-        }
-
-
-def _has_token(choice: Measured) -> bool:
-    """Return whether a streamed choice follows a token: the first one only names the role, and a
-    token may have no text.
-    """
-    return bool(choice["delta"].get("content") or choice.get("finish_reason"))
-
-
-@contextlib.contextmanager
-def servers(
-    directory: Path, media: Path, flags: list[str], variables: dict[str, str]
-) -> Iterator[dict[str, Asker]]:
-    """Serve one directory twice, stock and with the plug-in, for the length of a `with` block.
+def sides(
+    directory: Path, flags: list[str], media: Path, variables: Mapping[str, str]
+) -> list[Side]:
+    """Return the two servers: one directory, served by us, without and with the plug-in.
 
     Args:
         directory: A checkpoint.
-        media: Folder that requests may name files of; the plug-in's step times go there.
         flags: More flags of `vllm serve`.
+        media: Folder that requests may name files of; the plug-in's step times go there.
         variables: More environment variables of the server with the plug-in.
-
-    Raises:
-        BadInput: The preflight finds faults.
-        ServerDied: A vLLM ends before it answers.
     """
-    environment = find_environment()
-    shared = ServeSettings(allowed_local_media_path=media, max_images=32)
-    own_variables = {
-        "stock": {"HYBRIDQUANT_FAST_VIDEO": "0"},
-        "plugin": {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))} | variables,
-    }
-    with contextlib.ExitStack() as stack:
-        started: dict[str, tuple[ServerProcess, str]] = {}
-        for name in SERVERS:
-            settings = override(shared, {"port": free_port("127.0.0.1")})
-            config = preflight(directory, settings, environment)
-            given = build_environment(config, environment.device) | own_variables[name]
-            command = full_command(directory, settings, environment, flags)
-            process = ServerProcess(command, given, new_log(settings))
-            stack.enter_context(process)
-            started[name] = (process, f"http://127.0.0.1:{settings.port}")
-        askers = {}
-        for name, (process, url) in started.items():
-            begun = time.monotonic()
-            wait_until_ready(process, OwnServer(url), START_SECONDS)
-            logger.info("%s answers after %.0f s more", name, time.monotonic() - begun)
-            askers[name] = Asker(url)
-        yield askers
+    given = dict(variables) | {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))}
+    own_variables = {"stock": {"HYBRIDQUANT_FAST_VIDEO": "0"}, "plugin": given}
+    found = []
+    for name in SERVERS:
+        found.append(Side(name, directory, tuple(flags), variables=own_variables[name]))
+    return found
 
 
 def step_times(media: Path) -> Path:
@@ -211,12 +109,14 @@ def measure(
         "12 clips of 32 s at once": partial(
             at_once, askers, "video", partial(work.clip, 720, 32.0), 12, 12, 128
         ),
+        "decode at 64, tokens/s": partial(decoding, askers, 64, end),
     }
     for height in sorted(set(work.films) - {720}):
         clip = partial(work.clip, height, 64.0)
         parts[f"64 s of {height}p"] = partial(first_tokens, askers, clip, 3)
         parts[f"steps of 64 s of {height}p"] = partial(steps, clip)
     parts["32 pages, 16 at once"] = partial(at_once, askers, "image", work.page, 32, 16, 16)
+    parts["decode at 1, tokens/s"] = partial(decoding, askers, 1, end)
     found: Measured = {}
     for name, part in parts.items():
         if time.monotonic() > end:
@@ -243,6 +143,16 @@ def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: 
     return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
         "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
     }
+
+
+def decoding(askers: dict[str, Asker], count: int, end: float) -> Measured:
+    """Tokens per second of `count` requests for text at once; see `benchmarks.decode`."""
+    named = {BASELINE: askers["stock"], OURS: askers["plugin"]}
+
+    def run(asker: Asker, seed: int) -> float:
+        return decode_rate(asker, count, 256, seed)
+
+    return in_turn(named, run, repeats=3, more_is_better=True, end=end)
 
 
 def again(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:

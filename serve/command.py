@@ -12,6 +12,7 @@ from checkpoint.config import CheckpointConfig, read_config
 from serve.environment import Device
 from serve.precision import Version
 from serve.settings import ServeSettings
+from serve.state_update import FOLDER_VARIABLE, find_tuned
 from serve.vllm_flags import canonical, named_flags
 
 FRAME_TEXT_TOKENS = 24
@@ -72,8 +73,16 @@ def build_command(
     return [*command, *extra]
 
 
-def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str]:
-    """Return the environment variables that go with the command; what the user has set is kept."""
+def build_environment(
+    config: CheckpointConfig, device: Device, extra: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return the environment variables that go with the command; what the user has set is kept.
+
+    Args:
+        config: The checkpoint's.
+        device: What vLLM will run on.
+        extra: Flags of vLLM that will be added.
+    """
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         MEDIA_THREADS: str(media_threads()),
@@ -85,6 +94,9 @@ def build_environment(config: CheckpointConfig, device: Device) -> dict[str, str
         # token and 149 MB per sequence: see serve/memory.py.
         is_small = config.hidden_size < 1024
         variables[CPU_SPACE] = "1" if is_small else "8"
+    tuned = find_tuned(config, device, extra)
+    if tuned is not None and tuned.is_there:
+        variables[FOLDER_VARIABLE] = str(tuned.folder)
     chosen = {name: value for name, value in variables.items() if name not in os.environ}
     # The command runs in whatever directory the user is in; a serve/ or export/ there must not be
     # imported.

@@ -19,6 +19,7 @@ class Situation:
         ranks: GPUs that the model is split over.
         is_quantized: Whether the checkpoint is.
         has_fast_video: Whether the plug-in prepares clips.
+        is_tuned: Whether vLLM finds a configuration of its Mamba state update.
         flags: Canonical names of the vLLM flags that the user gives.
     """
 
@@ -27,6 +28,7 @@ class Situation:
     ranks: int
     is_quantized: bool
     has_fast_video: bool
+    is_tuned: bool
     flags: frozenset[str]
 
 
@@ -97,9 +99,9 @@ KNOWN_FAULTS = (
     ),
     KnownFault(
         symptom="the Mamba state update has no tuned configuration for this model",
-        remedy="none is needed for right answers; decoding is slower than it could be",
+        remedy="answers are right, and decoding slower than it could be: run hybridquant tune",
         source="vLLM issue 44251",
-        occurs=lambda situation: situation.device.kind == "cuda",
+        occurs=lambda situation: situation.device.kind == "cuda" and not situation.is_tuned,
     ),
 )
 """Faults that a user of `hybridquant serve` can still meet, or whose guard a flag could undo."""

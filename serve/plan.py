@@ -27,6 +27,7 @@ from serve.memory import (
 )
 from serve.precision import PRECISIONS, read_quantization
 from serve.settings import ServeSettings
+from serve.state_update import FOLDER_VARIABLE, SHIPPED, Tuned, find_tuned, state_type
 from serve.vllm_flags import flag_value, named_flags
 
 _POOL_FLAG = "--kv-cache-memory-bytes"
@@ -108,6 +109,9 @@ def serving_plan(
     choices += _memory(config, settings, environment, extra)
     choices.append(_step(config, settings, extra))
     choices.append(_processes(extra))
+    tuned = find_tuned(config, environment.device, extra)
+    if tuned is not None:
+        choices.append(_state_update(tuned, state_type(config, extra)))
     choices.append(Choice("fast video", *_with_reason(fast_video)))
     situation = Situation(
         vllm=environment.vllm,
@@ -115,6 +119,7 @@ def serving_plan(
         ranks=settings.tensor_parallel_size,
         is_quantized=read_quantization(config) is not None,
         has_fast_video=fast_video == "on",
+        is_tuned=tuned is not None and tuned.is_there,
         flags=frozenset(named_flags(_switched_on(extra))),
     )
     version = environment.version
@@ -292,6 +297,22 @@ def _processes(extra: Sequence[str]) -> Choice:
     cores = len(os.sched_getaffinity(0))
     reason = f"{cores} cores; several processes would each prepare a clip that one has in its cache"
     return Choice("requests", value, reason)
+
+
+def _state_update(tuned: Tuned, state: str) -> Choice:
+    name = "state update"
+    kept = f"states in {state}"
+    if tuned.is_there:
+        whose = "measured on this machine by hybridquant tune"
+        if tuned.is_given:
+            whose = f"given by {FOLDER_VARIABLE}"
+        elif tuned.folder == SHIPPED:
+            whose = "measured for this GPU, and shipped"
+        return Choice(name, f"tuned, {kept}", whose)
+    if tuned.is_given:
+        missing = f"{tuned.folder} has no {tuned.name}"
+        return Choice(name, f"vLLM's own choice, {kept}", f"{FOLDER_VARIABLE} is given: {missing}")
+    return Choice(name, f"vLLM's own choice, {kept}", "not tuned for this GPU: hybridquant tune")
 
 
 def _with_reason(state: str) -> tuple[str, str]:

@@ -12,6 +12,8 @@ vLLM calls `register` in each of its processes, in some more than once.
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
   measured with it would not be that of a GPU; the reference kernel is put before it. With
   HYBRIDQUANT_REFERENCE_KERNELS=0 in the environment, vLLM chooses as it would without the plug-in.
+- `nvfp4_as_fp8` adds a kernel that converts NVFP4 weights to FP8 while loading, for GPUs with FP8
+  and without FP4 arithmetic, where VLLM_DISABLED_KERNELS turns vLLM's own off.
 - `layer_report` writes down which layers are quantized, and by which kernel, where
   HYBRIDQUANT_LAYER_REPORT names a file.
 - `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
@@ -22,6 +24,11 @@ import os
 __version__ = "0.2.0"
 
 SWITCH = "HYBRIDQUANT_REFERENCE_KERNELS"
+
+DISABLED_KERNELS = "VLLM_DISABLED_KERNELS"
+"""vLLM's own variable; where it names `MARLIN`, NVFP4 weights can be converted to FP8."""
+
+MARLIN = "MarlinNvFp4LinearKernel"
 
 
 def register() -> None:
@@ -58,25 +65,28 @@ def register() -> None:
         _register_kernels()
     except (ImportError, AttributeError) as error:
         logger.warning(
-            "hybridquant: cannot add reference kernels to this vLLM (%s): FP8 and NVFP4 may not "
-            "run on this CPU.",
+            "hybridquant: cannot add kernels to this vLLM (%s): FP8 and NVFP4 may not run here.",
             error,
         )
 
 
 def _register_kernels() -> None:
-    """Register the reference kernels on a CPU, once per process.
+    """Register the reference kernels on a CPU, and NVFP4 as FP8 on a GPU where it is asked for;
+    once per process.
 
     Raises:
         ImportError: This vLLM organizes its kernels differently.
         AttributeError: The same.
     """
-    if os.environ.get(SWITCH, "1") == "0":
-        return
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from hybridquant_vllm import kernels
+    if current_platform.is_cpu():
+        if os.environ.get(SWITCH, "1") == "0":
+            return
+        from hybridquant_vllm import kernels
 
-    kernels.add_missing()
+        kernels.add_missing()
+    elif MARLIN in os.environ.get(DISABLED_KERNELS, "").split(","):
+        from hybridquant_vllm import nvfp4_as_fp8
+
+        nvfp4_as_fp8.register()

@@ -65,7 +65,11 @@ def _planes_first(pixels: Any) -> Any:
     dummy_inputs=NanoNemotronVLDummyInputsBuilder,
 )
 class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
-    """vLLM's class of this model, for pixels in uint8."""
+    """vLLM's class of this model, for pixels in uint8, and with ReplaySSM."""
+
+    supports_replayssm = True
+    """Trap: vLLM refuses --use-replayssm because its own class does not say so. Shapes and types of
+    the states come from its NemotronHForCausalLM, whose Mamba layers do it."""
 
     def extract_feature(
         self, pixel_values: torch.Tensor, num_frames: int | None = None

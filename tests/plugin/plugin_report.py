@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from decode_report import decode_report
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.model_executor.models import ModelRegistry, nano_nemotron_vl, radio
@@ -45,6 +46,7 @@ def main() -> None:
         "media": media(renderer, options, json.loads(Path(cases).read_text()), pixels),
         "model": model_report(),
     }
+    found["decode"] = decode_report(checkpoint)
     np.savez(out, **pixels)
     print(json.dumps(found))
 

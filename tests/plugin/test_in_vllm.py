@@ -23,6 +23,8 @@ from calibrate.samples import Sample
 from checkpoint.video import UNPRUNED
 from hybridquant_vllm import __version__
 from serve.environment import find_python
+from serve.state_update import FOLDER_VARIABLE, Layer, mamba_layer
+from serve.tune import write_files
 
 REPORT = Path(__file__).with_name("plugin_report.py")
 PLUGIN = Path(__file__).parents[2] / "plugin"
@@ -58,6 +60,18 @@ BAD = {
 }
 
 
+def tuned_files(folder):
+    """A folder with what `hybridquant tune` writes for the 12B's heads."""
+    entries = [
+        {"key": key, "chosen": {"launch": launch}}
+        for key, launch in ((8192, "16x2"), (128, "4x1"), (2048, "8x4"))
+    ]
+    states = {"float32": {"batches": entries, "left_out": {}}}
+    found = {"states": states, "triton": "3.6.0", "device_name": "NVIDIA_H100_80GB_HBM3"}
+    (path,) = write_files(found, Layer(heads=128, groups=8, head_dim=80, state_size=128), folder)
+    return path.parent
+
+
 @pytest.fixture(scope="module")
 def report(tiny, tmp_path_factory):
     """Everything that vLLM's side says, from one process."""
@@ -70,7 +84,7 @@ def report(tiny, tmp_path_factory):
     (at / "cases.json").write_text(json.dumps(cases))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"PYTHONPATH": str(PLUGIN), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"VLLM_CACHE_ROOT": str(at / "cache")}
+    environment |= {"VLLM_CACHE_ROOT": str(at / "cache"), FOLDER_VARIABLE: str(tuned_files(at))}
     done = subprocess.run(
         [find_python(), REPORT, tiny, at / "cases.json", at / "out.npz"],
         env=environment,
@@ -175,3 +189,36 @@ def test_the_overridden_methods_have_the_arguments_that_we_know(report):
         "video": ["self", "text", "videos"],
         "layer": ["self", "hidden_states", "mask_meta"],
     }
+
+
+def test_vllm_launches_the_state_update_as_tuned_for_the_nearest_batch(report):
+    # 20 requests are nearest to 16, 3 to 1.
+    assert report["decode"]["launches"] == [[16, 2], [4, 1], [8, 4], [4, 1]]
+
+
+def test_vllm_accepts_replayssm_for_the_subclass(report, tiny_config):
+    """Its rings follow the convolution's and the Mamba state, 16 tokens long."""
+    found = report["decode"]["replayssm"]
+    assert found["supported"]
+    layer = mamba_layer(tiny_config)
+    assert found["shapes"][1:] == [
+        [layer.heads, layer.head_dim, layer.state_size],
+        [layer.heads, 16, layer.head_dim],
+        [layer.heads, 16],
+        [layer.groups, 16, layer.state_size],
+    ]
+
+
+def test_upstream_trap_stock_vllm_refuses_replayssm_for_this_model(report):
+    """If this fails, `supports_replayssm` of the subclass may go."""
+    assert not report["decode"]["stock replayssm"]
+
+
+def test_vllm_takes_nvfp4_as_fp8_where_others_are_disabled_and_it_multiplies_right(report):
+    found = report["decode"]["nvfp4"]
+    supported = {"80": False, "89": True, "90": True, "100": False, "120": False}
+    assert found["supported"] == supported
+    assert found["on a CPU"] is False
+    assert found["chosen"] == "OnAnyDevice"
+    # Activations in FP8 are rounded by 1/16 at most, weights by 1/21; products average out.
+    assert found["difference"] < 0.03

@@ -64,7 +64,8 @@ def test_memory_and_step_name_their_numbers(tiny):
 
 
 def situation(version=(0, 33, 0), flags=(), **changed):
-    values = {"device": CPU, "ranks": 1, "is_quantized": True, "has_fast_video": True} | changed
+    values = {"device": CPU, "ranks": 1, "is_quantized": True, "has_fast_video": True}
+    values |= {"is_tuned": False} | changed
     return Situation(vllm=version, flags=frozenset(flags), **values)
 
 

@@ -1,0 +1,242 @@
+"""Several servers on one machine, started at once and asked in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.log import get_logger
+from serve.command import build_environment
+from serve.environment import ServeEnvironment
+from serve.own_server import OwnServer
+from serve.preflight import free_port, preflight
+from serve.process import ServerDied, ServerProcess, full_command, new_log, wait_until_ready
+from serve.settings import ServeSettings, override
+
+logger = get_logger(__name__)
+
+START_SECONDS = 420.0
+
+REQUEST_SECONDS = 300.0
+"""Time after which an answer counts as missing."""
+
+TEXT_IDS = range(20, 250)
+"""Token ids that prompts of random tokens are drawn from: bytes, in every tokenizer of ours."""
+
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One server of a comparison.
+
+    Attributes:
+        name: How results name it.
+        directory: A checkpoint.
+        flags: More flags of `vllm serve`.
+        variables: Environment variables of its own.
+        is_plain: Whether it is started as `vllm serve DIR FLAGS`, with nothing of ours in front;
+            the settings are passed over then.
+    """
+
+    name: str
+    directory: Path
+    flags: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    is_plain: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """Return what a result file says about it."""
+        told = dataclasses.asdict(self)
+        return told | {"directory": self.directory.name, "flags": " ".join(self.flags)}
+
+
+class Asker:
+    """One server that answers.
+
+    Args:
+        url: Its address, without `/v1`.
+        log: What vLLM prints.
+        seconds_to_start: From the command to the first answer.
+    """
+
+    def __init__(self, url: str, log: Path | None = None, seconds_to_start: float = 0) -> None:
+        self.url = url
+        self.log = log
+        self.seconds_to_start = seconds_to_start
+        self._model = OwnServer(url).served_name()
+
+    def ask(self, kind: str, files: Sequence[Path], tokens: int) -> Measured:
+        """Ask about media that the server reads itself.
+
+        Args:
+            kind: `image` or `video`.
+            files: In a folder that the server may read.
+            tokens: Tokens of the answer.
+
+        Returns:
+            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`;
+            `begin`: when it was asked, by the machine's monotonic clock.
+
+        Raises:
+            OSError: It does not answer, or refuses.
+        """
+        parts: list[Measured] = []
+        for file in files:
+            parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"file://{file}"}})
+        parts.append({"type": "text", "text": "What happens?"})
+        body = {
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        start = time.monotonic()
+        first = 0.0
+        prompt_tokens = 0
+        with self._post("chat/completions", body) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event["choices"] and not first and _has_token(event["choices"][0]):
+                    first = time.monotonic() - start
+                if event.get("usage"):
+                    prompt_tokens = event["usage"]["prompt_tokens"]
+        return {
+            "begin": start,
+            "first": first,
+            "all": time.monotonic() - start,
+            "prompt_tokens": prompt_tokens,
+        }
+
+    def complete(self, prompt: Sequence[int], tokens: int) -> float:
+        """Let the server write exactly so many tokens after a prompt, and return the seconds.
+
+        The answer comes in one piece, so that neither side spends time on its text.
+
+        Args:
+            prompt: Token ids.
+            tokens: Tokens of the answer.
+
+        Raises:
+            OSError: It does not answer, refuses, or writes another number of tokens.
+        """
+        body = {"prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True}
+        start = time.perf_counter()
+        with self._post("completions", body) as response:
+            usage = json.load(response)["usage"]
+        seconds = time.perf_counter() - start
+        if (usage["prompt_tokens"], usage["completion_tokens"]) != (len(prompt), tokens):
+            raise OSError(f"asked for {len(prompt)} and {tokens} tokens, got {usage}")
+        return seconds
+
+    def complete_all(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Let the server write after all prompts at once, and return the seconds until the last
+        has ended.
+
+        Raises:
+            OSError: As `complete`.
+        """
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            running = [pool.submit(self.complete, prompt, tokens) for prompt in prompts]
+            for request in running:
+                request.result()
+        return time.perf_counter() - start
+
+    def log_text(self) -> str:
+        """Return what vLLM has printed."""
+        if self.log is None:
+            return ""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def _post(self, path: str, body: Measured) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/v1/{path}",
+            json.dumps({"model": self._model, "temperature": 0} | body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(request, timeout=REQUEST_SECONDS)
+
+
+def _has_token(choice: Measured) -> bool:
+    """Return whether a streamed choice follows a token: the first one only names the role, and a
+    token may have no text.
+    """
+    return bool(choice["delta"].get("content") or choice.get("finish_reason"))
+
+
+def random_prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
+    """Return prompts of so many token ids that no two seeds have in common."""
+    drawn = random.Random(seed)
+    return [drawn.choices(TEXT_IDS, k=tokens) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def started(
+    sides: Sequence[Side],
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    seconds: float = START_SECONDS,
+) -> Iterator[tuple[dict[str, Asker], dict[str, str]]]:
+    """Start servers at once, for the length of a `with` block.
+
+    Args:
+        sides: The servers.
+        settings: Of those that are not plain; each gets a port of its own.
+        environment: Where vLLM is.
+        seconds: Time that they have until they answer.
+
+    Yields:
+        The servers that answer, by name, and why the others do not.
+
+    Raises:
+        BadInput: The preflight finds faults.
+    """
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        processes: dict[str, tuple[ServerProcess, OwnServer]] = {}
+        for side in sides:
+            own = override(settings, {"port": free_port("127.0.0.1")})
+            config = preflight(side.directory, own, environment, side.flags)
+            variables = build_environment(config, environment.device, side.flags)
+            command = full_command(side.directory, own, environment, side.flags)
+            if side.is_plain:
+                variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
+                command = plain_command(side, own.port, environment)
+            process = ServerProcess(command, variables | dict(side.variables), new_log(own))
+            stack.enter_context(process)
+            processes[side.name] = (process, OwnServer(f"http://127.0.0.1:{own.port}"))
+        askers = {}
+        failed = {}
+        for name, (process, reached) in processes.items():
+            try:
+                left = max(1.0, seconds - (time.monotonic() - begun))
+                wait_until_ready(process, reached, left)
+            except ServerDied as died:
+                logger.error("%s: %s", name, died)
+                failed[name] = str(died)
+                process.stop()
+                continue
+            took = time.monotonic() - begun
+            logger.info("%s answers after %.0f s", name, took)
+            askers[name] = Asker(reached.url, process.log, round(took, 1))
+        yield askers, failed
+
+
+def plain_command(side: Side, port: int, environment: ServeEnvironment) -> list[str]:
+    """Return `vllm serve DIR FLAGS` on a port of this machine."""
+    vllm = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve"]
+    return [*vllm, str(side.directory), "--host", "127.0.0.1", "--port", str(port), *side.flags]
