@@ -125,8 +125,8 @@ def measure(
         logger.info("%s", name)
         try:
             found[name] = part()
-        except OSError as error:  # refused, or too slow: the other parts are still measured
-            found[name] = f"not measured: {error}"
+        except (OSError, KeyError) as error:  # refused, too slow, or without step times
+            found[name] = f"not measured: {error!r}"
         keep(found)
     return found
 
