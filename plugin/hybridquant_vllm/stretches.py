@@ -6,10 +6,8 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 
 import av
-from av.codec.hwaccel import HWAccel
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
@@ -17,7 +15,6 @@ from av.video.stream import VideoStream
 
 from hybridquant_vllm.clip import OpenedClip
 from hybridquant_vllm.conversion import ConvertedFrames
-from hybridquant_vllm.hardware_decoder import SESSIONS, accelerator, downloaded, refuse
 from hybridquant_vllm.pixels import Pool, worker_count
 
 DECODER_POOL = Pool("hybridquant-decoder")
@@ -122,36 +119,13 @@ def decode_in_parallel(
     threads = math.ceil(worker_count() / len(stretches))
     futures: list[Future[None]] = []
     for stretch in stretches:
-        decode = partial(_decode_anywhere, clip.stream, first, threads, stretch, converted)
-        futures.append(DECODER_POOL.executor.submit(decode))
+        context = _decoder(clip.stream, first, threads)
+        futures.append(DECODER_POOL.executor.submit(_decode, context, stretch, converted))
     # All are waited for, also after an error: they write into `converted`.
     errors = [future.exception() for future in futures]
     for error in errors:
         if error is not None:
             raise error
-
-
-def _decode_anywhere(
-    stream: VideoStream,
-    first: VideoFrame,
-    threads: int,
-    stretch: Stretch,
-    converted: ConvertedFrames,
-) -> None:
-    """Decode a stretch on the GPU's video engines if that is asked for, or else on the CPU."""
-    kind = f"{stream.codec_context.name} {stream.codec_context.pix_fmt}"
-    hardware = accelerator(kind)
-    failure = None
-    if hardware is not None:
-        try:
-            with SESSIONS:
-                _decode(_decoder(stream, first, 1, hardware), stretch, converted)
-            return
-        except Exception as error:  # whatever it is, the CPU may do better
-            failure = error
-    _decode(_decoder(stream, first, threads), stretch, converted)
-    if failure is not None:  # the stretch is not damaged
-        refuse(kind, failure)
 
 
 def _first_frame(clip: OpenedClip) -> VideoFrame:
@@ -164,10 +138,8 @@ def _first_frame(clip: OpenedClip) -> VideoFrame:
     return frames[0]
 
 
-def _decoder(
-    stream: VideoStream, first: VideoFrame, threads: int, hardware: HWAccel | None = None
-) -> VideoCodecContext:
-    context = av.CodecContext.create(stream.codec_context.codec, "r", hardware)
+def _decoder(stream: VideoStream, first: VideoFrame, threads: int) -> VideoCodecContext:
+    context = av.CodecContext.create(stream.codec_context.codec, "r")
     assert isinstance(context, VideoCodecContext)
     context.extradata = stream.codec_context.extradata
     context.options = dict(stream.codec_context.options)
@@ -192,6 +164,6 @@ def _decode(context: VideoCodecContext, stretch: Stretch, converted: ConvertedFr
                 if frame.is_corrupt:
                     raise NotParallel
                 missing.remove(frame.pts)
-                converted.add(stretch.positions[frame.pts], downloaded(frame))
+                converted.add(stretch.positions[frame.pts], frame)
     if missing:
         raise NotParallel

@@ -1,19 +1,16 @@
 """The decoder: the right frames, the same ones in parallel, and what is refused."""
 
 import io
-import logging
 import os
 import time
-from functools import partial
 
 import av
 import numpy as np
 import pytest
-from av.codec.hwaccel import HWAccel
 from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
 
 from benchmarks.soak import empty_png
-from hybridquant_vllm import conversion, frames, hardware_decoder
+from hybridquant_vllm import conversion, frames
 from hybridquant_vllm import stretches as stretches_module
 from hybridquant_vllm.frames import ClipError, read_clip, sample_indices
 
@@ -93,20 +90,6 @@ def test_a_stretch_that_loses_frames_makes_the_clip_be_counted(monkeypatch):
     monkeypatch.setattr(stretches_module, "_decode", lose)
     counted = read(CLIPS["h264, short groups"])
     assert np.array_equal(counted.frames, whole.frames)
-
-
-def test_without_nvdec_the_cpu_decodes_and_the_log_says_so_once(monkeypatch, caplog):
-    """As on a machine whose driver has no libnvcuvid: there is no GPU of this number."""
-    expected = read(CLIPS["h264, short groups"])
-    monkeypatch.setenv(hardware_decoder.VARIABLE, "nvdec")
-    monkeypatch.setattr(hardware_decoder, "_refused", set())
-    monkeypatch.setattr(hardware_decoder, "HWAccel", partial(HWAccel, device="99"))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    for _ in range(2):
-        decoded = read(CLIPS["h264, short groups"])
-        assert np.array_equal(decoded.frames, expected.frames)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len([text for text in messages if "the CPU decodes h264 yuv420p" in text]) == 1
 
 
 def test_a_damaged_clip_is_counted_as_opencv_does(stretches):
