@@ -29,7 +29,8 @@ def sides(directory: Path, flags: list[str]) -> list[Side]:
     """
     found = []
     for name, switch in SWITCHES.items():
-        found.append(Side(name, directory, tuple(flags), {"HYBRIDQUANT_FAST_VIDEO": switch}))
+        variables = {"HYBRIDQUANT_FAST_VIDEO": switch}
+        found.append(Side(name, directory, tuple(flags), variables=variables))
     return found
 
 
