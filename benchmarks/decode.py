@@ -1,7 +1,7 @@
 """Measures decoding and prefill of two servers on one GPU, in turn.
 
     python -m benchmarks.decode DIR --json FILE                       # stock vLLM against ours
-    python -m benchmarks.decode DIR --json FILE --flags="--use-replayssm"
+    python -m benchmarks.decode DIR --json FILE --set replayssm=true
     python -m benchmarks.decode DIR --json FILE --baseline ours --baseline-dir OTHER --env NAME=1
 
 The baseline is `vllm serve DIR` with nothing of ours in front (`--baseline stock`), or what
@@ -86,17 +86,17 @@ def numbers(text: str, option: str) -> list[int]:
     return found
 
 
-def variables(pairs: Sequence[str], option: str) -> dict[str, str]:
+def pairs(words: Sequence[str], option: str) -> dict[str, str]:
     """Parse `NAME=VALUE` of each word.
 
     Raises:
         BadInput: A word has no `=`.
     """
     found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    for word in words:
+        name, equals, value = word.partition("=")
         if not equals or not name:
-            raise BadInput(Fault(option, f"is {pair!r:.80}", "give NAME=VALUE"))
+            raise BadInput(Fault(option, f"is {word!r:.80}", "give NAME=VALUE"))
         found[name] = value
     return found
 
@@ -114,14 +114,16 @@ def two_sides(options: argparse.Namespace, device: Device) -> list[Side]:
         BASELINE,
         options.baseline_dir or options.directory,
         (*(STOCK_FLAGS if is_plain else ()), *shared, *shlex.split(options.baseline_flags)),
-        (STOCK_VARIABLES if is_plain else {}) | variables(options.baseline_env, "--baseline-env"),
+        pairs(options.baseline_set, "--baseline-set"),
+        (STOCK_VARIABLES if is_plain else {}) | pairs(options.baseline_env, "--baseline-env"),
         is_plain,
     )
     ours = Side(
         OURS,
         options.directory,
         (*shared, *shlex.split(options.flags)),
-        variables(options.env, "--env"),
+        pairs(options.set, "--set"),
+        pairs(options.env, "--env"),
     )
     return [baseline, ours]
 
@@ -275,6 +277,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flags", default="", metavar="FLAGS", help="flags for ours")
     parser.add_argument("--baseline-flags", default="", metavar="FLAGS", help="for the baseline")
     parser.add_argument("--env", nargs="*", default=[], metavar="NAME=VALUE", help="for ours")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of ours"
+    )
+    parser.add_argument("--baseline-set", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--baseline-env", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--concurrency", default="64,1", metavar="N,…", help="(default: 64,1)")
     parser.add_argument("--prompts", default="8192", metavar="N,…", help="tokens (default: 8192)")

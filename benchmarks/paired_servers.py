@@ -21,6 +21,7 @@ from serve.own_server import OwnServer
 from serve.preflight import free_port, preflight
 from serve.process import ServerDied, ServerProcess, full_command, new_log, wait_until_ready
 from serve.settings import ServeSettings, override
+from serve.vllm_flags import setting_values
 
 logger = get_logger(__name__)
 
@@ -43,6 +44,7 @@ class Side:
         name: How results name it.
         directory: A checkpoint.
         flags: More flags of `vllm serve`.
+        settings: Values of our settings, by dotted name.
         variables: Environment variables of its own.
         is_plain: Whether it is started as `vllm serve DIR FLAGS`, with nothing of ours in front;
             the settings are passed over then.
@@ -51,6 +53,7 @@ class Side:
     name: str
     directory: Path
     flags: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
     is_plain: bool = False
 
@@ -209,9 +212,10 @@ def started(
     with contextlib.ExitStack() as stack:
         processes: dict[str, tuple[ServerProcess, OwnServer]] = {}
         for side in sides:
-            own = override(settings, {"port": free_port("127.0.0.1")})
+            chosen = setting_values(side.flags) | dict(side.settings)
+            own = override(settings, chosen | {"port": free_port("127.0.0.1")})
             config = preflight(side.directory, own, environment, side.flags)
-            variables = build_environment(config, environment.device, side.flags)
+            variables = build_environment(config, own, environment.device, side.flags)
             command = full_command(side.directory, own, environment, side.flags)
             if side.is_plain:
                 variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}

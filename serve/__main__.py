@@ -140,7 +140,7 @@ def shell_line(
     extra: Sequence[str],
 ) -> str:
     """Return the command and its environment variables as a line for a shell."""
-    variables = build_environment(config, environment.device, extra)
+    variables = build_environment(config, settings, environment.device, extra)
     parts = [f"{name}={value}" for name, value in variables.items()]
     if settings.api_key is not None:
         parts.append(f'{KEY_VARIABLE}="${KEY_VARIABLE}"')

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config
+from serve.decoding import decoding_variables
 from serve.environment import Device
 from serve.precision import Version
 from serve.settings import ServeSettings
@@ -74,12 +75,13 @@ def build_command(
 
 
 def build_environment(
-    config: CheckpointConfig, device: Device, extra: Sequence[str] = ()
+    config: CheckpointConfig, settings: ServeSettings, device: Device, extra: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the environment variables that go with the command; what the user has set is kept.
 
     Args:
         config: The checkpoint's.
+        settings: How to serve it.
         device: What vLLM will run on.
         extra: Flags of vLLM that will be added.
     """
@@ -98,6 +100,7 @@ def build_environment(
     if tuned is not None and tuned.is_there:
         variables[FOLDER_VARIABLE] = str(tuned.folder)
     chosen = {name: value for name, value in variables.items() if name not in os.environ}
+    chosen |= decoding_variables(settings)
     # The command runs in whatever directory the user is in; a serve/ or export/ there must not be
     # imported.
     return chosen | {"PYTHONSAFEPATH": "1"}
@@ -189,6 +192,8 @@ def _device_flags(settings: ServeSettings, device: Device) -> list[Flag]:
     flags: list[Flag] = []
     if settings.gpu_memory_utilization is not None:
         flags.append(("--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}"))
+    if settings.replayssm:
+        flags.append(("--use-replayssm",))
     if settings.tensor_parallel_size > 1:
         flags.append(("--tensor-parallel-size", str(settings.tensor_parallel_size)))
     return flags

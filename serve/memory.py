@@ -10,7 +10,9 @@ reports: tests/serve/test_sequences_that_fit.py.
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,10 @@ LARGE_GPU = 70 * 2**30
 
 CUDA_BYTES = 0.6 * GB
 """CUDA context and libraries. An estimate."""
+
+GROWTH_AS_FP8 = 0.875
+"""Bytes that a byte of FP4 weights grows by when it becomes FP8: two bytes take its place, and that
+of an eighth of a byte of block scales."""
 
 BF16 = 2
 _FLOAT32 = 4
@@ -79,6 +85,7 @@ def cache_of(
     alignment: int = GPU_ALIGNMENT,
     value_bytes: int = BF16,
     key_bytes: int | None = None,
+    ring_tokens: int = 0,
 ) -> Cache:
     """Return what sequences take of one rank's pool.
 
@@ -88,6 +95,7 @@ def cache_of(
         alignment: Tokens that the size of a block is a multiple of.
         value_bytes: Bytes of a value of the convolution's state; Mamba states are in float32.
         key_bytes: Bytes of a value of the KV cache; those of `value_bytes` when None.
+        ring_tokens: Tokens that are kept beside each state: ReplaySSM's.
     """
     text = config.text
     heads = max(1, text["num_key_value_heads"] // ranks)
@@ -96,7 +104,11 @@ def cache_of(
     channels = text["mamba_num_heads"] * text["mamba_head_dim"]
     channels += 2 * max(text["n_groups"], ranks) * text["ssm_state_size"]
     convolution = channels * (text["conv_kernel"] - 1) * value_bytes
-    layer_state = (state + convolution) // ranks
+    # Of each token the input and B, and the step in float32.
+    kept = text["mamba_num_heads"] * text["mamba_head_dim"]
+    kept += max(text["n_groups"], ranks) * text["ssm_state_size"]
+    ring = ring_tokens * (kept * value_bytes + text["mamba_num_heads"] * _FLOAT32)
+    layer_state = (state + convolution + ring) // ranks
     block_tokens = alignment * math.ceil(layer_state / (alignment * layer_token))
 
     attention_layers = config.pattern.count("*")
@@ -144,6 +156,7 @@ def plan_memory(
     frames: int,
     ranks: int = 1,
     utilization: float | None = None,
+    is_fp4_converted: bool = False,
 ) -> MemoryPlan:
     """Return how a GPU's memory is divided.
 
@@ -154,9 +167,13 @@ def plan_memory(
         frames: Most frames of a clip, which the tower sees at once.
         ranks: GPUs that the model is split over.
         utilization: Share of the memory that vLLM may take; vLLM's default when None.
+        is_fp4_converted: Whether NVFP4 weights become FP8.
     """
     allowed = device.memory * (utilization or DEFAULT_UTILIZATION)
-    weights = weight_bytes(config.directory) / ranks
+    weights = weight_bytes(config.directory)
+    if is_fp4_converted:
+        weights += int(GROWTH_AS_FP8 * packed_bytes(config.directory))
+    weights //= ranks
     step = max(_step_of_language(config, step_tokens), _step_of_tower(config, frames))
     logits = DEFAULT_SEQUENCES * config.text["vocab_size"] * 2 * _FLOAT32
     return MemoryPlan(allowed, weights, step + logits + CUDA_BYTES)
@@ -165,6 +182,25 @@ def plan_memory(
 def weight_bytes(directory: Path) -> int:
     """Return the size of a checkpoint's weight files."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def packed_bytes(directory: Path) -> int:
+    """Return the size of a checkpoint's packed FP4 weights, from the files' headers.
+
+    Raises:
+        OSError, ValueError, struct.error: A file is not a safetensors file.
+    """
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            if entry["dtype"] == "U8":
+                begin, end = entry["data_offsets"]
+                total += end - begin
+    return total
 
 
 def _step_of_language(config: CheckpointConfig, tokens: int) -> float:

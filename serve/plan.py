@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault
 from serve.command import CPU_SPACE, batched_tokens, build_environment, media_threads
+from serve.decoding import RING_TOKENS
 from serve.environment import ServeEnvironment
 from serve.fast_video import fast_video_state
 from serve.known_faults import Situation, faults_of
@@ -111,7 +112,7 @@ def serving_plan(
     choices.append(_processes(extra))
     tuned = find_tuned(config, environment.device, extra)
     if tuned is not None:
-        choices.append(_state_update(tuned, state_type(config, extra)))
+        choices.append(_state_update(tuned, state_type(config, extra), settings))
     choices.append(Choice("fast video", *_with_reason(fast_video)))
     situation = Situation(
         vllm=environment.vllm,
@@ -119,7 +120,8 @@ def serving_plan(
         ranks=settings.tensor_parallel_size,
         is_quantized=read_quantization(config) is not None,
         has_fast_video=fast_video == "on",
-        is_tuned=tuned is not None and tuned.is_there,
+        # ReplaySSM has a kernel of its own, which reads no file.
+        is_tuned=settings.replayssm or (tuned is not None and tuned.is_there),
         flags=frozenset(named_flags(_switched_on(extra))),
     )
     version = environment.version
@@ -143,19 +145,26 @@ def room_for_sequences(
     on_cpu = device.kind == "cpu"
     alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
     value_bytes = 4 if settings.dtype == "float32" else BF16
-    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config))
+    ring = RING_TOKENS if settings.replayssm else 0
+    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config), ring)
     given = flag_value(extra, _POOL_FLAG)
     if given is not None:
         return Room(cache, float(given), length) if given.isdecimal() else None
     if on_cpu:
-        variables = os.environ | build_environment(config, device)
+        variables = os.environ | build_environment(config, settings, device)
         return Room(cache, float(variables[CPU_SPACE]) * 2**30, length)
     if not device.memory:
         return None
     frames = settings.video.max_frames
     step_tokens = _step_tokens(config, settings, extra)
     memory = plan_memory(
-        config, device, step_tokens, frames, ranks, settings.gpu_memory_utilization
+        config,
+        device,
+        step_tokens,
+        frames,
+        ranks,
+        settings.gpu_memory_utilization,
+        settings.nvfp4_as_fp8,
     )
     return Room(cache, memory.pool, length, memory)
 
@@ -230,6 +239,9 @@ def _precision(
     capability = ".".join(str(number) for number in device.capability)
     if device.capability >= native:
         return Choice("precision", algo, f"{device.name} has kernels for it")
+    if settings.nvfp4_as_fp8:
+        reason = f"{device.name} has FP8 and no FP4 arithmetic; weights change by 1/21 at most"
+        return Choice("precision", f"{algo}, as FP8 from loading on", reason)
     value = f"{algo}, weights only: activations stay in BF16"
     needed = ".".join(str(number) for number in native)
     reason = f"{device.name} has capability {capability}, activations need {needed}"
@@ -299,9 +311,12 @@ def _processes(extra: Sequence[str]) -> Choice:
     return Choice("requests", value, reason)
 
 
-def _state_update(tuned: Tuned, state: str) -> Choice:
+def _state_update(tuned: Tuned, state: str, settings: ServeSettings) -> Choice:
     name = "state update"
     kept = f"states in {state}"
+    if settings.replayssm:
+        reason = f"given; each state is written every {RING_TOKENS} tokens, by vLLM's V1 runner"
+        return Choice(name, f"ReplaySSM, {kept}", reason)
     if tuned.is_there:
         whose = "measured on this machine by hybridquant tune"
         if tuned.is_given:

@@ -17,6 +17,7 @@ from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.reading import checkpoint_file_fault
+from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
@@ -58,6 +59,7 @@ def preflight(
     faults += access_faults(settings)
     raise_if_any(faults)
     config = read_config(directory)
+    raise_if_any(decoding_faults(config, settings, environment, extra))
     raise_if_any(memory_faults(config, settings, environment, extra))
     return config
 

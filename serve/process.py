@@ -232,7 +232,8 @@ def running_server(
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
     config = preflight(Path(directory), settings, environment, extra)
-    variables = build_environment(config, environment.device, extra) | dict(more_variables or {})
+    variables = build_environment(config, settings, environment.device, extra)
+    variables |= dict(more_variables or {})
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             server = _start(directory, settings, extra, log, environment, variables)

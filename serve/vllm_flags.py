@@ -43,6 +43,9 @@ _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 """Flags that mean a setting of ours: its dotted name, and what parses the value."""
 
+_SWITCHES = {"--use-replayssm": "replayssm"}
+"""Flags without a value that mean a setting of ours; `--no-` before the name turns it off."""
+
 
 def canonical(flag: str) -> str:
     """Return the one name of a flag that vLLM takes in several spellings.
@@ -93,6 +96,8 @@ def setting_values(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             if name == MEDIA_OPTIONS:
                 media = (media or {}) | _video_media_options(flag, text)
+            elif name in _SWITCHES:
+                values[_SWITCHES[name]] = not flag.startswith("--no-")
             elif name in _SETTINGS:
                 setting, parse = _SETTINGS[name]
                 values[setting] = parse(text)

@@ -26,9 +26,18 @@ __version__ = "0.2.0"
 SWITCH = "HYBRIDQUANT_REFERENCE_KERNELS"
 
 DISABLED_KERNELS = "VLLM_DISABLED_KERNELS"
-"""vLLM's own variable; where it names `MARLIN`, NVFP4 weights can be converted to FP8."""
+"""vLLM's own variable: names of kernels, with commas between them, that it does not use."""
 
-MARLIN = "MarlinNvFp4LinearKernel"
+DISPLACED_KERNELS = (
+    "MarlinNvFp4LinearKernel",
+    "FlashInferTrtllmNvFp4LinearKernel",
+    "FlashInferCudnnNvFp4LinearKernel",
+    "FbgemmNvFp4LinearKernel",
+    "EmulationNvFp4LinearKernel",
+    "HummingNvFp4LinearKernel",
+)
+"""vLLM's NVFP4 kernels that say they run on Hopper or Ada and come before a registered one. Where
+DISABLED_KERNELS names all of them, `nvfp4_as_fp8` is chosen (vLLM 0.32 and 0.33)."""
 
 
 def register() -> None:
@@ -86,7 +95,7 @@ def _register_kernels() -> None:
         from hybridquant_vllm import kernels
 
         kernels.add_missing()
-    elif MARLIN in os.environ.get(DISABLED_KERNELS, "").split(","):
+    elif DISPLACED_KERNELS[0] in os.environ.get(DISABLED_KERNELS, "").split(","):
         from hybridquant_vllm import nvfp4_as_fp8
 
         nvfp4_as_fp8.register()

@@ -5,7 +5,7 @@ converts them to FP8 while loading (`nvfp4_to_fp8`) and multiplies with vLLM's o
 activations quantized per token. The weights take the memory of an FP8 export.
 
 vLLM takes the first kernel of its list that supports the GPU, and ours is appended: it is chosen
-where VLLM_DISABLED_KERNELS names `DISPLACED`, all that come before it on such a GPU.
+where VLLM_DISABLED_KERNELS names `DISPLACED_KERNELS`, all that come before it on such a GPU.
 `hybridquant serve --nvfp4-as-fp8 true` sets that; weight-only checkpoints (W4A16) keep Marlin.
 Written for vLLM 0.32 and 0.33.
 """
@@ -83,8 +83,10 @@ class NvFp4AsFp8LinearKernel(NvFp4LinearKernel):
         logger.info_once(
             "hybridquant: NVFP4 weights are converted to FP8, activations are quantized to FP8."
         )
-        global_scale: Any = layer.weight_global_scale
-        converted = to_fp8(layer.weight.data, layer.weight_scale.data, global_scale.data)
+        given: Any = layer
+        converted = to_fp8(
+            given.weight.data, given.weight_scale.data, given.weight_global_scale.data
+        )
         outputs, inputs = converted.weight.shape
         # FP8 kernels take [in, out], the columns contiguous.
         replace_parameter(layer, "weight", converted.weight.t())

@@ -34,17 +34,6 @@ SMALLEST_NORMAL = 2.0**-6
 SUBNORMAL_STEP = 2.0**-9
 """Distance of the values of E4M3 below `SMALLEST_NORMAL`."""
 
-DISPLACED = (
-    "MarlinNvFp4LinearKernel",
-    "FlashInferTrtllmNvFp4LinearKernel",
-    "FlashInferCudnnNvFp4LinearKernel",
-    "FbgemmNvFp4LinearKernel",
-    "EmulationNvFp4LinearKernel",
-    "HummingNvFp4LinearKernel",
-)
-"""vLLM's NVFP4 kernels that say they run on Hopper or Ada and come before a registered one: what
-VLLM_DISABLED_KERNELS must name for `nvfp4_as_fp8` to be chosen (vLLM 0.32 and 0.33)."""
-
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = torch.finfo(_E4M3).max
 

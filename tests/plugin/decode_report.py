@@ -13,9 +13,8 @@ from vllm.model_executor.models.interfaces import supports_replayssm
 from vllm.model_executor.models.nano_nemotron_vl import NemotronH_Nano_VL_V2
 from vllm.platforms import current_platform
 
-from hybridquant_vllm import nvfp4_as_fp8
+from hybridquant_vllm import DISPLACED_KERNELS, nvfp4_as_fp8
 from hybridquant_vllm.nvfp4_as_fp8 import NvFp4AsFp8LinearKernel
-from hybridquant_vllm.nvfp4_to_fp8 import DISPLACED
 
 
 def decode_report(checkpoint: str) -> dict:
@@ -76,7 +75,7 @@ class PerTokenProduct:
 
 def nvfp4() -> dict:
     """Which GPUs the kernel takes, whether vLLM takes it, and how near its products are."""
-    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(DISPLACED)
+    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(DISPLACED_KERNELS)
     supported = {}
     platform = type(current_platform)
     kept = platform.is_cuda

@@ -85,6 +85,6 @@ def test_what_is_not_a_host_is_refused(text):
 
 
 def test_redirects_are_off_unless_the_user_wants_them(full12b, monkeypatch):
-    assert build_environment(full12b, CPU)[REDIRECTS] == "0"
+    assert build_environment(full12b, ServeSettings(), CPU)[REDIRECTS] == "0"
     monkeypatch.setenv(REDIRECTS, "1")
-    assert REDIRECTS not in build_environment(full12b, CPU)
+    assert REDIRECTS not in build_environment(full12b, ServeSettings(), CPU)

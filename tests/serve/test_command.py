@@ -96,9 +96,9 @@ def test_cpu_starts_eager_with_a_small_cache(tiny_config, tiny, full12b):
     )
     assert "--enforce-eager" in command
     assert not {"--gpu-memory-utilization", "--tensor-parallel-size"} & set(command)
-    assert build_environment(tiny_config, CPU)["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert build_environment(full12b, CPU)["VLLM_CPU_KVCACHE_SPACE"] == "8"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(tiny_config, H100)
+    assert build_environment(tiny_config, ServeSettings(), CPU)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert build_environment(full12b, ServeSettings(), CPU)["VLLM_CPU_KVCACHE_SPACE"] == "8"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(tiny_config, ServeSettings(), H100)
 
 
 @pytest.mark.parametrize(("rate", "tokens"), [(0.0, 32768), (0.75, 8192), (0.99, 327)])

@@ -143,6 +143,11 @@ def put(folder, config, state="float32"):
     (folder / file_name(mamba_layer(config), "NVIDIA H100 80GB HBM3", state)).write_text("{}")
 
 
+def chosen_folder(config, extra=()):
+    """The folder that vLLM is told, on an H100."""
+    return build_environment(config, ServeSettings(), H100, extra).get(FOLDER_VARIABLE)
+
+
 def line(config, extra=()):
     choices = serving_plan(config, ServeSettings(), ON_H100, extra)
     lines = {choice.name: str(choice) for choice in choices}
@@ -153,16 +158,18 @@ def test_a_file_of_this_gpu_is_used_and_said_to_be(folders, full12b):
     text, is_known_fault = line(full12b)
     assert "vLLM's own choice, states in float32 (not tuned for this GPU" in text
     assert is_known_fault
-    assert FOLDER_VARIABLE not in build_environment(full12b, H100)
+    assert chosen_folder(full12b) is None
 
     put(folders["shipped"], full12b)
     assert line(full12b) == ("state update: tuned, states in float32 (measured for this GPU, and "
                              "shipped)", False)  # fmt: skip
-    assert build_environment(full12b, H100)[FOLDER_VARIABLE] == str(folders["shipped"])
+    assert build_environment(full12b, ServeSettings(), H100)[FOLDER_VARIABLE] == str(
+        folders["shipped"]
+    )
 
     put(folders["own"], full12b)
     assert "measured on this machine" in line(full12b)[0]
-    assert build_environment(full12b, H100)[FOLDER_VARIABLE] == str(folders["own"])
+    assert chosen_folder(full12b) == str(folders["own"])
 
 
 def test_the_type_of_the_state_chooses_the_file(folders, full12b):
@@ -172,14 +179,16 @@ def test_the_type_of_the_state_chooses_the_file(folders, full12b):
     assert state_type(full12b) == "float32"
     assert state_type(full12b, extra) == "bfloat16"
     assert find_tuned(full12b, H100, extra).folder == folders["shipped"]
-    assert build_environment(full12b, H100, extra)[FOLDER_VARIABLE] == str(folders["shipped"])
+    assert build_environment(full12b, ServeSettings(), H100, extra)[FOLDER_VARIABLE] == str(
+        folders["shipped"]
+    )
     assert "states in bfloat16" in line(full12b, extra)[0]
 
 
 def test_the_users_folder_stays(folders, full12b, monkeypatch, tmp_path):
     put(folders["own"], full12b)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert FOLDER_VARIABLE not in build_environment(full12b, H100)
+    assert chosen_folder(full12b) is None
     text, is_known_fault = line(full12b)
     assert f"{tmp_path} has no headdim=80,dstate=128" in text
     assert is_known_fault
@@ -192,7 +201,7 @@ def test_other_gpus_and_cpus_use_none(folders, full12b):
     other = cuda_device([Gpu((9, 0), "NVIDIA H200")])
     assert find_tuned(full12b, other).folder is None
     assert find_tuned(full12b, CPU) is None
-    assert FOLDER_VARIABLE not in build_environment(full12b, CPU)
+    assert FOLDER_VARIABLE not in build_environment(full12b, ServeSettings(), CPU)
 
 
 def test_shipped_files_are_of_the_released_model(full12b):
