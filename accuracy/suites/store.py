@@ -91,9 +91,12 @@ class AnswerStore:
         line = asdict(key) | {"messages": messages} | asdict(reply)
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         with self._turn:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            try:
+                self._file.write(data)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:  # such as a full disk: writing does not name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             self._replies[key] = reply
 
     def close(self) -> None:
@@ -126,7 +129,7 @@ def content_hash(directory: Path) -> str:
     """Return a hash of all files that are served from a checkpoint directory, by name and content.
 
     The manifest is left out: the gate writes its outcome there, and what of it is served belongs to
-    the settings.
+    the settings. So are the report and the model card, which are written after the measurement.
     """
     digest = hashlib.sha256()
     for file in _files(directory):
@@ -139,7 +142,7 @@ def content_hash(directory: Path) -> str:
 def _files(directory: Path) -> Iterable[Path]:
     for file in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        is_served = file.name != MANIFEST and file.suffix != ".md"
+        is_served = file.name != MANIFEST and file.suffix not in (".md", ".html")
         if file.is_file() and is_served and not is_hidden:
             yield file
 

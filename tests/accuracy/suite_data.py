@@ -45,7 +45,8 @@ def write_chartqa(folder: Path, answers: list[str]) -> None:
     write_table(folder / "ChartQA_TEST.tsv", rows)
 
 
-def write_docvqa(folder: Path, answers: list[list[str]]) -> None:
+def write_docvqa(folder: Path, answers: list[list[str]], name: str = "DocVQA_VAL") -> None:
+    """InfoVQA's table has the same columns."""
     rows = []
     for number, accepted in enumerate(answers):
         question = f"Which name stands in line {number}?"
@@ -57,7 +58,7 @@ def write_docvqa(folder: Path, answers: list[list[str]]) -> None:
                 "answer": str(accepted),
             }
         )
-    write_table(folder / "DocVQA_VAL.tsv", rows)
+    write_table(folder / f"{name}.tsv", rows)
 
 
 def write_textvqa(folder: Path, answers: list[list[str]]) -> None:
@@ -93,6 +94,26 @@ def write_mmmu(folder: Path, letters: list[str]) -> None:
             }
         )
     write_table(folder / "MMMU_DEV_VAL.tsv", rows)
+
+
+def write_ai2d(folder: Path, letters: list[str]) -> None:
+    rows = []
+    for number, letter in enumerate(letters):
+        rows.append(
+            {
+                "index": number,
+                "image": picture(f"diagram {number}"),
+                "question": f"Which part does arrow {number} point to?",
+                "A": "root",
+                "B": "stem",
+                "C": "leaf",
+                "D": "flower",
+                "answer": letter,
+                "category": "plants",
+                "image_path": f"{number}.png",
+            }
+        )
+    write_table(folder / "AI2D_TEST.tsv", rows)
 
 
 def write_ocrbench(folder: Path, answers: list[list[str]]) -> None:
@@ -163,6 +184,30 @@ def write_mathvista(folder: Path, answers: list[int]) -> None:
             }
         )
     write_table(folder / "MathVista_MINI.tsv", rows)
+
+
+def write_ocr_reasoning(folder: Path, entries: list[tuple[str, str]]) -> None:
+    """Entries are answer type and answer; of `option`, the letter of a choice."""
+    rows = []
+    for number, (kind, answer) in enumerate(entries):
+        is_choice = kind == "option"
+        rows.append(
+            {
+                "index": number,
+                "image": picture(f"bill {number}"),
+                "question": f"What does bill {number} add up to?",
+                "question_type": "multi_choice" if is_choice else "free_form",
+                "answer_type": "text" if is_choice else kind,
+                "answer": "" if is_choice else answer,
+                "answer_option": answer if is_choice else "",
+                "choices": str(["ten", "eleven", "twelve"]) if is_choice else "[]",
+                "task": "Numerical Analysis Reasoning",
+                "reasoning": "Add the prices of all lines.",
+                "language": "English",
+                "format": "The answer is: number",
+            }
+        )
+    write_table(folder / "OCR_Reasoning.tsv", rows)
 
 
 def hub_snapshot(folder: Path, dataset: str) -> Path:
@@ -295,6 +340,10 @@ def write_all(folder: Path) -> None:
     entries = [("text recognition en", ["north"])] * 2 + [("cognition VQA en", ["seven"])]
     write_ocrbench_v2(folder, [*entries, ("reasoning VQA cn", ["七"])])
     write_mathvista(folder, [5, 6])
+    write_docvqa(folder, [["1,200"], ["north", "North"], ["July 2019"]], name="InfoVQA_VAL")
+    write_ai2d(folder, ["A", "B", "C", "D"])
+    entries = [("integer", "12"), ("float", "2.5"), ("string", "7:30"), ("option", "C")]
+    write_ocr_reasoning(folder, [*entries, ("integer", "0")])
     write_videomme(folder, ["A", "B", "C", "D"], clip)
     write_longvideobench(folder, [0, 1, 2, 3], clip)
     write_text_task(folder / "tasks", ["1", "2", "3", "4"])

@@ -109,6 +109,26 @@ def _check_wordnet(categories: set[str]) -> None:
     )
 
 
+def _rated_or_unscored(model: Any, line: Any) -> dict[str, Any]:
+    """Ask the judge about one answer of OCR-Reasoning as VLMEvalKit does.
+
+    Where the judge gives no rating six times, VLMEvalKit ends with an AttributeError; here that
+    answer alone is left out. A function of this module, because processes are sent its name.
+    """
+    rules = importlib.import_module("vlmeval.dataset.utils.ocr_reasoning")
+    try:
+        return dict(rules.unguarded(model, line))
+    except AttributeError:
+        return {"log": _FAILED_JUDGE, "res": "", "reason_score": 0.0}
+
+
+def _guard_ratings() -> None:
+    rules: Any = importlib.import_module("vlmeval.dataset.utils.ocr_reasoning")
+    if rules.OcrR_auxeval is not _rated_or_unscored:
+        rules.unguarded = rules.OcrR_auxeval
+        rules.OcrR_auxeval = _rated_or_unscored
+
+
 class Suite:
     """One data set that is open."""
 
@@ -362,13 +382,15 @@ class Suite:
             # Not comparable: what VLMEvalKit can read without a judge is right or wrong, the rest
             # is wrong.
             read = [rules.post_check(row, prefetch=True) for _, row in table.iterrows()]
-            table["res"] = [found or "" for found in read]
+            # False stands for what cannot be read; the number 0 is an answer.
+            table["res"] = ["" if found is False else found for found in read]
             table["log"] = ""
         else:
             file = self._write(table, folder)
             files = importlib.import_module("vlmeval.smp.file")
             kept = files.get_intermediate_file_path(file, f"_{judge['model']}", "pkl")
             Path(kept).parent.mkdir(exist_ok=True)  # the name of a model may contain a slash
+            _guard_ratings()
             self.dataset.evaluate(
                 file, model=judge["model"], api_base=judge["url"], key=judge["key"]
             )
