@@ -111,6 +111,7 @@ def ask_items(
 
     Raises:
         ServerLost: The server went away. Items without a reply in the store were not answered.
+        OSError: A reply cannot be kept, as on a full disk.
     """
     lost = threading.Event()
 
@@ -121,7 +122,11 @@ def ask_items(
             asked = prompt(item)
             reply = _request(asking, asked, lost)
         if reply is not None:
-            store.add(key(item), asked.messages, reply)
+            try:
+                store.add(key(item), asked.messages, reply)
+            except OSError:
+                lost.set()  # no answer can be kept any more, so none is asked for
+                raise
             asking.load.answered()
             on_reply()
 

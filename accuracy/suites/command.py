@@ -16,7 +16,7 @@ from accuracy.suites.run import SuitePlan, open_suite
 from accuracy.suites.serving import Model
 from checkpoint.atomic import write_json
 from checkpoint.endpoint import connect, first_model
-from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.faults import BadInput, Fault, nearest, raise_if_any, shortened
 from checkpoint.lock import locked_directory
 from checkpoint.log import get_logger
 from checkpoint.video import Video
@@ -30,10 +30,10 @@ MAX_LOSS = 1.5
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of published suites."""
     group = parser.add_argument_group("published benchmarks (make setup-eval installs them)")
-    group.add_argument("--suite", choices=SUITES, help="run these in place of the exact tasks")
-    group.add_argument(
-        "--limit", type=int, metavar="N", help="N items of each task, always the same"
-    )
+    suite_help = "run these in place of the exact tasks: report or text"
+    group.add_argument("--suite", metavar="SUITE", help=suite_help)
+    limit_help = "N items of each task, always the same"
+    group.add_argument("--limit", type=int, metavar="N", help=limit_help)
     data_help = "folder of VLMEvalKit's tables (default: $LMUData, or ~/LMUData)"
     group.add_argument("--data", type=Path, metavar="FOLDER", help=data_help)
     own_help = "take data with other checksums than the published"
@@ -80,6 +80,9 @@ def run_suite(
     """
     raise_if_any(_faults(arguments))
     names = [name for name in (arguments.tasks or "").split(",") if name]
+    if arguments.tasks is not None and not names:
+        choices = ", ".join(task.name for task in SUITES[arguments.suite])
+        raise BadInput(Fault("--tasks", "names no task", f"choose from {choices}"))
     tasks = choose_tasks(arguments.suite, names)
     find_python()
     plan = SuitePlan(
@@ -126,7 +129,22 @@ def run_suite(
     return 0 if outcome["passed"] else 1
 
 
+def options_without_suite(arguments: argparse.Namespace) -> Iterator[Fault]:
+    """Yield a fault for each option of suites that was given without `--suite`."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            option = "--" + name.replace("_", "-")
+            yield Fault(
+                option, "is for published benchmarks", "add --suite report, or leave it out"
+            )
+
+
 def _faults(arguments: argparse.Namespace) -> Iterator[Fault]:
+    if arguments.suite not in SUITES:
+        what = f"unknown suite {shortened(arguments.suite, 80)!r}"
+        yield Fault("--suite", what, nearest(arguments.suite, SUITES))
     for option, value in (
         ("--limit", arguments.limit),
         ("--max-tokens", arguments.max_tokens),
@@ -151,7 +169,7 @@ def _faults(arguments: argparse.Namespace) -> Iterator[Fault]:
     for path in (arguments.reference, *arguments.directories):
         if not path.is_dir():
             yield Fault(shortened(path), "is not a directory", "check the path")
-    if arguments.judge is not None:
+    if arguments.judge is not None and arguments.judge_model is not None:
         yield from _judge_faults(arguments.judge)
 
 
@@ -160,7 +178,8 @@ def _judge_faults(url: str) -> tuple[Fault, ...]:
     try:
         first_model(connect(url, os.environ.get("OPENAI_API_KEY", "none"), timeout=30))
     except BadInput as bad:
-        return bad.faults
+        remedy = "start the judge, or leave it out"
+        return tuple(Fault(f"--judge {fault.where}", fault.what, remedy) for fault in bad.faults)
     return ()
 
 

@@ -143,7 +143,8 @@ def _model(run: SuiteRun, model: Model) -> dict[str, str]:
 
 
 def _compared(run: SuiteRun, one: Compared) -> dict[str, Any]:
-    rows = [_row(row) for row in one.rows]
+    sources = {task.name: task.source for task in run.plan.tasks}
+    rows = [_row(row) | {"dataset": sources.get(row.task)} for row in one.rows]
     return _model(run, one.model) | {"passed": one.passed, "rows": rows}
 
 

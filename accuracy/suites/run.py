@@ -17,9 +17,10 @@ from accuracy.suites.outcome import Asked, Compared, CurvePoint, Noise
 from accuracy.suites.progress import AskingProgress, show_duration
 from accuracy.suites.published import published_curve, published_rates, published_row
 from accuracy.suites.serving import Model, check_models, common_root, with_one_restart
-from accuracy.suites.store import AnswerStore, Key, content_hash, settings_hash
+from accuracy.suites.store import AnswerStore, Key, settings_hash
 from accuracy.suites.verdict import TaskScores, compare_tasks
 from checkpoint.config import read_config
+from checkpoint.content import content_hash
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from checkpoint.video import Video

@@ -6,14 +6,12 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from checkpoint.faults import BadInput, Fault
-from serve.settings import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -123,28 +121,6 @@ class AnswerStore:
             remedy = "remove the line: its item is asked again"
             raise BadInput(Fault(where, "is not an answer that was kept", remedy)) from None
         self._replies[key] = reply
-
-
-def content_hash(directory: Path) -> str:
-    """Return a hash of all files that are served from a checkpoint directory, by name and content.
-
-    The manifest is left out: the gate writes its outcome there, and what of it is served belongs to
-    the settings. So are the report and the model card, which are written after the measurement.
-    """
-    digest = hashlib.sha256()
-    for file in _files(directory):
-        digest.update(f"{file.relative_to(directory)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _files(directory: Path) -> Iterable[Path]:
-    for file in sorted(directory.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        is_served = file.name != MANIFEST and file.suffix not in (".md", ".html")
-        if file.is_file() and is_served and not is_hidden:
-            yield file
 
 
 def settings_hash(**settings: Any) -> str:

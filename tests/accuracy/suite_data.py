@@ -1,6 +1,7 @@
 """Writes small data in the formats of the benchmarks: the tables and folders that VLMEvalKit reads.
 
-    python tests/accuracy/suite_data.py FOLDER
+    python tests/accuracy/suite_data.py FOLDER           # a few items of each
+    python tests/accuracy/suite_data.py FOLDER 160       # an OCRBench of so many pages with a code
 
 Pictures, a clip and questions are drawn here; nothing is taken from the benchmarks.
 """
@@ -145,6 +146,18 @@ def write_ocrbench_pictures(folder: Path, pictures: list[tuple[str, str, str]]) 
             }
         )
     write_table(folder / "OCRBench.tsv", rows)
+
+
+def write_codes(folder: Path, count: int) -> None:
+    """An OCRBench of pages with a code, which the tiny checkpoint was trained to read."""
+    from tiny.tasks import items
+
+    rows = []
+    for sample in items("document", count=count):
+        page, question = sample.messages[-1]["content"]
+        encoded = page["image_url"]["url"].partition(",")[2]
+        rows.append((encoded, question["text"], sample.answer))
+    write_ocrbench_pictures(folder, rows)
 
 
 def write_ocrbench_v2(folder: Path, entries: list[tuple[str, list[str]]]) -> None:
@@ -350,4 +363,7 @@ def write_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_all(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        write_codes(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        write_all(Path(sys.argv[1]))

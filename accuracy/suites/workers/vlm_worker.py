@@ -220,7 +220,16 @@ class Suite:
             if not table.exists():
                 raise DataError(f"{table}: no such file (put your data there)")
             dataset_class.MD5 = smp.md5(str(table))
-        dataset = dataset_class(dataset=self.name, use_subtitle=False, nframe=1)
+        try:
+            dataset = dataset_class(dataset=self.name, use_subtitle=False, nframe=1)
+        except Exception as error:
+            if is_own:
+                raise
+            # What is not whole in the cache is looked for on the Hub, and its message is long.
+            raise DataError(
+                f"{repository}: its copy in the Hub's cache is not whole: {type(error).__name__} "
+                f"(hf download {repository} --repo-type dataset)"
+            ) from None
         if not is_own and smp.md5(dataset.data_file) != dataset_class.MD5:
             raise DataError(f"{table}: is not the published table (remove it: it is made again)")
         return dataset
