@@ -32,7 +32,7 @@ from checkpoint.video import Video
 from serve.environment import find_environment
 from serve.process import running_server
 
-NUMBERS = (1, 2, 4, 8, 16, 32, 64)
+NUMBERS = (1, 4, 8, 16, 32)
 
 
 def measure(directory: Path, data: Path, url: str, at_once: int | None) -> Asked:

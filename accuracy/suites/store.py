@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,17 +91,24 @@ class AnswerStore:
         line = asdict(key) | {"messages": messages} | asdict(reply)
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         with self._turn:
-            try:
+            with self._naming_the_file():
                 self._file.write(data)
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            except OSError as error:  # such as a full disk: writing does not name the file
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
             self._replies[key] = reply
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._naming_the_file():  # what could not be written is tried once more
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Name the file in an error, such as that of a full disk: writing does not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def __enter__(self) -> AnswerStore:
         return self

@@ -153,8 +153,9 @@ def test_requests_at_a_time_are_measured_until_the_server_is_busy(pages, server,
     assert [step.at_once for step in first.steps] == [8]
     assert first.steps[0].answers == 16  # of 24; the first eight are not counted
     assert first.steps[0].running is not None
-    assert first.at_once == 16  # what the next task begins with
-    assert second.steps[0].at_once == 16
+    # Twice as many are tried next, unless requests waited in the server at every reading.
+    assert first.at_once in (8, 16)
+    assert second.steps[0].at_once == first.at_once
     assert first.prompt_tokens > 24 * 50
     assert [(one.items, one.different) for one in noise] == [(CODES, noise[0].different)]
 
@@ -182,7 +183,8 @@ def in_terminal(command: list[str]) -> tuple[int, str, str]:
     out, _ = run.communicate(timeout=300)
     reader.join()
     os.close(ours)
-    return run.returncode, shown.decode(errors="replace"), out.decode()
+    plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", shown.decode(errors="replace"))
+    return run.returncode, plain, out.decode()
 
 
 def test_the_command_shows_a_bar_with_the_time_left_and_writes_the_outcome(
