@@ -314,9 +314,13 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     # A backward pass costs two forward passes; the teacher has one of its own, and checkpointed
     # layers run once more.
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
-    tokens = mean * settings.steps * settings.batch / plan.processes.count
+    row = settings.pack_length or mean
+    tokens = row * settings.steps * settings.batch / plan.processes.count
     trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
+    if settings.pack_length is not None:
+        steps = f"{settings.steps} steps of {settings.batch} rows of {row:,} tokens"
+        steps += f", about {row / mean:,.0f} samples each"
     duration = _duration(seconds * forwards * tokens)
     peak = f"{_gb(plan.peak_bytes)} a process at the peak, as estimated"
     return f"then {trained}, train for {steps}: about {duration}, {peak}"
