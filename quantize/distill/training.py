@@ -23,6 +23,7 @@ from torch import nn
 from calibrate.samples import Sample
 from checkpoint.files import DTYPES
 from checkpoint.memory import memory_advice
+from checkpoint.products import float32_products
 from quantize.distill.checkpoints import (
     BEST,
     WEIGHTS,
@@ -115,7 +116,12 @@ def distill(
     plan.directory.mkdir(parents=True, exist_ok=True)
     remove_partial(plan)
     # Samples are embedded by BF16's embeddings, so they are copied before they can train.
-    with embedding_only(model), trainable(student, trained), kept_apart(student):
+    with (
+        float32_products(),
+        embedding_only(model),
+        trainable(student, trained),
+        kept_apart(student),
+    ):
         dataset = _make_dataset(plan, model)
         held_out = dataset.held_out()
         trainer = DistillationTrainer(plan, student, teacher, trained, dataset, held_out)
