@@ -4,9 +4,9 @@
 
 Launches `quantize.qad` with recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: without), on few
 samples: packed rows as the recipe has them, or by `distill.pack_length=null` one sample a row. The
-plan's peak of memory is compared with what was used. The run is ended after the evaluation of its last step; what is written afterwards is
-tested elsewhere. The figures are those that the run itself logs. Memory is the peak of the first
-process since the training began.
+plan's peak of memory is compared with what was used. The run is ended after the evaluation of its
+last step; what is written afterwards is tested elsewhere. The figures are those that the run itself
+logs. Memory is the peak of the first process since the training began.
 """
 
 from __future__ import annotations
