@@ -2,7 +2,8 @@
 
 torch has slow BF16 kernels for CPUs without BF16 arithmetic, and computes a depthwise convolution
 channel by channel on all of them. Values, products and sums are the same in float32, which is also
-what those kernels add up in; only the order of the sums differs.
+what those kernels add up in; only the order of the sums differs. Attention also keeps its weights in
+float32 instead of BF16.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_PRODUCTS = ("linear", "conv1d")
+_PRODUCTS = ("linear", "conv1d", "scaled_dot_product_attention")
 """Functions of torch.nn.functional."""
 
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Compute linears and convolutions of BF16 tensors on the CPU in float32 and round to BF16.
+    """Compute products of BF16 tensors on the CPU in float32 and round the result to BF16.
 
     Modules call these functions by their names in torch.nn.functional, where they are replaced. A
     `TorchFunctionMode` would not reach what is computed again in a backward.

@@ -19,7 +19,11 @@ def multiplied():
     return F.linear(drawn(5, 64), drawn(7, 64))
 
 
-@pytest.mark.parametrize("compute", [convolved, multiplied])
+def attended():
+    return F.scaled_dot_product_attention(*drawn(3, 1, 2, 30, 16), is_causal=True)
+
+
+@pytest.mark.parametrize("compute", [convolved, multiplied, attended])
 def test_products_are_rounded_to_bf16_as_they_were(compute):
     expected = compute()
     with float32_products():
