@@ -17,7 +17,6 @@ from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
 from checkpoint.opened import Checkpoint
 from checkpoint.products import float32_products
-from checkpoint.scan import grouped_scan
 from checkpoint.video import Video
 from export.load import load_exported
 
@@ -35,7 +34,6 @@ Numbered = tuple[int, Embedded]
 
 @torch.no_grad()
 @float32_products()
-@grouped_scan()
 def generate(
     model: NemotronH_Omni_Reasoning_V3,
     config: CheckpointConfig,

@@ -186,7 +186,7 @@ def _prepare(given: argparse.Namespace) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    from benchmarks.decode import variables
+    from benchmarks.decode import pairs
     from benchmarks.paired_servers import started
     from benchmarks.video_serving import Workload, measure, sides
     from serve.environment import find_environment
@@ -215,7 +215,7 @@ def _serve(given: argparse.Namespace) -> int:
             write_json(given.json, result | {"measured": found})
 
         settings = ServeSettings(allowed_local_media_path=folder, max_images=32)
-        compared = sides(given.directory, flags, folder, variables(given.plugin, "--plugin"))
+        compared = sides(given.directory, flags, folder, pairs(given.plugin, "--plugin"))
         with started(compared, settings, environment) as (askers, failed):
             if failed:
                 keep({"not started": failed})

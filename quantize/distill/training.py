@@ -24,7 +24,6 @@ from calibrate.samples import Sample
 from checkpoint.files import DTYPES
 from checkpoint.memory import memory_advice
 from checkpoint.products import float32_products
-from checkpoint.scan import grouped_scan
 from quantize.distill.checkpoints import (
     BEST,
     WEIGHTS,
@@ -119,7 +118,6 @@ def distill(
     # Samples are embedded by BF16's embeddings, so they are copied before they can train.
     with (
         float32_products(),
-        grouped_scan(),
         embedding_only(model),
         trainable(student, trained),
         kept_apart(student),
