@@ -2,8 +2,8 @@
 
 torch has slow BF16 kernels for CPUs without BF16 arithmetic, and computes a depthwise convolution
 channel by channel on all of them. Values, products and sums are the same in float32, which is also
-what those kernels add up in; only the order of the sums differs. Attention also keeps its weights in
-float32 instead of BF16.
+what those kernels add up in; only the order of the sums differs. Attention also keeps its weights
+in float32 instead of BF16.
 """
 
 from __future__ import annotations
