@@ -19,7 +19,7 @@ from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any, shortened
 from checkpoint.lock import locked_directory
 from checkpoint.log import get_logger
-from checkpoint.video import Video
+from checkpoint.video import Video, parse_rates
 from serve.process import ServerDied
 
 logger = get_logger(__name__)
@@ -183,22 +183,6 @@ def _judge_faults(url: str) -> tuple[Fault, ...]:
     return ()
 
 
-def _rates(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    rates = []
-    for part in text.split(","):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = -1.0
-        if not 0 <= rate < 1:
-            remedy = "give rates from 0 up to but not including 1, such as 0,0.5,0.75"
-            raise BadInput(Fault("--evs-rates", f"is {shortened(text, 80)!r}", remedy))
-        rates.append(rate)
-    return tuple(sorted(set(rates)))
-
-
 def _profile(arguments: argparse.Namespace) -> Profile:
     profile = REASONING_ON if arguments.think else REASONING_OFF
     if arguments.max_tokens is None:
@@ -211,3 +195,9 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
         return None
     key = os.environ.get("OPENAI_API_KEY", "none")
     return Judge(arguments.judge, arguments.judge_model, key)
+
+
+def _rates(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    return tuple(parse_rates(text, "--evs-rates"))

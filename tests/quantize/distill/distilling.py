@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from checkpoint.scan import grouped_scan
 
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
@@ -15,7 +16,6 @@ from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
 from checkpoint.processes import ALONE
 from checkpoint.products import float32_products
-from checkpoint.scan import grouped_scan
 from checkpoint.video import Video
 from quantize.distill.dataset import batch_of
 from quantize.distill.plan import plan_distillation
