@@ -27,6 +27,9 @@ MIXED = (
 )
 
 
+FP8_TOWER = {"HYBRIDQUANT_FP8_TOWER": "1"}
+
+
 @pytest.fixture(scope="module")
 def read_by_vllm(tiny, tmp_path_factory):
     """What vLLM reads of each precision, in config.json and in hf_quant_config.json alone."""
@@ -53,8 +56,8 @@ def test_vllm_reads_the_precision_without_being_told(read_by_vllm, algo):
         assert algo in old
 
 
-def generate(directory):
-    with running_server(directory) as server:
+def generate(directory, variables=None):
+    with running_server(directory, more_variables=variables) as server:
         parts = content_parts(["What is it?"])
         answer = ask(server.client(), server.model, parts, max_tokens=8)
         return answer, server.log.read_text()
@@ -73,7 +76,7 @@ def served(fp8, nvfp4, nvfp4_weight_only, nvfp4_export):
             "fp8": pool.submit(generate, fp8),
             "mixed": pool.submit(generate, mixed),
             "nvfp4": pool.submit(ask_directory, nvfp4),
-            "weight_only": pool.submit(generate, nvfp4_weight_only),
+            "weight_only": pool.submit(generate, nvfp4_weight_only, FP8_TOWER),
         }
     return started
 
@@ -103,6 +106,15 @@ def test_our_weight_only_export_generates(served):
     assert "quantization=modelopt_fp4," in log
     assert "Using ReferenceNvFp4WeightOnlyKernel" in log
     assert log.count("weight-only NVFP4 (W4A16) layers run on a REFERENCE kernel") == 1
+
+
+@pytest.mark.server
+def test_the_towers_linears_are_quantized_on_request(served):
+    """vLLM runs the tower before it answers, and no other linear of a weight-only export is FP8."""
+    _, log = served["weight_only"].result()
+    assert "Selected ReferenceFp8Kernel for Fp8PerTensorOnlineLinearMethod" in log
+    _, other = served["mixed"].result()
+    assert "Fp8PerTensorOnlineLinearMethod" not in other
 
 
 @pytest.mark.server
