@@ -87,7 +87,8 @@ class Asker:
             tokens: Tokens of the answer.
 
         Returns:
-            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`.
+            `first`: seconds to the first token; `all`: seconds to the last; `prompt_tokens`;
+            `begin`: when it was asked, by the machine's monotonic clock.
 
         Raises:
             OSError: It does not answer, or refuses.
@@ -103,7 +104,7 @@ class Asker:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        start = time.perf_counter()
+        start = time.monotonic()
         first = 0.0
         prompt_tokens = 0
         with self._post("chat/completions", body) as response:
@@ -112,10 +113,15 @@ class Asker:
                     continue
                 event = json.loads(line[6:])
                 if event["choices"] and not first and _has_token(event["choices"][0]):
-                    first = time.perf_counter() - start
+                    first = time.monotonic() - start
                 if event.get("usage"):
                     prompt_tokens = event["usage"]["prompt_tokens"]
-        return {"first": first, "all": time.perf_counter() - start, "prompt_tokens": prompt_tokens}
+        return {
+            "begin": start,
+            "first": first,
+            "all": time.monotonic() - start,
+            "prompt_tokens": prompt_tokens,
+        }
 
     def complete(self, prompt: Sequence[int], tokens: int) -> float:
         """Let the server write exactly so many tokens after a prompt, and return the seconds.

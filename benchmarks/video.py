@@ -186,6 +186,7 @@ def _prepare(given: argparse.Namespace) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
+    from benchmarks.decode import pairs
     from benchmarks.paired_servers import started
     from benchmarks.video_serving import Workload, measure, sides
     from serve.environment import find_environment
@@ -214,7 +215,7 @@ def _serve(given: argparse.Namespace) -> int:
             write_json(given.json, result | {"measured": found})
 
         settings = ServeSettings(allowed_local_media_path=folder, max_images=32)
-        compared = sides(given.directory, flags)
+        compared = sides(given.directory, flags, folder, pairs(given.plugin, "--plugin"))
         with started(compared, settings, environment) as (askers, failed):
             if failed:
                 keep({"not started": failed})
@@ -261,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--json", type=Path, required=True, help="the result file")
     serve.add_argument("--seconds", type=float, default=900, help="time to spend on asking (900)")
     serve.add_argument("--vllm", default="", metavar="FLAGS", help="more flags of vllm serve")
+    plugin_help = "environment variables of the server with the plug-in"
+    serve.add_argument("--plugin", nargs="*", default=[], metavar="NAME=VALUE", help=plugin_help)
     serve.set_defaults(run=_serve)
     return parser
 

@@ -5,33 +5,45 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn
 from benchmarks.paired_servers import Asker, Measured, Side
+from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
+from hybridquant_vllm.step_times import VARIABLE
 from serve.clips import looped
 
 logger = get_logger(__name__)
 
-SWITCHES = {"stock": "0", "plugin": "1"}
-"""Value of HYBRIDQUANT_FAST_VIDEO by server."""
+SERVERS = ("stock", "plugin")
 
 
-def sides(directory: Path, flags: list[str]) -> list[Side]:
+def sides(
+    directory: Path, flags: list[str], media: Path, variables: Mapping[str, str]
+) -> list[Side]:
     """Return the two servers: one directory, served by us, without and with the plug-in.
 
     Args:
         directory: A checkpoint.
         flags: More flags of `vllm serve`.
+        media: Folder that requests may name files of; the plug-in's step times go there.
+        variables: More environment variables of the server with the plug-in.
     """
+    given = dict(variables) | {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))}
+    own_variables = {"stock": {"HYBRIDQUANT_FAST_VIDEO": "0"}, "plugin": given}
     found = []
-    for name, switch in SWITCHES.items():
-        variables = {"HYBRIDQUANT_FAST_VIDEO": switch}
-        found.append(Side(name, directory, tuple(flags), variables=variables))
+    for name in SERVERS:
+        found.append(Side(name, directory, tuple(flags), variables=own_variables[name]))
     return found
+
+
+def step_times(media: Path) -> Path:
+    """Return the file of the plug-in's step times in a folder of media."""
+    return media / "steps.jsonl"
 
 
 class Workload:
@@ -46,6 +58,11 @@ class Workload:
         self._folder = folder
         self.films = films
         self._count = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        return self._folder
 
     def clip(self, height: int, seconds: float) -> Path:
         """Write a loop of a film whose bytes are new."""
@@ -82,17 +99,24 @@ def measure(
         keep: Called with everything measured so far after each part.
     """
     end = time.monotonic() + seconds
+    new_clip = partial(work.clip, 720, 64.0)
+    times = step_times(work.folder)
+    steps = partial(breakdown, askers["plugin"], times=times, count=5)
     parts: dict[str, Callable[[], Measured]] = {
-        "64 s of 720p": partial(first_tokens, askers, partial(work.clip, 720, 64.0), 6),
-        "the same clip again": partial(again, askers, partial(work.clip, 720, 64.0), 4),
+        "64 s of 720p": partial(first_tokens, askers, new_clip, 6),
+        "steps of 64 s of 720p": partial(steps, new_clip),
+        "the same clip again": partial(again, askers, new_clip, 4),
         "12 clips of 32 s at once": partial(
             at_once, askers, "video", partial(work.clip, 720, 32.0), 12, 12, 128
         ),
-        "32 pages, 16 at once": partial(at_once, askers, "image", work.page, 32, 16, 16),
+        "decode at 64, tokens/s": partial(decoding, askers, 64, end),
     }
     for height in sorted(set(work.films) - {720}):
         clip = partial(work.clip, height, 64.0)
         parts[f"64 s of {height}p"] = partial(first_tokens, askers, clip, 3)
+        parts[f"steps of 64 s of {height}p"] = partial(steps, clip)
+    parts["32 pages, 16 at once"] = partial(at_once, askers, "image", work.page, 32, 16, 16)
+    parts["decode at 1, tokens/s"] = partial(decoding, askers, 1, end)
     found: Measured = {}
     for name, part in parts.items():
         if time.monotonic() > end:
@@ -101,21 +125,34 @@ def measure(
         logger.info("%s", name)
         try:
             found[name] = part()
-        except OSError as error:  # refused, or too slow: the other parts are still measured
-            found[name] = f"not measured: {error}"
+        except (OSError, KeyError) as error:  # refused, too slow, or without step times
+            found[name] = f"not measured: {error!r}"
         keep(found)
     return found
 
 
 def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
-    """Seconds to the first token of new clips, one after another, the servers in turn."""
+    """Seconds to the first token of new clips, one after another, the servers in turn.
+
+    The plug-in's server is asked first, so that it finds no kernels that the other has compiled.
+    """
     runs: dict[str, list[Measured]] = {name: [] for name in askers}
     for _ in range(count):
-        for name, asker in askers.items():
-            runs[name].append(asker.ask("video", [new_clip()], 1))
+        for name in reversed(SERVERS):
+            runs[name].append(askers[name].ask("video", [new_clip()], 1))
     return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
         "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
     }
+
+
+def decoding(askers: dict[str, Asker], count: int, end: float) -> Measured:
+    """Tokens per second of `count` requests for text at once; see `benchmarks.decode`."""
+    named = {BASELINE: askers["stock"], OURS: askers["plugin"]}
+
+    def run(asker: Asker, seed: int) -> float:
+        return decode_rate(asker, count, 256, seed)
+
+    return in_turn(named, run, repeats=3, more_is_better=True, end=end)
 
 
 def again(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:

@@ -31,12 +31,14 @@ from serve.command import build_environment
 from serve.environment import ServeEnvironment, find_environment
 from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
+from serve.own_server import own_server
 from serve.plan import serving_plan
 from serve.precision import precision_name
 from serve.preflight import checked_settings, preflight
 from serve.process import Server, ServerDied, death_message, full_command, running_server
 from serve.settings import ServeSettings, gate_passed, has_manifest, override
 from serve.vllm_flags import named_flags
+from serve.warm_up import warm_up
 
 logger = get_logger("serve")
 
@@ -92,6 +94,8 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
         signal.signal(number, _interrupt)
     try:
         with running_server(options.directory, settings, extra, options.log, environment) as server:
+            if environment.device.kind != "cpu" and settings.max_videos > 0:
+                warm_up(own_server(server.settings), settings.video)
             print(_summary(options.directory, server, fast_video))
             print(f"log: {server.log}   stop with Ctrl-C", flush=True)
             status = server.process.wait()

@@ -98,6 +98,14 @@ KNOWN_FAULTS = (
         since=(0, 26, 0),
     ),
     KnownFault(
+        symptom="a clip whose sampled frames have more than 0.72 GB, such as 128 of 1080p, is "
+        "refused with 400",
+        remedy="install the plug-in, or set VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES",
+        source="docs/results.md, measured with 0.33",
+        occurs=lambda situation: not situation.has_fast_video,
+        since=(0, 33, 0),
+    ),
+    KnownFault(
         symptom="the Mamba state update has no tuned configuration for this model",
         remedy="answers are right, and decoding slower than it could be: run hybridquant tune",
         source="vLLM issue 44251",

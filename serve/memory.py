@@ -29,8 +29,14 @@ DEFAULT_UTILIZATION = 0.92
 """Share of a GPU's memory that vLLM takes (vllm/config/cache.py, 0.32 and 0.33)."""
 
 DEFAULT_SEQUENCES = 256
-"""Sequences that vLLM runs at once at most on a GPU below 70 GB; 1,024 above, which no GPU's pool
-holds at this model's state. The logits of a step are counted for so many."""
+"""Sequences that vLLM runs at once at most on a GPU below `LARGE_GPU`. The logits of a step are
+counted for so many."""
+
+MOST_SEQUENCES = 1024
+"""The same on larger GPUs (vllm/engine/arg_utils.py, 0.32 and 0.33)."""
+
+LARGE_GPU = 70 * 2**30
+"""Bytes."""
 
 CUDA_BYTES = 0.6 * GB
 """CUDA context and libraries. An estimate."""

@@ -16,8 +16,11 @@ from serve.known_faults import Situation, faults_of
 from serve.memory import (
     BF16,
     CPU_ALIGNMENT,
+    DEFAULT_SEQUENCES,
     GB,
     GPU_ALIGNMENT,
+    LARGE_GPU,
+    MOST_SEQUENCES,
     Cache,
     MemoryPlan,
     cache_of,
@@ -42,6 +45,8 @@ _OTHER_LAYOUTS = (
     "--enable-prefix-caching",
 )
 """Flags of vLLM after which its memory is divided otherwise than computed here."""
+
+_SEQUENCES_FLAG = "--max-num-seqs"
 
 _HOPPER = (9, 0)
 
@@ -164,6 +169,32 @@ def room_for_sequences(
     return Room(cache, memory.pool, length, memory)
 
 
+def sequence_limit(
+    config: CheckpointConfig,
+    settings: ServeSettings,
+    environment: ServeEnvironment,
+    extra: Sequence[str] = (),
+) -> int | None:
+    """Return how many sequences a GPU may run at once where its memory holds fewer than vLLM's
+    default; None where it holds more, where that is not known, or where the flag is given.
+
+    Trap: vLLM captures decode as CUDA graphs for its default number of sequences, 256 or 1,024,
+    whatever the memory holds, and ends with "max_num_seqs (1024) exceeds available Mamba cache
+    blocks (248)" (vllm/config/compilation.py; seen on an H100 with 0.33).
+    """
+    device = environment.device.first(settings.tensor_parallel_size)
+    if device.kind == "cpu" or _SEQUENCES_FLAG in named_flags(extra):
+        return None
+    room = room_for_sequences(config, settings, environment, extra)
+    if room is None:
+        return None
+    shortest = 1 + room.cache.state_blocks
+    fitting = int(room.pool // room.cache.block_bytes) // shortest
+    is_large = device.memory >= LARGE_GPU
+    default = MOST_SEQUENCES if is_large else DEFAULT_SEQUENCES
+    return max(fitting, 1) if fitting < default else None
+
+
 def memory_faults(
     config: CheckpointConfig,
     settings: ServeSettings,
@@ -247,7 +278,12 @@ def _memory(
         f"sequence of Mamba state, in blocks of {cache.block_tokens:,} tokens"
     )
     value = f"{room.sequences:.1f} of {room.length:,} tokens at once"
-    return [Choice("memory", pool, reason), Choice("sequences", value, each)]
+    choices = [Choice("memory", pool, reason), Choice("sequences", value, each)]
+    limit = sequence_limit(config, settings, environment, extra)
+    if limit is not None:
+        why = "so many of up to one block fit, fewer than vLLM would prepare for"
+        choices.append(Choice("at once", f"at most {limit} sequences", why))
+    return choices
 
 
 def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> Choice:

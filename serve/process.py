@@ -16,12 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import shortened
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
 from serve.own_server import OwnServer, own_server
+from serve.plan import sequence_limit
 from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings, override
 from serve.vllm_flags import setting_values
@@ -279,9 +281,14 @@ def full_command(
     environment: ServeEnvironment,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """Return `build_command`'s line with the interpreter in place of `vllm`: the first line of the
-    script `vllm` names a path that may be wrong after its environment was moved.
+    """Return `build_command`'s line for an environment's GPU.
+
+    The interpreter is in the place of `vllm`: the first line of the script `vllm` names a path that
+    may be wrong after its environment was moved.
     """
+    limit = sequence_limit(read_config(directory), settings, environment, extra)
+    if limit is not None:
+        extra = ["--max-num-seqs", str(limit), *extra]
     command = build_command(directory, settings, environment.vllm, environment.device, extra)
     return [str(environment.python), "-m", "vllm.entrypoints.cli.main", *command[1:]]
 

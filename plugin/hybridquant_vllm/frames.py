@@ -22,23 +22,19 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
-from threading import BoundedSemaphore, Lock, local
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
-from av.video.codeccontext import VideoCodecContext
-from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
-from hybridquant_vllm.pixels import PIXEL_POOL, Pool, resize, worker_count
+from hybridquant_vllm.clip import Clip, ClipError, OpenedClip
+from hybridquant_vllm.conversion import ConvertedFrames
+from hybridquant_vllm.stretches import NotParallel, decode_in_parallel, divide
+
+__all__ = ["MAX_FRAME_PIXELS", "Clip", "ClipError", "read_clip", "sample_indices"]
 
 MAX_FRAME_PIXELS = 4096 * 4096
 """Larger frames are refused: 4K video passes, 8K video would take seconds for each request."""
@@ -49,93 +45,10 @@ MAX_SECONDS = 4 * 3600
 MAX_PACKETS = 1_000_000
 """Most packets of a clip: four hours at 69 frames per second."""
 
-DECODER_POOL = Pool("hybridquant-decoder")
-"""Decodes stretches; its tasks wait for `PIXEL_POOL` alone."""
-
 # A playlist may name other files and addresses; the given file is the only one that is read.
 _OPTIONS = {"protocol_whitelist": "none"}
 
 _REMEDY = "give MP4, WebM or GIF"
-
-_PARALLEL_CODECS = {"av1", "h264", "hevc", "vp9"}
-"""Codecs of which a packet holds exactly one frame, with the time stamp of that frame."""
-
-_COUNTED_FORMATS = {"mpegts", "h264", "hevc"}
-"""Containers that may begin within a stretch, or have no time stamps of their own."""
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used, in one sentence.
-
-    Attributes:
-        what: What is wrong with it.
-        remedy: What to do.
-    """
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(f"{what} ({remedy})")
-        self.what = what
-        self.remedy = remedy
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The sampled frames of a video.
-
-    Attributes:
-        frames: uint8 [frames, height, width, 3], RGB, upright.
-        indices: Place of each frame in the file, counted from 0.
-        fps: Frame rate of the file.
-        total: Frames in the file.
-    """
-
-    frames: NDArray[np.uint8]
-    indices: tuple[int, ...]
-    fps: float
-    total: int
-
-    @property
-    def frame_duration_ms(self) -> int:
-        """Duration of a frame in whole milliseconds; timestamps are multiples of it."""
-        return int(1000 / self.fps)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A clip whose packets are read.
-
-    Attributes:
-        container: Open as long as the stream is decoded.
-        stream: The stream of the film.
-        packets: All its packets in the order of decoding.
-        fps: Frame rate, > 0.
-        total: Frames that can be shown, > 0.
-        is_whole: Whether the file has as many packets as its header says.
-    """
-
-    container: InputContainer
-    stream: VideoStream
-    packets: list[Packet]
-    fps: float
-    total: int
-    is_whole: bool
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """Packets that can be decoded by themselves.
-
-    Attributes:
-        packets: From a keyframe to the last sampled frame.
-        positions: Position among the sampled frames, by time stamp.
-    """
-
-    packets: list[Packet]
-    positions: dict[int, int]
-
-
-class _NotParallel(Exception):
-    """A stretch did not give the frames that its packets promised."""
 
 
 def sample_indices(total: int, rate: float, fps: float, max_frames: int) -> list[int]:
@@ -193,7 +106,7 @@ def read_clip(
         raise ClipError(f"video cannot be read: {str(error)[:200]}", _REMEDY) from None
 
 
-def _read_packets(container: InputContainer, max_pixels: int) -> _Opened:
+def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
     stream = _film(container)
     pixels = stream.width * stream.height
     if pixels > max_pixels:
@@ -226,7 +139,7 @@ def _read_packets(container: InputContainer, max_pixels: int) -> _Opened:
     if fps <= 0 or total <= 0:
         what = f"video has {total} frames at {fps:g} per second"
         raise ClipError(what, "write it again with a constant frame rate")
-    return _Opened(container, stream, packets, fps, total, is_whole)
+    return OpenedClip(container, stream, packets, fps, total, is_whole)
 
 
 def _film(container: InputContainer) -> VideoStream:
@@ -244,7 +157,7 @@ def _film(container: InputContainer) -> VideoStream:
 
 
 def _sample(
-    clip: _Opened,
+    clip: OpenedClip,
     fps: float,
     max_frames: int,
     size: tuple[int, int] | None,
@@ -252,129 +165,31 @@ def _sample(
     parallel: bool,
 ) -> Clip:
     wanted = sample_indices(clip.total, clip.fps, fps, max_frames)
-    stretches = _stretches(clip, wanted) if parallel else []
-    taken = None
-    if stretches:
-        try:
-            taken = _decode_stretches(clip, stretches, _Taken(len(wanted), size, max_pixels))
-        except (_NotParallel, av.FFmpegError):
-            clip.stream.codec_context.flush_buffers()
-    if taken is None:
-        taken = _decode_and_count(clip, wanted, _Taken(len(wanted), size, max_pixels))
-    frames, positions = taken.result()
+    converted = ConvertedFrames(len(wanted), size, max_pixels)
+    if not (parallel and _decoded_in_parallel(clip, wanted, converted)):
+        converted = ConvertedFrames(len(wanted), size, max_pixels)
+        _decode_and_count(clip, wanted, converted)
+    frames, positions = converted.result()
     if not positions:
         raise ClipError("no frame of the video can be decoded", "write the file again")
     indices = tuple(wanted[position] for position in positions)
     return Clip(frames, indices, clip.fps, clip.total)
 
 
-def _stretches(clip: _Opened, wanted: list[int]) -> list[_Stretch]:
-    """Divide a clip; the list is empty if its packets do not tell which frame is which."""
-    if clip.stream.codec_context.name.removeprefix("lib") not in _PARALLEL_CODECS | {"dav1d"}:
-        return []
-    if _COUNTED_FORMATS & set(clip.container.format.name.split(",")):
-        return []
-    # OpenCV counts the frames that a damaged file still gives, whatever their time stamps are.
-    if not clip.is_whole:
-        return []
-    stamps: list[int] = []
-    for packet in clip.packets:
-        if packet.pts is None or packet.is_corrupt:
-            return []
-        stamps.append(packet.pts)
-    shown = [stamp for stamp, packet in zip(stamps, clip.packets) if not packet.is_discard]
-    shown.sort()
-    if len(set(stamps)) < len(stamps) or wanted[-1] >= len(shown):
-        return []
-    if not clip.packets[0].is_keyframe:
-        return []
-    positions = {shown[index]: position for position, index in enumerate(wanted)}
-    stretches = []
-    for start, end in _independent_ranges(clip.packets, stamps):
-        inside = {stamp: positions[stamp] for stamp in stamps[start:end] if stamp in positions}
-        if not inside:
-            continue
-        last = max(place for place in range(start, end) if stamps[place] in inside)
-        stretches.append(_Stretch(clip.packets[start : last + 1], inside))
-    return stretches
+def _decoded_in_parallel(clip: OpenedClip, wanted: list[int], converted: ConvertedFrames) -> bool:
+    """Decode in parallel if the clip allows it, and return whether that gave all frames."""
+    stretches = divide(clip, wanted)
+    if not stretches:
+        return False
+    try:
+        decode_in_parallel(clip, stretches, converted)
+    except (NotParallel, av.FFmpegError):
+        clip.stream.codec_context.flush_buffers()
+        return False
+    return True
 
 
-def _independent_ranges(packets: list[Packet], stamps: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of packets between keyframes that no later frame precedes.
-
-    With an open group of pictures, frames that are shown before a keyframe follow it in the file
-    and refer to frames before it: such a keyframe starts no range.
-    """
-    end = len(packets)
-    earliest_after = math.inf
-    starts = []
-    for place in range(len(packets) - 1, -1, -1):
-        if packets[place].is_keyframe and earliest_after > stamps[place]:
-            starts.append(place)
-        earliest_after = min(earliest_after, stamps[place])
-    starts.reverse()
-    yield from zip(starts, [*starts[1:], end])
-
-
-def _decode_stretches(clip: _Opened, stretches: list[_Stretch], taken: _Taken) -> _Taken:
-    first = _first_frame(clip)
-    taken.rotation = first.rotation
-    threads = math.ceil(worker_count() / len(stretches))
-    futures: list[Future[None]] = []
-    for stretch in stretches:
-        context = _decoder(clip.stream, first, threads)
-        task = DECODER_POOL.executor.submit(_decode_stretch, context, stretch, taken)
-        futures.append(task)
-    # All are waited for, also after an error: they write into `taken`.
-    errors = [future.exception() for future in futures]
-    for error in errors:
-        if error is not None:
-            raise error
-    return taken
-
-
-def _first_frame(clip: _Opened) -> VideoFrame:
-    """Decode the first frame, which knows what only the container says: rotation and colours."""
-    context = clip.stream.codec_context
-    frames = [*context.decode(clip.packets[0]), *context.decode(None)]
-    context.flush_buffers()
-    if not frames:
-        raise _NotParallel
-    return frames[0]
-
-
-def _decoder(stream: VideoStream, first: VideoFrame, threads: int) -> VideoCodecContext:
-    context = av.CodecContext.create(stream.codec_context.codec, "r")
-    assert isinstance(context, VideoCodecContext)
-    context.extradata = stream.codec_context.extradata
-    context.options = dict(stream.codec_context.options)
-    context.colorspace = first.colorspace
-    context.color_range = first.color_range
-    context.thread_count = threads
-    context.thread_type = "FRAME" if threads > 1 else "NONE"
-    return context
-
-
-def _decode_stretch(context: VideoCodecContext, stretch: _Stretch, taken: _Taken) -> None:
-    # Only H.264 says of each frame whether any other refers to it: HEVC's flag leaves out frames
-    # of higher temporal layers.
-    may_skip = context.name == "h264"
-    missing = set(stretch.positions)
-    packets: list[Packet | None] = [*stretch.packets, None]
-    for packet in packets:
-        if may_skip and packet is not None:
-            context.skip_frame = "DEFAULT" if packet.pts in stretch.positions else "NONREF"
-        for frame in context.decode(packet):
-            if frame.pts in missing:
-                if frame.is_corrupt:
-                    raise _NotParallel
-                missing.remove(frame.pts)
-                taken.add(stretch.positions[frame.pts], frame)
-    if missing:
-        raise _NotParallel
-
-
-def _decode_and_count(clip: _Opened, wanted: list[int], taken: _Taken) -> _Taken:
+def _decode_and_count(clip: OpenedClip, wanted: list[int], converted: ConvertedFrames) -> None:
     """Decode from the beginning and count the frames."""
     positions = {index: position for position, index in enumerate(wanted)}
     context = clip.stream.codec_context
@@ -389,98 +204,8 @@ def _decode_and_count(clip: _Opened, wanted: list[int], taken: _Taken) -> _Taken
             continue  # a damaged packet loses its own frame, not the clip
         for frame in frames:
             if index in positions:
-                taken.rotation = frame.rotation
-                taken.add(positions[index], frame)
+                converted.rotation = frame.rotation
+                converted.add(positions[index], frame)
             index += 1
         if index > wanted[-1]:
             break
-    return taken
-
-
-_reformatters = local()
-"""A reformatter for each thread: setting one up takes as long as a conversion."""
-
-_SLOTS = BoundedSemaphore(2 * worker_count())
-"""Limits the frames that all clips together hold in full size."""
-
-
-class _Taken:
-    """Frames that are being converted and resized.
-
-    Args:
-        count: Number of frames.
-        size: (height, width) of the result; None keeps the size of the frames.
-        max_pixels: Most pixels of a frame.
-
-    Attributes:
-        rotation: Degrees by which frames are turned counterclockwise.
-    """
-
-    def __init__(self, count: int, size: tuple[int, int] | None, max_pixels: int) -> None:
-        self.rotation = 0
-        self._count = count
-        self._size = size
-        self._max_pixels = max_pixels
-        self._lock = Lock()
-        self._source: tuple[int, int] | None = None
-        self._pixels: NDArray[np.uint8] | None = None
-        self._tasks: dict[int, Future[None]] = {}
-
-    def add(self, position: int, frame: VideoFrame) -> None:
-        """Convert a frame on another thread; wait while too many are held."""
-        with self._lock:
-            self._prepare(frame)
-        _SLOTS.acquire()
-        task = PIXEL_POOL.executor.submit(self._convert, position, frame)
-        task.add_done_callback(lambda _: _SLOTS.release())
-        with self._lock:
-            self._tasks[position] = task
-
-    def result(self) -> tuple[NDArray[np.uint8], list[int]]:
-        """Wait for all frames.
-
-        Returns:
-            uint8 [frames, height, width, 3], and the position of each.
-        """
-        for task in self._tasks.values():
-            task.result()
-        positions = sorted(self._tasks)
-        if self._pixels is None:
-            return np.empty((0, 0, 0, 3), np.uint8), []
-        if len(positions) == self._count:
-            return self._pixels, positions
-        return self._pixels[positions], positions
-
-    def _prepare(self, frame: VideoFrame) -> None:
-        """Allocate the result at the first frame; the others must have its size."""
-        source = (frame.height, frame.width)
-        if self._source is None:
-            if frame.height * frame.width > self._max_pixels:
-                what = f"frames have {frame.width}x{frame.height} pixels"
-                raise ClipError(f"{what}, at most {self._max_pixels} are served", "shrink them")
-            self._source = source
-            turned = source[::-1] if self._quarter_turns % 2 else source
-            height, width = self._size or turned
-            self._pixels = np.empty((self._count, height, width, 3), np.uint8)
-        if source != self._source:
-            what = "frame size changes within the video"
-            raise ClipError(what, "write the file again in one size")
-
-    @property
-    def _quarter_turns(self) -> int:
-        # Phones write portrait clips as landscape frames and a rotation, which OpenCV applies.
-        return round(self.rotation / 90) % 4
-
-    def _convert(self, position: int, frame: VideoFrame) -> None:
-        reformatter = getattr(_reformatters, "value", None)
-        if reformatter is None:
-            reformatter = _reformatters.value = VideoReformatter()
-        # Chroma is scaled bicubically, as OpenCV does: FFmpeg's default differs by several grey
-        # levels at coloured edges.
-        rgb = reformatter.reformat(
-            frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1
-        )
-        upright = np.rot90(rgb.to_ndarray(), k=self._quarter_turns)
-        assert self._pixels is not None
-        place = self._pixels[position]
-        place[:] = resize(np.ascontiguousarray(upright), *place.shape[:2])

@@ -18,6 +18,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from hybridquant_vllm import __version__
 from hybridquant_vllm.clip_cache import KEPT_CLIPS
 from hybridquant_vllm.frames import MAX_FRAME_PIXELS
+from hybridquant_vllm.step_times import timed
 
 
 class FastVideoLoader(VideoLoader):
@@ -52,9 +53,10 @@ class FastVideoLoader(VideoLoader):
         limit = envs.VLLM_MAX_IMAGE_PIXELS
         max_pixels = min(MAX_FRAME_PIXELS, limit) if limit > 0 else MAX_FRAME_PIXELS
         size = None if cls.frame_size is None else (cls.frame_size, cls.frame_size)
-        clip = KEPT_CLIPS.read(
-            data, fps=fps, max_frames=num_frames, size=size, max_pixels=max_pixels
-        )
+        with timed("decode and resize"):
+            clip = KEPT_CLIPS.read(
+                data, fps=fps, max_frames=num_frames, size=size, max_pixels=max_pixels
+            )
         return clip.frames, {
             "total_num_frames": clip.total,
             "fps": clip.fps,

@@ -16,26 +16,15 @@ from typing import Any
 import torch
 from vllm.model_executor.models import nano_nemotron_vl
 from vllm.model_executor.models.nano_nemotron_vl import NanoNemotronVLDummyInputsBuilder
-from vllm.model_executor.models.radio import RadioModel, RadioVisionEncoderLayer
+from vllm.model_executor.models.radio import RadioModel
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from hybridquant_vllm.processor import FastMultiModalProcessor, FastProcessingInfo
+from hybridquant_vllm.step_times import timed
+from hybridquant_vllm.tower import drop_layer_scales, fp8_tower, is_fp8
 
 _FRAMES_AT_ONCE = 16
 """Frames normalized at once: in float32 all frames of a clip would take four times the memory."""
-
-
-class UnscaledEncoderLayer(RadioVisionEncoderLayer):
-    """A block of the tower without its two layer scales, which this model does not have.
-
-    vLLM loads no weights for them, so both multiply all activations by ones.
-    """
-
-    def forward(self, hidden_states: torch.Tensor, mask_meta: Any = None) -> torch.Tensor:
-        """Return the block's output, [batch, tokens, hidden]."""
-        attended = self.attn(self.norm1(hidden_states), mask_meta=mask_meta)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
 def normalize(
@@ -98,7 +87,11 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
             return super().extract_feature(pixel_values, num_frames)
         if num_frames is None and len(pixel_values) > 1:
             return self._features_of_different(pixel_values)
-        return super().extract_feature(self._normalized(pixel_values), num_frames)
+        return self._features(self._normalized(pixel_values), num_frames)
+
+    def _features(self, pixels: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        with timed("tower", on_device=True):
+            return super().extract_feature(pixels, num_frames)
 
     def _features_of_different(self, pixels: torch.Tensor) -> torch.Tensor:
         """Compute the features of frames that equal the one before only once.
@@ -108,8 +101,8 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
         is_new = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
         is_new[1:] = (pixels[1:] != pixels[:-1]).any(dim=(1, 2, 3))
         if bool(is_new.all()):
-            return super().extract_feature(self._normalized(pixels), None)
-        features = super().extract_feature(self._normalized(pixels[is_new]), None)
+            return self._features(self._normalized(pixels))
+        features = self._features(self._normalized(pixels[is_new]))
         return features[is_new.cumsum(0) - 1]
 
     def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -131,10 +124,24 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         """Load the weights, then drop the tower's layer scales if all are ones."""
         loaded = super().load_weights(weights)
-        if isinstance(self.vision_model, RadioModel):
-            for layer in self.vision_model.model.encoder.layers:
-                scales = torch.stack([layer.ls1, layer.ls2])
-                # vLLM builds the blocks itself and takes no class for them.
-                if type(layer) is RadioVisionEncoderLayer and bool((scales == 1).all()):
-                    layer.__class__ = UnscaledEncoderLayer
+        drop_layer_scales(self.vision_model)
         return loaded
+
+    def get_vit_model_from_radio_config(self, hf_config: Any) -> RadioModel:
+        """Return the tower; with HYBRIDQUANT_FP8_TOWER=1, one whose linears are in FP8."""
+        if not is_fp8():
+            return super().get_vit_model_from_radio_config(hf_config)
+        # vLLM's own builds it without quantization; what it makes of the configuration is taken.
+        with torch.device("meta"):
+            unquantized = super().get_vit_model_from_radio_config(hf_config)
+        return fp8_tower(unquantized.config)
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        """Return the embeddings of each clip and picture."""
+        with timed("vision", on_device=True):
+            return super().embed_multimodal(**kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the language model's hidden states, [tokens, hidden]."""
+        with timed("language model", on_device=True):
+            return super().forward(*args, **kwargs)

@@ -10,7 +10,8 @@ import pytest
 from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
 
 from benchmarks.soak import empty_png
-from hybridquant_vllm import frames
+from hybridquant_vllm import conversion, frames
+from hybridquant_vllm import stretches as stretches_module
 from hybridquant_vllm.frames import ClipError, read_clip, sample_indices
 
 ALL_CLIPS = CLIPS | ODD_CLIPS
@@ -30,14 +31,14 @@ def every_frame(data):
 def stretches(monkeypatch):
     """The numbers of stretches that clips were divided into."""
     counts = []
-    divide = frames._stretches
+    divide = frames.divide
 
     def counting(*arguments):
         found = divide(*arguments)
         counts.append(len(found))
         return found
 
-    monkeypatch.setattr(frames, "_stretches", counting)
+    monkeypatch.setattr(frames, "divide", counting)
     return counts
 
 
@@ -84,9 +85,9 @@ def test_a_stretch_that_loses_frames_makes_the_clip_be_counted(monkeypatch):
     whole = read(CLIPS["h264, short groups"])
 
     def lose(*arguments):
-        raise frames._NotParallel
+        raise stretches_module.NotParallel
 
-    monkeypatch.setattr(frames, "_decode_stretch", lose)
+    monkeypatch.setattr(stretches_module, "_decode", lose)
     counted = read(CLIPS["h264, short groups"])
     assert np.array_equal(counted.frames, whole.frames)
 
@@ -120,7 +121,7 @@ def test_no_more_frames_are_held_than_there_are_slots(monkeypatch):
         def release(self):
             self.now -= 1
 
-    monkeypatch.setattr(frames, "_SLOTS", Counting())
+    monkeypatch.setattr(conversion, "FRAME_SLOTS", Counting())
     read(CLIPS["h264, short groups"], fps=-1)
     assert len(held) == 90
 

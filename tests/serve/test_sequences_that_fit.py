@@ -1,5 +1,6 @@
 """How many sequences fit: against what vLLM reports, and the faults of GPUs that are too small."""
 
+import json
 import os
 import re
 
@@ -8,7 +9,8 @@ import pytest
 from checkpoint.config import CheckpointConfig, read_config
 from serve.environment import CPU, Gpu, ServeEnvironment, cuda_device
 from serve.memory import CPU_ALIGNMENT, cache_of
-from serve.plan import memory_faults, room_for_sequences, serving_plan
+from serve.plan import memory_faults, room_for_sequences, sequence_limit, serving_plan
+from serve.process import full_command
 from serve.settings import ServeSettings, override
 
 MIB = 2**20
@@ -75,6 +77,37 @@ def test_weights_and_step_leave_room_on_an_h100(checkpoint):
     assert room.memory.weights == int(BF16_SIZE)
     assert 1e9 < room.memory.step < 8e9
     assert room.pool == room.memory.allowed - room.memory.weights - room.memory.step
+
+
+def test_no_more_sequences_are_prepared_for_than_fit(checkpoint):
+    """With 8 GB for sequences vLLM 0.33 had 248 blocks on an H100, and ended because of its default
+    of 1,024 sequences: "max_num_seqs (1024) exceeds available Mamba cache blocks (248)".
+    """
+    config = checkpoint(FP8_SIZE)
+    given = ["--kv-cache-memory-bytes", "8000000000"]
+    room = room_for_sequences(config, ServeSettings(), on(H100), given)
+    assert room.pool // room.cache.block_bytes == 248
+    assert sequence_limit(config, ServeSettings(), on(H100), given) == 41
+    plan = [str(choice) for choice in serving_plan(config, ServeSettings(), on(H100), given)]
+    assert any("at most 41 sequences" in line for line in plan)
+
+
+@pytest.mark.parametrize("extra", [["--max-num-seqs", "7"], ["--max-num-seqs=7"]])
+def test_a_number_of_sequences_that_is_given_stays(checkpoint, extra):
+    assert sequence_limit(checkpoint(FP8_SIZE), ServeSettings(), on(H100), extra) is None
+
+
+def test_a_gpu_that_holds_vllms_default_gets_no_flag(tiny):
+    assert sequence_limit(read_config(tiny), ServeSettings(), on(H100)) is None
+
+
+def test_the_command_carries_the_limit(checkpoint, tmp_path, full12b):
+    config = checkpoint(FP8_SIZE)
+    (tmp_path / "config.json").write_text(json.dumps(full12b.raw), encoding="utf-8")
+    command = full_command(tmp_path, ServeSettings(), on(A10))
+    limit = sequence_limit(config, ServeSettings(), on(A10))
+    assert limit is not None
+    assert command[command.index("--max-num-seqs") + 1] == str(limit)
 
 
 def test_a_gpu_that_cannot_hold_the_weights_is_a_fault(checkpoint):
