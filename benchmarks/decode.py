@@ -108,7 +108,9 @@ def two_sides(options: argparse.Namespace, device: Device) -> list[Side]:
         BadInput: A variable is not `NAME=VALUE`.
     """
     shared = [*GPU_FLAGS] if device.kind == "cuda" else []
-    shared += shlex.split(options.vllm)
+    # vLLM ends where its cache has fewer blocks than its default of 1,024 sequences.
+    most = max([1, *numbers(options.concurrency, "--concurrency")])
+    shared += ["--max-num-seqs", str(most), *shlex.split(options.vllm)]
     is_plain = options.baseline == "stock"
     baseline = Side(
         BASELINE,
