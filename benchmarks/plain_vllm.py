@@ -167,6 +167,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.plain_vllm", *arguments]),
+        "directory": options.directory.name,
         "line": shlex.join(["vllm", "serve", options.directory.name, *flags]),
         "device": environment.device.name,
         "vllm": environment.version,
@@ -194,7 +195,7 @@ def run(arguments: Sequence[str]) -> int:
         faults = faults_of(found, options.right)
         result["faults"] = faults
         if any(not answer.get("server_lives", True) for answer in found.values()) and asker.log:
-            result["died"] = death_message(asker.log, "vLLM ended")
+            result["died"] = death_message(asker.log, "vLLM ended").splitlines()[0]
     keep(found)
     print(json.dumps(found, indent=1))
     for fault in faults:
