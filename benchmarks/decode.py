@@ -334,6 +334,7 @@ def run(arguments: Sequence[str]) -> int:
     def keep(found: Measured) -> None:
         write_json(options.json, result | {"measured": found})
 
+    keep({})  # A file that cannot be written is found before the servers start.
     settings = ServeSettings(gpu_memory_utilization=0.45)
     starting = max(options.seconds - 60, 30.0)
     with started(sides, settings, environment, starting) as (askers, failed):

@@ -176,6 +176,7 @@ def run(arguments: Sequence[str]) -> int:
     def keep(found: dict[str, Any]) -> None:
         write_json(options.json, result | {"answers": found})
 
+    keep({})  # A file that cannot be written is found before the server starts.
     with (
         tempfile.TemporaryDirectory() as scratch,
         started([side], ServeSettings(), environment, options.seconds) as (askers, failed),
