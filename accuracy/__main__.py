@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from accuracy.suites.command import add_options, run_suite
+from accuracy.suites.command import add_options, options_without_suite, run_suite
 from checkpoint.atomic import write_text
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
@@ -81,8 +81,9 @@ def compared_video(directory: Path, override: float | None) -> Video:
 
 def _run() -> int:
     arguments = parse_command(_parser())
-    if arguments.suite:
+    if arguments.suite is not None:
         return run_suite(arguments, compared_video)
+    raise_if_any(options_without_suite(arguments))
     if len(arguments.directories) > 1:
         raise BadInput(Fault("DIR", "is given more than once", "give one, or --suite"))
     directory = arguments.directories[0]

@@ -16,6 +16,7 @@ from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
 from checkpoint.opened import Checkpoint
+from checkpoint.products import float32_products
 from checkpoint.video import Video
 from export.load import load_exported
 
@@ -32,6 +33,7 @@ Numbered = tuple[int, Embedded]
 
 
 @torch.no_grad()
+@float32_products()
 def generate(
     model: NemotronH_Omni_Reasoning_V3,
     config: CheckpointConfig,

@@ -168,6 +168,8 @@ def _distil(
     shutil.rmtree(output, ignore_errors=True)
     recipe = SHIPPED / "tiny" / "nvfp4_qad.yaml"
     command = ["-m", "quantize.qad", str(recipe), f"model={model}", f"distill.steps={steps}"]
+    # One process would fill its rows with other samples than two.
+    command += ["distill.pack_length=null", "distill.batch=8"]
     command += [_WITHOUT_TASKS, f"output={output}"]
     seconds = launched([*prefix, *command], "cuda", processes)
     manifest = read_manifest(output)

@@ -3,9 +3,10 @@
     python -m benchmarks.training MODEL --work DIR --json FILE --processes 2 [key=value …]
 
 Launches `quantize.qad` with recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`: without), on few
-samples. The run is ended after the evaluation of its last step; what is written afterwards is
-tested elsewhere. The figures are those that the run itself logs. Memory is the peak of the first
-process since the training began.
+samples: packed rows as the recipe has them, or by `distill.pack_length=null` one sample a row. The
+plan's peak of memory is compared with what was used. The run is ended after the evaluation of its
+last step; what is written afterwards is tested elsewhere. The figures are those that the run itself
+logs. Memory is the peak of the first process since the training began.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ _LINE = re.compile(
     r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?"
     r"(, GPU memory at most (?P<memory>[\d.]+) GB)?"
 )
+# As `pipeline.plan` writes it.
+_PLANNED = re.compile(r"(?P<gigabytes>[\d.]+) GB a process at the peak")
 
 
 def parsed(line: str) -> dict[str, float] | None:
@@ -73,8 +76,8 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
         processes: Number of GPUs that the command can see.
 
     Returns:
-        `plan`, what the run logs about its samples, and `progress`, its progress lines with the
-        seconds since its start.
+        `plan`, what the run logs about its samples; `progress`, its progress lines with the seconds
+        since its start; and what `summary` returns.
 
     Raises:
         BadInput: The run ends before its last step. The message has the end of its output.
@@ -109,8 +112,35 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
         for line in output[-_SHOWN_LINES:]:
             faults.append(Fault("output", shortened(line)))
         raise BadInput(*faults)
-    plan = [line for line in output if "samples of about" in line]
-    return {"plan": plan, "progress": progress}
+    plan = [line for line in output if "samples of about" in line or _PLANNED.search(line)]
+    return {"plan": plan, "progress": progress, **summary(plan, progress)}
+
+
+def summary(plan: Sequence[str], progress: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what a run took, beside its plan.
+
+    Args:
+        plan: What the run logs about its samples.
+        progress: Its progress lines.
+
+    Returns:
+        Those of these that are known: `tokens_per_second` of the steps since the last evaluation
+        but one, over all processes; `peak_gb` and `planned_gb` of memory a process, and
+        `peak_of_planned`, one divided by the other.
+    """
+    found = {}
+    if "rate" in progress[-1]:
+        found["tokens_per_second"] = progress[-1]["rate"]
+    peaks = [line["memory"] for line in progress if "memory" in line]
+    if peaks:
+        found["peak_gb"] = max(peaks)
+    for line in plan:
+        match = _PLANNED.search(line)
+        if match is not None:
+            found["planned_gb"] = float(match["gigabytes"])
+    if "peak_gb" in found and found.get("planned_gb"):
+        found["peak_of_planned"] = round(found["peak_gb"] / found["planned_gb"], 3)
+    return found
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.settings import Section
 
 PruningRate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -37,3 +38,26 @@ class Video(Section):
 
 UNPRUNED = Video(pruning_rate=0.0)
 """The report's sampling without EVS."""
+
+
+def parse_rates(text: str, option: str) -> list[float]:
+    """Parse EVS rates with commas between them, and return each once, ascending.
+
+    Args:
+        text: As `0,0.5,0.75`.
+        option: Names it in the error.
+
+    Raises:
+        BadInput: A part is not a rate.
+    """
+    rates = set()
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = -1.0
+        if not 0 <= rate < 1:
+            remedy = "give rates from 0 up to but not including 1, such as 0,0.5,0.75"
+            raise BadInput(Fault(option, f"is {shortened(text, 80)!r}", remedy))
+        rates.add(rate)
+    return sorted(rates)

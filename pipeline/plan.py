@@ -314,9 +314,14 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     # A backward pass costs two forward passes; the teacher has one of its own, and checkpointed
     # layers run once more.
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
-    tokens = mean * settings.steps * settings.batch / plan.processes.count
+    row = settings.pack_length or mean
+    tokens = row * settings.steps * settings.batch / plan.processes.count
     trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
+    if settings.pack_length is not None:
+        rows = "1 row" if settings.batch == 1 else f"{settings.batch} rows"
+        steps = f"{settings.steps} steps of {rows} of {row:,} tokens"
+        steps += f", each about {row / mean:,.0f} samples"
     duration = _duration(seconds * forwards * tokens)
     peak = f"{_gb(plan.peak_bytes)} a process at the peak, as estimated"
     return f"then {trained}, train for {steps}: about {duration}, {peak}"

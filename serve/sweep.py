@@ -41,6 +41,7 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.log import get_logger
+from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
 from serve.bench import concurrencies, shown_command
 from serve.bench_runs import BenchFailed
@@ -101,23 +102,14 @@ def command_options(arguments: Sequence[str]) -> argparse.Namespace:
     return parse_command(_parser(), arguments)
 
 
-def parse_rates(text: str) -> list[float]:
-    """Parse `0,0.5,0.75`; 0 is added if it is not there, and the rates are sorted.
+def rates_with_none(text: str) -> list[float]:
+    """Parse `0.5,0.75`; 0, which drops nothing, is added if it is not there.
 
     Raises:
         BadInput: A part is not a rate.
     """
-    rates = {0.0}
-    for part in text.split(","):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = -1.0
-        if not 0 <= rate < 1:
-            remedy = "give rates from 0 up to but not including 1, such as 0,0.5,0.75"
-            raise BadInput(Fault("--rates", f"is {text!r:.80}", remedy))
-        rates.add(rate)
-    return sorted(rates)
+    rates = parse_rates(text, "--rates")
+    return sorted({0.0, *rates})
 
 
 def _check(
@@ -169,7 +161,7 @@ def run(arguments: Sequence[str]) -> int:
     check_packages((*NEEDED, "matplotlib"))
     environment = find_environment()
     _check(options, flags, environment)
-    rates = parse_rates(options.rates)
+    rates = rates_with_none(options.rates)
     counts = concurrencies(options.concurrency)
     items = _items(options)
     overrides = given_settings(options)

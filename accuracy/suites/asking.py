@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accuracy.suites.harness import Item, PromptText
+from accuracy.suites.load import Load, Queue
 from accuracy.suites.store import AnswerStore, Key, Reply
 from checkpoint.faults import BadInput, shortened
 from checkpoint.log import get_logger
@@ -62,12 +63,14 @@ class Endpoint:
         client: An OpenAI client for it, which does not retry.
         model: The served name.
         is_alive: Returns whether the server still answers.
+        queue: Returns how many requests it computes and how many wait; None if it does not say.
         media_root: Folder whose files it may read itself; None where clips must be sent.
     """
 
     client: OpenAI
     model: str
     is_alive: Callable[[], bool]
+    queue: Callable[[], Queue | None]
     media_root: Path | None = None
 
 
@@ -78,12 +81,12 @@ class Asking:
     Attributes:
         endpoint: Who is asked.
         profile: How.
-        concurrency: Requests at once.
+        load: How many requests at a time.
     """
 
     endpoint: Endpoint
     profile: Profile
-    concurrency: int
+    load: Load
 
 
 def ask_items(
@@ -108,19 +111,26 @@ def ask_items(
 
     Raises:
         ServerLost: The server went away. Items without a reply in the store were not answered.
+        OSError: A reply cannot be kept, as on a full disk.
     """
     lost = threading.Event()
 
     def ask_one(item: Item) -> None:
-        if lost.is_set():
-            return
-        asked = prompt(item)
-        reply = _request(asking, asked, lost)
+        with asking.load.request():
+            if lost.is_set():
+                return
+            asked = prompt(item)
+            reply = _request(asking, asked, lost)
         if reply is not None:
-            store.add(key(item), asked.messages, reply)
+            try:
+                store.add(key(item), asked.messages, reply)
+            except OSError:
+                lost.set()  # no answer can be kept any more, so none is asked for
+                raise
+            asking.load.answered()
             on_reply()
 
-    with ThreadPoolExecutor(asking.concurrency) as pool:
+    with ThreadPoolExecutor(min(asking.load.most, max(1, len(items)))) as pool:
         pending = [pool.submit(ask_one, item) for item in items]
         try:
             for done in as_completed(pending):

@@ -29,6 +29,13 @@ class Task:
     is_video: bool = False
     needs_judge: bool = False
 
+    @property
+    def source(self) -> str:
+        """Where its data comes from, as in `VLMEvalKit/ChartQA_TEST`."""
+        return f"{_SOURCES[self.harness]}/{self.dataset}"
+
+
+_SOURCES = {"vlmeval": "VLMEvalKit", "lm-eval": "lm-eval", "needle": "hybridquant"}
 
 REPORT = (
     Task("mmmu", "MMMU_DEV_VAL"),

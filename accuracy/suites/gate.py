@@ -15,11 +15,6 @@ from accuracy.suites.run import SuitePlan, open_suite
 from accuracy.suites.serving import Model
 from checkpoint.lock import locked_directory
 from checkpoint.video import Video
-from serve.environment import find_environment
-
-CONCURRENCY = 64
-"""Requests at once on a GPU."""
-_CPU_CONCURRENCY = 8
 
 
 def measure_gate(
@@ -47,7 +42,6 @@ def measure_gate(
         source=DataSource(data_folder(required.data), required.own_data, None, required.limit),
         video=video,
         profile=REASONING_OFF,
-        concurrency=default_concurrency(),
         out=out,
         max_loss=required.max_loss,
     )
@@ -64,9 +58,3 @@ def data_folder(given: Path | None) -> Path:
         return given
     named = os.environ.get("LMUData")  # noqa: SIM112  (VLMEvalKit spells it so)
     return Path(named) if named else Path.home() / "LMUData"
-
-
-def default_concurrency() -> int:
-    """Return how many requests keep a server of this machine busy."""
-    is_gpu = find_environment().device.kind == "cuda"
-    return CONCURRENCY if is_gpu else _CPU_CONCURRENCY

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from accuracy.suites.outcome import Asked, Compared, CurvePoint, Noise
 from accuracy.suites.published import source_of
-from accuracy.suites.run import Compared, CurvePoint, Noise, SuitePlan, SuiteRun
+from accuracy.suites.run import SuitePlan, SuiteRun
 from accuracy.suites.serving import Model
 from accuracy.suites.verdict import MEAN, Row
 
@@ -133,6 +134,7 @@ def as_dict(
         "variants": [_compared(run, one) for one in compared],
         "noise": [vars(one) for one in noise],
         "evs": [_point(point) for point in points],
+        "asked": [_asked(asked) for asked in run.asked],
     }
 
 
@@ -141,7 +143,8 @@ def _model(run: SuiteRun, model: Model) -> dict[str, str]:
 
 
 def _compared(run: SuiteRun, one: Compared) -> dict[str, Any]:
-    rows = [_row(row) for row in one.rows]
+    sources = {task.name: task.source for task in run.plan.tasks}
+    rows = [_row(row) | {"dataset": sources.get(row.task)} for row in one.rows]
     return _model(run, one.model) | {"passed": one.passed, "rows": rows}
 
 
@@ -182,3 +185,9 @@ def _point(point: CurvePoint) -> dict[str, Any]:
         "items": point.items,
         "published": dict(point.published),
     }
+
+
+def _asked(asked: Asked) -> dict[str, Any]:
+    """How fast a task was answered; `steps` says why so many requests at a time."""
+    steps = [vars(step) | {"answers_per_s": step.rate} for step in asked.steps]
+    return vars(asked) | {"directory": asked.directory.name, "steps": steps}

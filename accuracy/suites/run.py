@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from accuracy.suites.asking import Asking, Endpoint, Profile, ask_items, scored_text, unanswered
 from accuracy.suites.catalogue import NEEDLE, Task
 from accuracy.suites.harness import DataSource, HarnessTask, Item, Judge, OpenTask
+from accuracy.suites.load import FIRST, MOST, Load
 from accuracy.suites.needle import NeedleTask
+from accuracy.suites.outcome import Asked, Compared, CurvePoint, Noise
+from accuracy.suites.progress import AskingProgress, show_duration
 from accuracy.suites.published import published_curve, published_rates, published_row
 from accuracy.suites.serving import Model, check_models, common_root, with_one_restart
-from accuracy.suites.store import AnswerStore, Key, content_hash, settings_hash
-from accuracy.suites.verdict import Row, TaskScores, compare_tasks, gate_passed
+from accuracy.suites.store import AnswerStore, Key, settings_hash
+from accuracy.suites.verdict import TaskScores, compare_tasks
 from checkpoint.config import read_config
+from checkpoint.content import content_hash
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from checkpoint.video import Video
@@ -27,7 +29,7 @@ from serve.environment import find_environment
 logger = get_logger(__name__)
 
 _CLIPS_AT_ONCE = 16
-"""Requests with clips at once, at most: the server prepares one after the other, and each holds
+"""Requests with clips at a time, at most: the server prepares one after the other, and each holds
 its frames, 354 MB for 128 of them."""
 
 
@@ -40,80 +42,24 @@ class SuitePlan:
         source: Where their data is.
         video: How clips are seen, on all sides.
         profile: How models are asked.
-        concurrency: Requests at once.
         out: Folder for answers and logs.
         max_loss: Points that a task may lose.
         judge: Who reads answers that need it; None for a rule.
         repeats: How often BF16's server is asked: twice to measure its noise.
+        concurrency: Requests at a time; None for as many as keep the server busy.
+        rates: EVS rates of the curve; None for those of the published figure.
     """
 
     tasks: tuple[Task, ...]
     source: DataSource
     video: Video
     profile: Profile
-    concurrency: int
     out: Path
     max_loss: float
     judge: Judge | None = None
     repeats: int = 1
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One checkpoint beside BF16.
-
-    Attributes:
-        model: The checkpoint.
-        hash: Of its content.
-        rows: By task, the mean last.
-    """
-
-    model: Model
-    hash: str
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether the gate passed."""
-        return gate_passed(self.rows)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far a server's answers differ from its own at temperature 0.
-
-    Attributes:
-        task: The task.
-        items: Items answered twice.
-        different: Answers whose text differs.
-        scored_differently: Answers whose score differs.
-    """
-
-    task: str
-    items: int
-    different: int
-    scored_differently: int
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Accuracy on a video task at an EVS rate, in percent.
-
-    Attributes:
-        task: The task.
-        directory: The checkpoint.
-        rate: The EVS rate.
-        accuracy: Of the items that were answered.
-        items: How many were.
-        published: The published figures at this rate, by precision; empty for data of one's own.
-    """
-
-    task: str
-    directory: Path
-    rate: float
-    accuracy: float
-    items: int
-    published: Mapping[str, float]
+    concurrency: int | None = None
+    rates: tuple[float, ...] | None = None
 
 
 class SuiteRun:
@@ -122,12 +68,15 @@ class SuiteRun:
     Attributes:
         plan: What is measured.
         tasks: The open tasks by name.
+        asked: How fast servers answered what this run has asked.
     """
 
     def __init__(self, plan: SuitePlan, tasks: Mapping[str, OpenTask]) -> None:
         self.plan = plan
         self.tasks = tasks
+        self.asked: list[Asked] = []
         self._hashes: dict[Path, str] = {}
+        self._at_once: dict[tuple[Model, bool], int] = {}
 
     def compare(self, reference: Model, variants: Sequence[Model]) -> list[Compared]:
         """Ask BF16 and the variants, and compare them.
@@ -166,17 +115,19 @@ class SuiteRun:
         return found
 
     def curve(self, models: Sequence[Model]) -> list[CurvePoint]:
-        """Ask the video tasks at the EVS rates of the published figure."""
+        """Ask the video tasks at the plan's EVS rates."""
+        rates = published_rates() if self.plan.rates is None else self.plan.rates
         points = []
         for model in models:
-            for rate in published_rates():
+            for rate in rates:
                 scores = self.scores(model, self.plan.video.with_rate(rate), only_video=True)
                 for name, task in scores.items():
                     accuracy = 100 * sum(task.scores.values()) / max(1, len(task.scores))
                     published = {}
                     if not self.plan.source.is_own:
                         for precision, curve in published_curve(name).items():
-                            published[precision] = curve[rate]
+                            if rate in curve:
+                                published[precision] = curve[rate]
                     points.append(
                         CurvePoint(
                             name, model.directory, rate, accuracy, len(task.scores), published
@@ -243,28 +194,73 @@ class SuiteRun:
         log = self.plan.out / "logs" / f"{model.directory.resolve().name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         logger.info("%s: %d items to ask", model.directory, total)
-        with _progress() as progress:
-            bar = progress.add_task(model.directory.resolve().name, total=total)
+        with AskingProgress(model.directory.resolve().name, total) as progress:
 
             def ask(endpoint: Endpoint) -> None:
                 for task, repeat in rounds:
-                    progress.update(bar, description=f"{model.directory.name}: {task.name}")
-                    ask_items(
-                        self._asking(endpoint, task),
-                        left(task, repeat),
-                        self.tasks[task.name].prompt,
-                        self._key(task, model, video, repeat),
-                        store,
-                        on_reply=lambda: progress.advance(bar),
-                    )
+                    items = left(task, repeat)
+                    if items:
+                        key = self._key(task, model, video, repeat)
+                        self._ask_task(task, model, video, items, key, endpoint, store, progress)
 
             with_one_restart(model, video, common_root(roots), log, ask)
 
-    def _asking(self, endpoint: Endpoint, task: Task) -> Asking:
-        concurrency = self.plan.concurrency
-        if task.is_video:
-            concurrency = min(concurrency, _CLIPS_AT_ONCE)
-        return Asking(endpoint, self.plan.profile, concurrency)
+    def _ask_task(
+        self,
+        task: Task,
+        model: Model,
+        video: Video,
+        items: Sequence[Item],
+        key: Callable[[Item], Key],
+        endpoint: Endpoint,
+        store: AnswerStore,
+        progress: AskingProgress,
+    ) -> None:
+        """Ask items of one task, and keep how fast they were answered."""
+        load = self._load(task, model, endpoint)
+        progress.begin(task.name, load.at_once)
+        started = time.monotonic()
+        try:
+            ask_items(
+                Asking(endpoint, self.plan.profile, load),
+                items,
+                self.tasks[task.name].prompt,
+                key,
+                store,
+                on_reply=lambda: progress.answered(load.at_once),
+            )
+        finally:
+            load.finish()
+            self._at_once[model, task.is_video] = load.at_once
+            replies = [store.get(key(item)) for item in items]
+            known = [reply for reply in replies if reply is not None]
+            asked = Asked(
+                task=task.name,
+                directory=model.directory,
+                rate=video.pruning_rate if task.is_video else None,
+                items=len(known),
+                failed=sum(reply.answer is None for reply in known),
+                seconds=time.monotonic() - started,
+                prompt_tokens=sum(reply.prompt_tokens for reply in known),
+                completion_tokens=sum(reply.completion_tokens for reply in known),
+                at_once=load.at_once,
+                steps=tuple(load.steps),
+            )
+            self.asked.append(asked)
+            logger.info(
+                "%s: %s: %d answers in %s, %d requests at a time",
+                *(model.directory, task.name, asked.items, show_duration(asked.seconds)),
+                load.at_once,
+            )
+
+    def _load(self, task: Task, model: Model, endpoint: Endpoint) -> Load:
+        """How many requests at a time; it begins with what the server's last task has found."""
+        most = _CLIPS_AT_ONCE if task.is_video else MOST
+        given = self.plan.concurrency
+        if given is not None:
+            return Load(given, min(given, most), is_fixed=True, queue=endpoint.queue)
+        first = self._at_once.get((model, task.is_video), FIRST)
+        return Load(first, most, is_fixed=False, queue=endpoint.queue)
 
     def _scores_of(
         self, task: Task, model: Model, video: Video, store: AnswerStore, repeat: int = 0
@@ -362,14 +358,3 @@ def _open_task(task: Task, plan: SuitePlan, reference: Path) -> OpenTask:
         tokenizer = reference / "tokenizer.json"
         return NeedleTask(tokenizer, config.max_length, plan.source.limit)
     return HarnessTask(task, plan.source, plan.out / "logs" / f"harness-{task.name}.log")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accuracy.suites.asking import TIMEOUT_SECONDS, Endpoint, ServerLost
+from accuracy.suites.load import read_queue
 from checkpoint.endpoint import connect, first_model
-from checkpoint.faults import Fault, raise_if_any
+from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.log import get_logger
 from checkpoint.video import Video
 from serve.environment import find_environment
@@ -18,7 +20,13 @@ from serve.own_server import own_server
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, death_message, running_server
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 logger = get_logger(__name__)
+
+_ANSWER_SECONDS = 10.0
+"""Seconds in which a server lists its models, however many requests it has."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +45,22 @@ class Model:
 
 
 def check_models(models: Sequence[Model]) -> None:
-    """Check directories before the first of them is asked for hours.
+    """Check directories and endpoints before the first of them is asked for hours.
 
     Raises:
-        BadInput: With every fault of the directories that will be served.
+        BadInput: With every fault of the directories that will be served, and every endpoint that
+            does not answer.
     """
     faults: list[Fault] = []
     for model in models:
         if model.url is None:
             faults += directory_faults(model.directory, find_environment())
-    raise_if_any(faults)
+            continue
+        try:
+            first_model(connect(model.url, model.api_key, _ANSWER_SECONDS))
+        except BadInput as bad:
+            faults += bad.faults
+    raise_if_any(dict.fromkeys(faults))
 
 
 @contextlib.contextmanager
@@ -64,11 +78,12 @@ def asked_endpoint(
     Raises:
         BadInput: The directory cannot be served, or nothing answers at the URL.
         ServerDied: vLLM ended before it answered.
-        ServerLost: It ended while it was asked.
+        ServerLost: It ended while it was asked, or nothing answers at the URL any more.
     """
     if model.url is not None:
         client = connect(model.url, model.api_key, TIMEOUT_SECONDS)
-        yield Endpoint(client, first_model(client), is_alive=lambda: True)
+        name = first_model(client)
+        yield Endpoint(client, name, lambda: _answers(client), lambda: read_queue(client))
         return
     environment = find_environment()
     # The server samples the clips: its flag names fps and frames, and vLLM refuses requests that
@@ -85,10 +100,21 @@ def asked_endpoint(
         reached = own_server(server.settings)
         client = server.client(TIMEOUT_SECONDS)
         try:
-            yield Endpoint(client, server.model, reached.is_healthy, media_root)
+            yield Endpoint(
+                client, server.model, reached.is_healthy, lambda: read_queue(client), media_root
+            )
         except ServerLost:
             what = "vLLM ended while it was asked"
             raise ServerLost(death_message(log, what)) from None
+
+
+def _answers(client: OpenAI) -> bool:
+    """Whether a server that we did not start still lists its models."""
+    try:
+        first_model(client.with_options(timeout=_ANSWER_SECONDS))
+    except BadInput:
+        return False
+    return True
 
 
 def with_one_restart(
@@ -100,6 +126,8 @@ def with_one_restart(
 ) -> None:
     """Call `ask` with a server of a checkpoint; when the server dies, once more with a new one.
 
+    A server that we did not start cannot be started again: when it is gone, that is the end.
+
     Args:
         model: The checkpoint.
         video: How clips are seen.
@@ -109,19 +137,21 @@ def with_one_restart(
 
     Raises:
         BadInput: As in `asked_endpoint`.
-        ServerDied: The server died twice, or did not start.
+        ServerDied: The server died twice, or did not start, or is gone from its URL.
     """
     try:
         with asked_endpoint(model, video, media_root, log) as endpoint:
             ask(endpoint)
         return
     except ServerLost as first:
+        if model.url is not None:
+            raise ServerDied(f"{model.url}: the server no longer answers") from None
         logger.warning("%s: %s", model.directory, first)
         logger.warning("%s: is served once more", model.directory)
     try:
         with asked_endpoint(model, video, media_root, _second(log)) as endpoint:
             ask(endpoint)
-    except ServerLost as second:
+    except (ServerLost, ServerDied) as second:
         raise ServerDied(f"{model.directory}: the server died twice: {second}") from None
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from checkpoint.faults import BadInput, Fault
-from serve.settings import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,24 @@ class AnswerStore:
         line = asdict(key) | {"messages": messages} | asdict(reply)
         data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         with self._turn:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._naming_the_file():
+                self._file.write(data)
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self._replies[key] = reply
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._naming_the_file():  # what could not be written is tried once more
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Name the file in an error, such as that of a full disk: writing does not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def __enter__(self) -> AnswerStore:
         return self
@@ -120,28 +130,6 @@ class AnswerStore:
             remedy = "remove the line: its item is asked again"
             raise BadInput(Fault(where, "is not an answer that was kept", remedy)) from None
         self._replies[key] = reply
-
-
-def content_hash(directory: Path) -> str:
-    """Return a hash of all files that are served from a checkpoint directory, by name and content.
-
-    The manifest is left out: the gate writes its outcome there, and what of it is served belongs to
-    the settings.
-    """
-    digest = hashlib.sha256()
-    for file in _files(directory):
-        digest.update(f"{file.relative_to(directory)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _files(directory: Path) -> Iterable[Path]:
-    for file in sorted(directory.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        is_served = file.name != MANIFEST and file.suffix != ".md"
-        if file.is_file() and is_served and not is_hidden:
-            yield file
 
 
 def settings_hash(**settings: Any) -> str:

@@ -4,11 +4,11 @@
 
 The card says what was quantized and what not, how it was calibrated, the accuracy beside BF16's
 with intervals, what the verifier found, how to serve it, and its limits. All numbers come from the
-manifest and the files; --accuracy FILE takes the rows that hybridquant accuracy --json has written
-in the place of the gate's. Licence and base model are taken from the README.md that the export has
-from its source, or from a LICENSE file; what is not there has to be given. That README.md is
-replaced. Exit status: 0 written; 1 written, and the card says that the gate or the verification
-failed; 2 bad input.
+manifest and the files; --accuracy FILE takes what hybridquant accuracy has written with --json or
+--suite in the place of the gate's, and can be given for several files. Licence and base model are
+taken from the README.md that the export has from its source, or from a LICENSE file; what is not
+there has to be given. That README.md is replaced. Exit status: 0 written; 1 written, and the card
+says that the gate, a benchmark or the verification failed; 2 bad input.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from checkpoint.config import read_config
 from checkpoint.faults import main
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
+from export.publish.suites import add_accuracy_option, read_accuracy
 
 logger = get_logger("card")
 
@@ -45,16 +46,15 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     )
     add_origin_options(parser)
     parser.add_argument("--name", metavar="ORG/NAME", help="where it will be on the Hub (DIR)")
-    parser.add_argument("--accuracy", type=Path, metavar="FILE", help="rows of accuracy --json")
+    add_accuracy_option(parser)
     parsed = parse_command(parser, arguments)
     read_config(parsed.directory)  # what is no checkpoint is reported before torch is imported
+    tasks, benchmarks = read_accuracy(parsed.accuracy, parsed.directory)
     prepare_libraries()
     from export.publish import model_card
     from export.publish.facts import read_facts
-    from export.publish.recorded import read_tasks
 
-    tasks = read_tasks(parsed.accuracy) if parsed.accuracy else ()
-    facts = read_facts(parsed.directory, tasks=tasks)
+    facts = read_facts(parsed.directory, tasks=tasks, benchmarks=benchmarks)
     origin = model_card.find_origin(facts, parsed)
     verdict = model_card.find_verdict(parsed.directory, parsed.source)
     text = model_card.card_text(facts, origin, verdict, parsed.name or facts.name)
@@ -62,9 +62,9 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     logger.info("wrote %s", parsed.directory / model_card.README)
     for fault in verdict.faults[:1]:
         logger.warning("the card says that the verification failed: %s", fault)
-    if facts.gate_passed is False:
-        logger.warning("the card says that the gate failed")
-    return 1 if verdict.faults or facts.gate_passed is False else 0
+    if facts.has_failed:
+        logger.warning("the card says that the gate failed, or that a benchmark has lost too much")
+    return 1 if verdict.faults or facts.has_failed else 0
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ Every length is in units of the chart's own coordinate system.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from export.publish.facts import LayerFacts
 from export.publish.measured import Sweep
 from export.publish.recorded import Task
+from export.publish.suites import RatePoint
 from quantize.formats.registry import find_format
 
 STEPS = 6
@@ -177,6 +178,33 @@ def accuracy_curve(sweep: Sweep) -> Curve:
         )
         placed.append(Point(_x(point.rate), middle, low, high))
     return Curve(tuple(placed), bottom, top)
+
+
+def benchmark_curves(
+    curves: Mapping[str, Sequence[RatePoint]],
+) -> list[tuple[str, Curve, list[tuple[str, Curve]]]]:
+    """Place a benchmark's accuracy against the EVS rate, and the published curves beside it.
+
+    Returns:
+        For each benchmark its name, the measured curve, and the published ones by precision; all of
+        one benchmark on the same axis.
+    """
+    found = []
+    for task, points in curves.items():
+        measured = [(point.rate, point.accuracy) for point in points]
+        published: dict[str, list[tuple[float, float]]] = {}
+        for point in points:
+            for precision, value in point.published.items():
+                published.setdefault(precision, []).append((point.rate, value))
+        lines = [measured, *published.values()]
+        bottom, top = _range([value for line in lines for _, value in line])
+        placed = []
+        for line in lines:
+            marks = [Point(_x(rate), _y(value, bottom, top)) for rate, value in line]
+            placed.append(Curve(tuple(marks), bottom, top))
+        beside = list(zip(published, placed[1:], strict=True))
+        found.append((task, placed[0], beside))
+    return found
 
 
 def first_token_curve(sweep: Sweep) -> Curve | None:

@@ -33,6 +33,7 @@ from export.publish.recorded import (
     texts,
     without_folders,
 )
+from export.publish.suites import Benchmarks, recorded_benchmarks
 from quantize.formats.registry import FORMATS, UNQUANTIZED
 
 BF16 = "BF16"
@@ -115,6 +116,7 @@ class Facts:
         missed: What the gate missed, a sentence each.
         agreement: By kind of sample, all samples first.
         tasks: By task, the mean last.
+        benchmarks: Outcomes of published benchmarks.
         calibration: Counts of the calibration, by name.
         sources: What was calibrated on, a line each.
         algorithm: Name of the calibration algorithm; empty when it is not recorded.
@@ -140,6 +142,7 @@ class Facts:
     missed: tuple[str, ...] = ()
     agreement: tuple[Agreement, ...] = ()
     tasks: tuple[Task, ...] = ()
+    benchmarks: tuple[Benchmarks, ...] = ()
     calibration: Mapping[str, int] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     algorithm: str = ""
@@ -151,6 +154,20 @@ class Facts:
     model: str = ""
     revision: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the gate failed, or a published benchmark has lost more than is allowed."""
+        has_lost = any(outcome.lost for outcome in self.benchmarks)
+        return self.gate_passed is False or has_lost
+
+    @property
+    def all_tasks(self) -> tuple[Task, ...]:
+        """The rows of the exact tasks, then those of the benchmarks."""
+        found = list(self.tasks)
+        for outcome in self.benchmarks:
+            found += outcome.tasks
+        return tuple(found)
 
     @property
     def name(self) -> str:
@@ -182,6 +199,7 @@ def read_facts(
     directory: Path,
     errors: Mapping[str, float] | None = None,
     tasks: tuple[Task, ...] = (),
+    benchmarks: tuple[Benchmarks, ...] = (),
 ) -> Facts:
     """Read the facts of an exported directory; of weights, only the headers.
 
@@ -190,6 +208,7 @@ def read_facts(
         errors: Measured error of each quantized linear (`export.publish.errors`); without it the
             format's own rounding error stands in its place.
         tasks: Rows of a later measurement, in the place of the gate's.
+        benchmarks: Outcomes of a later measurement, in the place of the gate's.
 
     Raises:
         BadInput: It is not a quantized checkpoint, or its manifest is not JSON.
@@ -219,6 +238,7 @@ def read_facts(
         missed=texts(gate.get("missed")),
         agreement=agreement_rows(gate),
         tasks=tasks or task_rows(gate.get("tasks")),
+        benchmarks=benchmarks or recorded_benchmarks(gate),
         calibration=calibration_counts(manifest),
         sources=source_lines(recipe),
         algorithm=text(mapping(recipe, "quantize").get("algorithm")),

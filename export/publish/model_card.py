@@ -124,7 +124,6 @@ def card_text(facts: Facts, origin: Origin, verdict: Verdict, name: str, notice:
         name=name,
         notice=notice,
         mark=MARK,
-        mean=mean_task(facts.tasks),
         overall=overall_agreement(facts.agreement),
         commands=serve_commands(facts, name),
         kernels=kernels(facts),
@@ -145,7 +144,7 @@ def card_metadata(facts: Facts, origin: Origin, name: str) -> ModelCardData:
         library_name=LIBRARY,
         pipeline_tag=PIPELINE,
         tags=list(dict.fromkeys(tags)),
-        model_name=name.rpartition("/")[2] if facts.tasks else None,
+        model_name=name.rpartition("/")[2] if facts.all_tasks else None,
         eval_results=[_eval_result(task) for task in _benchmarks(facts)] or None,
     )
 
@@ -170,7 +169,7 @@ def eval_results_text(facts: Facts) -> str:
 def write_card(facts: Facts, text: str) -> None:
     """Write README.md and, where tasks were measured, `.eval_results/`."""
     write_text(facts.directory / README, text)
-    if facts.tasks:
+    if facts.all_tasks:
         path = facts.directory / EVAL_RESULTS
         path.parent.mkdir(exist_ok=True)
         write_text(path, eval_results_text(facts))
@@ -197,7 +196,8 @@ def find_verdict(directory: Path, source: Path | None) -> Verdict:
 
 
 def _benchmarks(facts: Facts) -> list[Task]:
-    return [task for task in facts.tasks if task is not mean_task(facts.tasks)]
+    """The rows of single tasks: means are left out, and so is what nobody answered."""
+    return [task for task in facts.all_tasks if mean_task([task]) is None and task.items]
 
 
 def _eval_result(task: Task) -> EvalResult:

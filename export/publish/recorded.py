@@ -7,13 +7,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.reading import parse_json, read_small_file
+from checkpoint.faults import shortened
 from checkpoint.video import Video
 
 _MEAN = "mean"
@@ -71,19 +69,6 @@ def recorded_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(digest, str):
             found[name] = digest
     return found
-
-
-def read_tasks(path: Path) -> tuple[Task, ...]:
-    """Read the rows that `hybridquant accuracy --json FILE` has written.
-
-    Raises:
-        BadInput: The file is not that.
-    """
-    rows = task_rows(parse_json(read_small_file(path), path))
-    if not rows:
-        remedy = "give the file that hybridquant accuracy --json has written"
-        raise BadInput(Fault(str(path), "has no rows of tasks", remedy))
-    return rows
 
 
 def task_rows(rows: object) -> tuple[Task, ...]:

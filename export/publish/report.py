@@ -5,9 +5,10 @@
 The page shows the hybrid stack, a column a layer, with kind, format and error; sizes before and
 after; accuracy against BF16 with intervals; what was calibrated on; warnings; how to serve. With
 --source the errors of the weights are measured, and the verifier compares them with it. --accuracy
-FILE takes the rows of hybridquant accuracy --json, --sweep FILE and --bench FILE measurements whose
-shapes export/publish/measured.py declares. Exit status: 0 written; 1 written, and the page says
-that the gate or the verification failed; 2 bad input.
+FILE takes what hybridquant accuracy has written with --json or --suite, and can be given for
+several files; --sweep FILE and --bench FILE take measurements whose shapes
+export/publish/measured.py declares. Exit status: 0 written; 1 written, and the page says that the
+gate, a benchmark or the verification failed; 2 bad input.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from checkpoint.config import read_config
 from checkpoint.faults import main
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
+from export.publish.suites import add_accuracy_option, read_accuracy
 
 if TYPE_CHECKING:
     from export.publish.facts import Facts
@@ -56,6 +58,18 @@ def report_text(
     from export.publish.templates import render_html
 
     whiskers, limit = charts.whiskers(facts.tasks)
+    benchmarks = []
+    for outcome in facts.benchmarks:
+        placed, axis = charts.whiskers(outcome.tasks)
+        rows = list(zip(outcome.rows, placed, strict=True))
+        benchmarks.append(
+            {
+                "outcome": outcome,
+                "rows": rows,
+                "limit": axis,
+                "curves": charts.benchmark_curves(outcome.curves),
+            }
+        )
     return render_html(
         "report.html.jinja",
         facts=facts,
@@ -65,7 +79,8 @@ def report_text(
         format_code=charts.format_code,
         tasks=list(zip(facts.tasks, whiskers, strict=True)),
         limit=limit,
-        mean=mean_task(facts.tasks),
+        benchmarks=benchmarks,
+        mean=mean_task(facts.all_tasks),
         overall=overall_agreement(facts.agreement),
         sweep=sweep,
         accuracy_curve=charts.accuracy_curve(sweep) if sweep else None,
@@ -86,7 +101,11 @@ def page_warnings(facts: Facts, verdict: Verdict) -> Iterator[str]:
         yield f"The accuracy gate failed: {'; '.join(facts.missed) or 'no reason is recorded'}."
     if not verdict.compared:
         yield "Weights were not compared with the source here: give --source BF16_DIR."
-    if not facts.tasks:
+    for outcome in facts.benchmarks:
+        if outcome.missed:
+            named = [f"{row.task.name} ({row.outcome})" for row in outcome.missed]
+            yield f"Not every published benchmark passed its gate: {', '.join(named)}."
+    if not facts.tasks and not facts.benchmarks:
         yield "No task was answered: accuracy is known from next-token agreement only."
     samples = facts.calibration.get("samples")
     if samples is not None and samples < _FEW_SAMPLES:
@@ -102,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--source", type=Path, metavar="BF16_DIR", help="measure errors against it")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (DIR/{REPORT})")
-    parser.add_argument("--accuracy", type=Path, metavar="FILE", help="rows of accuracy --json")
+    add_accuracy_option(parser)
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="measured EVS rates")
     parser.add_argument("--bench", type=Path, metavar="FILE", help="measured throughput")
     return parser
@@ -115,22 +134,21 @@ def _run(arguments: Sequence[str] | None = None) -> int:
 
     sweep = read_sweep(parsed.sweep, parsed.directory.resolve().name) if parsed.sweep else None
     bench = read_bench(parsed.bench) if parsed.bench else None
+    tasks, benchmarks = read_accuracy(parsed.accuracy, parsed.directory)
     prepare_libraries()
     from export.publish.errors import weight_errors
     from export.publish.facts import read_facts
     from export.publish.model_card import find_verdict
-    from export.publish.recorded import read_tasks
 
-    tasks = read_tasks(parsed.accuracy) if parsed.accuracy else ()
     errors = weight_errors(parsed.directory, parsed.source) if parsed.source else None
-    facts = read_facts(parsed.directory, errors, tasks)
+    facts = read_facts(parsed.directory, errors, tasks, benchmarks)
     verdict = find_verdict(parsed.directory, parsed.source)
     output = parsed.output or parsed.directory / REPORT
     write_text(output, report_text(facts, verdict, sweep, bench))
     logger.info("wrote %s", output)
     for warning in page_warnings(facts, verdict):
         logger.warning("%s", warning)
-    return 1 if verdict.faults or facts.gate_passed is False else 0
+    return 1 if verdict.faults or facts.has_failed else 0
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     names = uploaded_files(facts)
     if parsed.dry_run:
         if writes_card:
-            written = {README, EVAL_RESULTS} if facts.tasks else {README}
+            written = {README, EVAL_RESULTS} if facts.all_tasks else {README}
             names = sorted({*names, *written})
             logger.info("%s would be written anew", " and ".join(sorted(written)))
         return _show(facts, names, target)

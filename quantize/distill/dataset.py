@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import IterableDataset
 
 from calibrate.forward import embed
@@ -30,10 +31,11 @@ IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
 
 Batch = dict[str, Any]
-"""One sample: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
-tokens, and int64 `labels` [1, length], all on the CPU; `answer_length`, how many of its last tokens
-are the answer. From the dataset also `position`, the sample's position, and `next_position`, where
-the next optimizer step begins.
+"""One row: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
+tokens, int64 `labels` [1, length] and float32 `weights` [1, length], what each counts in the loss,
+all on the CPU; `lengths`, the tokens of its samples. Of a single sample also `answer_length`, how
+many of its last tokens are the answer. From the dataset also `position`, that of its last sample,
+and `next_position`, where the next optimizer step begins.
 """
 
 
@@ -57,17 +59,14 @@ def batch_of(
     checkpoint: Checkpoint,
     video: Video,
     max_length: int,
+    prompt_weight: float = 1.0,
 ) -> Batch:
     """Embed one sample; teacher and student are both given these embeddings, unless the student's
     own train.
 
-    A batch is one sample. The plain Mamba path has no padding mask and would carry its state from
-    one packed sample into the next; with one sample there is nothing to pad, and clips that EVS
-    shortens need no common length.
-
-    Every token counts in the loss, prompt and answer alike (arXiv 2511.03929), except visual
-    placeholders: what the model predicts for one is never read. So the loss is the KL divergence
-    of `accuracy.agreement`.
+    Every token counts in the loss, by default prompt and answer alike (arXiv 2511.03929), except
+    visual placeholders: what the model predicts for one is never read. So the loss is the KL
+    divergence of `accuracy.agreement`.
 
     Args:
         model: Embeds tokens, tiles and frames.
@@ -75,6 +74,8 @@ def batch_of(
         checkpoint: The model's.
         video: How clips are sampled and pruned.
         max_length: Most tokens after EVS.
+        prompt_weight: What a token of the prompt counts beside one of the answer. A sample without
+            an answer counts whole.
 
     Raises:
         BadInput: The sample cannot be used, as in `calibrate.prompts.build_prompt`.
@@ -89,11 +90,17 @@ def batch_of(
     labels = text_ids.clone()
     if not bool((labels[1:] != IGNORE).any()):
         raise BadInput(Fault(sample.where, "has no token to learn from", "give it some text"))
+    answer = answer_length(sample, config, checkpoint.tokenizer)
+    weights = torch.ones(labels.shape)
+    if answer:
+        weights[:-answer] = prompt_weight
     return {
         "inputs_embeds": embedded.inputs_embeds[None].cpu(),
         "text_ids": text_ids[None].cpu(),
         "labels": labels[None].cpu(),
-        "answer_length": answer_length(sample, config, checkpoint.tokenizer),
+        "weights": weights[None],
+        "lengths": (len(labels),),
+        "answer_length": answer,
     }
 
 
@@ -109,6 +116,45 @@ def answer_only(batch: Batch) -> Batch:
     if length:
         labels[:, :-length] = IGNORE
     return batch | {"labels": labels}
+
+
+def row_of(batches: Sequence[Batch]) -> Batch:
+    """Join samples into one row; the first token of each is nobody's next token."""
+    row: Batch = {}
+    for name in ("inputs_embeds", "text_ids", "labels", "weights"):
+        row[name] = torch.cat([batch[name] for batch in batches], dim=1)
+    row["lengths"] = tuple(batch["lengths"][0] for batch in batches)
+    start = 0
+    for length in row["lengths"]:
+        row["labels"][:, start] = IGNORE
+        start += length
+    if "position" in batches[-1]:
+        row["position"] = batches[-1]["position"]
+    return row
+
+
+def packed_rows(batches: Iterable[Batch], pack_length: int | None) -> Iterator[Batch]:
+    """Yield rows of up to `pack_length` tokens, filled with whole samples in their order.
+
+    Args:
+        batches: Samples, none of them longer than `pack_length`.
+        pack_length: Tokens of a row; None leaves each sample its own.
+    """
+    if pack_length is None:
+        yield from batches
+        return
+    waiting: list[Batch] = []
+    tokens = 0
+    for batch in batches:
+        length = _length(batch)
+        if waiting and tokens + length > pack_length:
+            yield row_of(waiting)
+            waiting = []
+            tokens = 0
+        waiting.append(batch)
+        tokens += length
+    if waiting:
+        yield row_of(waiting)
 
 
 def longest_first(batches: list[Batch]) -> list[Batch]:
@@ -149,6 +195,7 @@ class TrainingDataset(IterableDataset):
         skipped: Skipped,
         processes: Processes = ALONE,
         step_batches: int = 1,
+        pack_length: int | None = None,
     ) -> None:
         """Describe the dataset; nothing is read yet.
 
@@ -161,8 +208,11 @@ class TrainingDataset(IterableDataset):
             skipped: Takes the samples that cannot be used, with those that `samples` leaves out.
             processes: Each of n processes takes every n-th sample, so that an optimizer step has
                 the same samples for any n.
-            step_batches: Batches of this process per optimizer step; each such group comes longest
+            step_batches: Rows of this process per optimizer step; each such group comes longest
                 first.
+            pack_length: Tokens of a row that is filled with samples; None: a row is one sample. A
+                process fills its rows with its own samples, so packed steps differ with the number
+                of processes.
         """
         self.start = 0
         self.skipped = skipped
@@ -174,10 +224,11 @@ class TrainingDataset(IterableDataset):
         self._seed = seed
         self._processes = processes
         self._step_batches = step_batches
+        self._pack_length = pack_length
         self._bad: set[str] = set()
 
     def held_out(self) -> list[Batch]:
-        """Return the held-out batches, in which only answers count; the EVS rates take turns.
+        """Return the held-out rows, in which only answers count; the EVS rates take turns.
 
         Raises:
             BadInput: None of them can be used.
@@ -195,7 +246,7 @@ class TrainingDataset(IterableDataset):
         if not batches:
             what = "hold no usable held-out sample"
             raise BadInput(Fault("distill.sources", what, "give more samples"))
-        return longest_first(batches)
+        return list(packed_rows(longest_first(batches), self._pack_length))
 
     def warn_of_unanswered(self) -> None:
         """Log how many of the samples that were trained on have no answer."""
@@ -205,10 +256,10 @@ class TrainingDataset(IterableDataset):
             logger.warning(message, unanswered, len(self.answered))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this process's batches from `start` on; never ends."""
-        batches = self._in_order()
+        """Yield this process's rows from `start` on; never ends."""
+        rows = packed_rows(self._in_order(), self._pack_length)
         while True:
-            group = list(itertools.islice(batches, self._step_batches))
+            group = list(itertools.islice(rows, self._step_batches))
             next_position = group[-1]["position"] + 1
             for batch in longest_first(group):
                 yield batch | {"next_position": next_position}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from quantize.distill.dataset import IGNORE
+from quantize.distill.packing import Packed
 
 POSITIONS = 512
 """Positions whose logits exist at once: 2 × 0.27 GB at the 12B's vocabulary. ModelOpt's own loss
@@ -35,10 +36,18 @@ def replaced_head(model: nn.Module, forward: Callable[[torch.Tensor], torch.Tens
         del head.forward
 
 
-def hidden_states(model: nn.Module, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Return what the model's output layer would be given, [1, length, hidden] in float32."""
+def hidden_states(
+    model: nn.Module, inputs_embeds: torch.Tensor, packed: Packed | None = None
+) -> torch.Tensor:
+    """Return what the model's output layer would be given, [1, length, hidden] in float32.
+
+    Args:
+        model: The language model.
+        inputs_embeds: [1, length, hidden].
+        packed: The samples in the row; None if it is one.
+    """
     with replaced_head(model, _identity):
-        return model(inputs_embeds=inputs_embeds, use_cache=False).logits
+        return model(inputs_embeds=inputs_embeds, use_cache=False, packed=packed).logits
 
 
 def _identity(hidden: torch.Tensor) -> torch.Tensor:
@@ -51,6 +60,7 @@ def loss_sum(
     labels: torch.Tensor,
     head: torch.Tensor,
     teacher_head: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum the loss over the positions whose next token counts, in nats.
 
@@ -63,6 +73,7 @@ def loss_sum(
         labels: int64 [1, length]; tokens labelled `IGNORE` do not count.
         head: Weight [vocabulary, hidden] of the student's output layer.
         teacher_head: The teacher's; the student's when None.
+        weights: float32 [1, length], what each token counts; 1 when None.
     """
     next_tokens = labels[:, 1:]
     counted = next_tokens != IGNORE
@@ -74,10 +85,15 @@ def loss_sum(
     else:
         piece = _divergence
         targets = teacher[:, :-1][counted].to(head.dtype)
+    if weights is None:
+        weights = torch.ones(labels.shape, device=labels.device)
+    shares = weights[:, 1:][counted].split(POSITIONS)
     sums = []
     heads = [head] if teacher is None else [head, head if teacher_head is None else teacher_head]
-    for some, their_targets in zip(ours.split(POSITIONS), targets.split(POSITIONS), strict=True):
-        sums.append(checkpoint(piece, some, their_targets, *heads, use_reentrant=False))
+    pieces = zip(ours.split(POSITIONS), targets.split(POSITIONS), shares, strict=True)
+    for some, their_targets, their_weights in pieces:
+        losses = checkpoint(piece, some, their_targets, *heads, use_reentrant=False)
+        sums.append((losses * their_weights).sum())
     return torch.stack(sums).sum()
 
 
@@ -87,9 +103,9 @@ def _divergence(
     criterion = LogitsDistillationLoss(temperature=1.0, reduction="none")
     ours = F.linear(student, head).float()
     theirs = F.linear(teacher, teacher_head).float()
-    return criterion(ours, theirs).sum()
+    return criterion(ours, theirs)
 
 
 def _cross_entropy(student: torch.Tensor, tokens: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     logits = F.linear(student, head).float()
-    return F.cross_entropy(logits, tokens, reduction="sum")
+    return F.cross_entropy(logits, tokens, reduction="none")

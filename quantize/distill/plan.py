@@ -104,7 +104,7 @@ class DistillationPlan:
     def peak_bytes(self) -> int:
         """An estimate of the peak: `device_bytes` and the activations of the longest sample."""
         config = self.checkpoint.config
-        tokens = min(self.settings.max_length, config.max_length)
+        tokens = self.settings.pack_length or min(self.settings.max_length, config.max_length)
         peak = training_bytes(
             self._language_model_bytes,
             self.weights,
@@ -204,6 +204,10 @@ def _faults(plan: DistillationPlan) -> Iterator[Fault]:
     if settings.batch % count:
         what = f"{settings.batch} is not a multiple of {count} processes"
         yield Fault("distill.batch", what, "change either")
+    longest = min(settings.max_length, plan.checkpoint.config.max_length)
+    if settings.pack_length is not None and settings.pack_length < longest:
+        what = f"a row of {settings.pack_length} tokens has no room for a sample of {longest}"
+        yield Fault("distill.pack_length", what, "raise it, or lower distill.max_length")
     if count == 1 and plan.device not in ("cpu", "cuda", "cuda:0"):
         what = f"{plan.device!r}: training takes the first GPU"
         yield Fault("device", what, "set CUDA_VISIBLE_DEVICES instead")

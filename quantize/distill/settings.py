@@ -10,6 +10,9 @@ from calibrate.settings import DEFAULT_SOURCES, Sources
 from checkpoint.settings import Section
 from checkpoint.video import PruningRate
 
+_SHORT_SAMPLE = 64
+"""Tokens of a short sample: packed rows that need more samples than this allows begin again."""
+
 
 class Distill(Section):
     """Distillation of the quantized model from BF16; the defaults are the published run of the 12B.
@@ -25,7 +28,13 @@ class Distill(Section):
     steps: Annotated[int, Field(ge=1)] = 240
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1)] = 128
-    """Samples per step over all processes; they run one by one and are accumulated."""
+    """Rows per step over all processes; they run one by one and are accumulated. A row is one
+    sample unless `pack_length` is given."""
+    pack_length: Annotated[int, Field(ge=16)] | None = None
+    """Tokens of a row that is filled with whole samples, which do not see each other. At least
+    `max_length`."""
+    prompt_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """What a token of a prompt counts in the loss beside one of an answer; 1 as published."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-6
     """The peak rate: a tenth of fine-tuning's."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
@@ -54,5 +63,8 @@ class Distill(Section):
 
     @property
     def samples(self) -> int:
-        """Samples that one pass needs."""
-        return self.held_out + self.steps * self.batch
+        """Samples that one pass needs at most."""
+        rows = self.steps * self.batch
+        if self.pack_length is not None:
+            rows *= max(1, self.pack_length // _SHORT_SAMPLE)
+        return self.held_out + rows

@@ -42,6 +42,7 @@ from quantize.distill.checkpoints import (
 from quantize.distill.dataset import IGNORE, Batch, TrainingDataset
 from quantize.distill.guards import GradientCheck, watched_quantizers
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
+from quantize.distill.packing import Packed
 from quantize.distill.plan import DistillationPlan
 from quantize.distill.step_log import StepLog
 from quantize.distill.student import own_embeddings
@@ -54,7 +55,7 @@ _ADVICE = (
 )
 
 
-_MODEL_INPUTS = ("inputs_embeds", "text_ids", "labels")
+_MODEL_INPUTS = ("inputs_embeds", "text_ids", "labels", "weights")
 """Tensors of a batch."""
 
 
@@ -200,27 +201,31 @@ class DistillationTrainer(QADTrainer):
 
         Args:
             model: The student, wrapped as transformers trains it.
-            inputs: `inputs_embeds`, `text_ids` and `labels` on this process's device.
+            inputs: A batch, its tensors on this process's device.
             return_outputs: Whether to return the model's outputs as well.
             num_items_in_batch: Positions that count in the step, over all processes.
         """
         embeds = inputs["inputs_embeds"]
+        packed = None
+        if len(inputs["lengths"]) > 1:
+            packed = Packed(inputs["lengths"], embeds.device)
         theirs = None
         if self._teacher is not None:
             self._prepare_teacher(self._teacher)
             with torch.no_grad():
-                theirs = hidden_states(self._teacher, embeds)
+                theirs = hidden_states(self._teacher, embeds, packed)
         student: Any = self.accelerator.unwrap_model(self.model)
 
         def loss_of(ours: torch.Tensor) -> torch.Tensor:
             head = student.lm_head.weight
-            return loss_sum(ours, theirs, inputs["labels"], head, self._teacher_head)
+            labels = inputs["labels"]
+            return loss_sum(ours, theirs, labels, head, self._teacher_head, inputs["weights"])
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaced_head(student, loss_of))
             if self._trains_embeddings:
                 stack.enter_context(own_embeddings(student, inputs["text_ids"]))
-            outputs = model(inputs_embeds=embeds, use_cache=False)
+            outputs = model(inputs_embeds=embeds, use_cache=False, packed=packed)
         # FSDP and DDP average gradients over processes, which are to be summed.
         loss = outputs.logits * self.accelerator.num_processes
         if num_items_in_batch is not None:
@@ -256,7 +261,7 @@ class DistillationTrainer(QADTrainer):
             BadInput: The loss is not finite.
             RuntimeError: A quantizer was not called.
         """
-        given = {name: inputs[name] for name in _MODEL_INPUTS}
+        given = {name: inputs[name] for name in _MODEL_INPUTS} | {"lengths": inputs["lengths"]}
         with contextlib.ExitStack() as stack:
             if not self._quantizers_are_checked:
                 self._quantizers_are_checked = True
@@ -304,6 +309,7 @@ class DistillationTrainer(QADTrainer):
             index = number * processes.count + processes.index
             batch = batches[index % len(batches)]
             inputs = {name: batch[name].to(sums.device) for name in _MODEL_INPUTS}
+            inputs["lengths"] = batch["lengths"]
             loss = self.compute_loss(model, inputs, num_items_in_batch=processes.count)
             if index < len(batches):
                 sums[0] += loss

@@ -23,6 +23,7 @@ from torch import nn
 from calibrate.samples import Sample
 from checkpoint.files import DTYPES
 from checkpoint.memory import memory_advice
+from checkpoint.products import float32_products
 from quantize.distill.checkpoints import (
     BEST,
     WEIGHTS,
@@ -32,6 +33,7 @@ from quantize.distill.checkpoints import (
 )
 from quantize.distill.dataset import Batch, TrainingDataset, batch_of
 from quantize.distill.guards import check_ranges, copied_ranges
+from quantize.distill.packing import kept_apart
 from quantize.distill.plan import DistillationPlan
 from quantize.distill.student import embedding_only, trainable
 from quantize.distill.trainer import DistillationTrainer
@@ -114,7 +116,12 @@ def distill(
     plan.directory.mkdir(parents=True, exist_ok=True)
     remove_partial(plan)
     # Samples are embedded by BF16's embeddings, so they are copied before they can train.
-    with embedding_only(model), trainable(student, trained):
+    with (
+        float32_products(),
+        embedding_only(model),
+        trainable(student, trained),
+        kept_apart(student),
+    ):
         dataset = _make_dataset(plan, model)
         held_out = dataset.held_out()
         trainer = DistillationTrainer(plan, student, teacher, trained, dataset, held_out)
@@ -189,6 +196,7 @@ def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) ->
         plan.skipped,
         plan.processes,
         step_batches=settings.batch // plan.processes.count,
+        pack_length=settings.pack_length,
     )
 
 
@@ -196,7 +204,10 @@ def _embed_sample(
     plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, sample: Sample, rate: float
 ) -> Batch:
     video = plan.video.with_rate(rate)
-    return batch_of(model, sample, plan.checkpoint, video, plan.settings.max_length)
+    settings = plan.settings
+    return batch_of(
+        model, sample, plan.checkpoint, video, settings.max_length, settings.prompt_weight
+    )
 
 
 @contextlib.contextmanager

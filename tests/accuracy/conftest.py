@@ -1,16 +1,18 @@
-"""Fixtures of the suites: a small ChartQA, and servers that die when a test says so."""
+"""Fixtures of the suites: a small ChartQA; pages with codes, and clips, for real servers."""
 
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from suite_data import CHART_ANSWERS, write_chartqa
+from suite_data import (
+    CHART_ANSWERS,
+    write_chartqa,
+    write_clip,
+    write_codes,
+    write_longvideobench,
+    write_videomme,
+)
 
-from accuracy.suites import gate, run, serving
-from serve.environment import CPU, ServeEnvironment
-
-HERE = Path(__file__).parent
+CODES = 24
 
 
 @pytest.fixture
@@ -19,25 +21,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def dying(tmp_path, monkeypatch):
-    """Serves with the stub: call it with how many requests each start answers."""
-    script = tmp_path / "python"
-    stub = HERE / "stub_chat_server.py"
-    script.write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(stub))} "$@"\n'
-    )
-    script.chmod(0o755)
-    asked = tmp_path / "asked"
-    asked.touch()
-    monkeypatch.setenv("STUB_LIVES", str(tmp_path / "lives"))
-    monkeypatch.setenv("STUB_ASKED", str(asked))
-    environment = ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
-    for module in (serving, run, gate):
-        monkeypatch.setattr(module, "find_environment", lambda: environment)
-
-    def dies_after(*answers: int) -> Path:
-        (tmp_path / "lives").write_text("\n".join(map(str, answers)))
-        return asked
-
-    return dies_after
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory) -> Path:
+    """OCRBench of pages with a code, which the tiny checkpoint was trained to read; Video-MME and
+    LongVideoBench of a clip.
+    """
+    folder = tmp_path_factory.mktemp("pages")
+    write_codes(folder, CODES)
+    clip = write_clip(folder / "clip.mp4")
+    write_videomme(folder, ["A", "B", "C"], clip)
+    write_longvideobench(folder, [0, 1, 2], clip)
+    return folder

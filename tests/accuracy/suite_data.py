@@ -1,6 +1,7 @@
 """Writes small data in the formats of the benchmarks: the tables and folders that VLMEvalKit reads.
 
-    python tests/accuracy/suite_data.py FOLDER
+    python tests/accuracy/suite_data.py FOLDER           # a few items of each
+    python tests/accuracy/suite_data.py FOLDER 160       # an OCRBench of so many pages with a code
 
 Pictures, a clip and questions are drawn here; nothing is taken from the benchmarks.
 """
@@ -45,7 +46,8 @@ def write_chartqa(folder: Path, answers: list[str]) -> None:
     write_table(folder / "ChartQA_TEST.tsv", rows)
 
 
-def write_docvqa(folder: Path, answers: list[list[str]]) -> None:
+def write_docvqa(folder: Path, answers: list[list[str]], name: str = "DocVQA_VAL") -> None:
+    """InfoVQA's table has the same columns."""
     rows = []
     for number, accepted in enumerate(answers):
         question = f"Which name stands in line {number}?"
@@ -57,7 +59,7 @@ def write_docvqa(folder: Path, answers: list[list[str]]) -> None:
                 "answer": str(accepted),
             }
         )
-    write_table(folder / "DocVQA_VAL.tsv", rows)
+    write_table(folder / f"{name}.tsv", rows)
 
 
 def write_textvqa(folder: Path, answers: list[list[str]]) -> None:
@@ -95,6 +97,26 @@ def write_mmmu(folder: Path, letters: list[str]) -> None:
     write_table(folder / "MMMU_DEV_VAL.tsv", rows)
 
 
+def write_ai2d(folder: Path, letters: list[str]) -> None:
+    rows = []
+    for number, letter in enumerate(letters):
+        rows.append(
+            {
+                "index": number,
+                "image": picture(f"diagram {number}"),
+                "question": f"Which part does arrow {number} point to?",
+                "A": "root",
+                "B": "stem",
+                "C": "leaf",
+                "D": "flower",
+                "answer": letter,
+                "category": "plants",
+                "image_path": f"{number}.png",
+            }
+        )
+    write_table(folder / "AI2D_TEST.tsv", rows)
+
+
 def write_ocrbench(folder: Path, answers: list[list[str]]) -> None:
     rows = []
     for number, accepted in enumerate(answers):
@@ -124,6 +146,18 @@ def write_ocrbench_pictures(folder: Path, pictures: list[tuple[str, str, str]]) 
             }
         )
     write_table(folder / "OCRBench.tsv", rows)
+
+
+def write_codes(folder: Path, count: int) -> None:
+    """An OCRBench of pages with a code, which the tiny checkpoint was trained to read."""
+    from tiny.tasks import items
+
+    rows = []
+    for sample in items("document", count=count):
+        page, question = sample.messages[-1]["content"]
+        encoded = page["image_url"]["url"].partition(",")[2]
+        rows.append((encoded, question["text"], sample.answer))
+    write_ocrbench_pictures(folder, rows)
 
 
 def write_ocrbench_v2(folder: Path, entries: list[tuple[str, list[str]]]) -> None:
@@ -163,6 +197,30 @@ def write_mathvista(folder: Path, answers: list[int]) -> None:
             }
         )
     write_table(folder / "MathVista_MINI.tsv", rows)
+
+
+def write_ocr_reasoning(folder: Path, entries: list[tuple[str, str]]) -> None:
+    """Entries are answer type and answer; of `option`, the letter of a choice."""
+    rows = []
+    for number, (kind, answer) in enumerate(entries):
+        is_choice = kind == "option"
+        rows.append(
+            {
+                "index": number,
+                "image": picture(f"bill {number}"),
+                "question": f"What does bill {number} add up to?",
+                "question_type": "multi_choice" if is_choice else "free_form",
+                "answer_type": "text" if is_choice else kind,
+                "answer": "" if is_choice else answer,
+                "answer_option": answer if is_choice else "",
+                "choices": str(["ten", "eleven", "twelve"]) if is_choice else "[]",
+                "task": "Numerical Analysis Reasoning",
+                "reasoning": "Add the prices of all lines.",
+                "language": "English",
+                "format": "The answer is: number",
+            }
+        )
+    write_table(folder / "OCR_Reasoning.tsv", rows)
 
 
 def hub_snapshot(folder: Path, dataset: str) -> Path:
@@ -295,10 +353,17 @@ def write_all(folder: Path) -> None:
     entries = [("text recognition en", ["north"])] * 2 + [("cognition VQA en", ["seven"])]
     write_ocrbench_v2(folder, [*entries, ("reasoning VQA cn", ["七"])])
     write_mathvista(folder, [5, 6])
+    write_docvqa(folder, [["1,200"], ["north", "North"], ["July 2019"]], name="InfoVQA_VAL")
+    write_ai2d(folder, ["A", "B", "C", "D"])
+    entries = [("integer", "12"), ("float", "2.5"), ("string", "7:30"), ("option", "C")]
+    write_ocr_reasoning(folder, [*entries, ("integer", "0")])
     write_videomme(folder, ["A", "B", "C", "D"], clip)
     write_longvideobench(folder, [0, 1, 2, 3], clip)
     write_text_task(folder / "tasks", ["1", "2", "3", "4"])
 
 
 if __name__ == "__main__":
-    write_all(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        write_codes(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        write_all(Path(sys.argv[1]))

@@ -48,6 +48,24 @@ SCORED = {
     # The mean of a half (text recognition) and one (understanding), not of three items.
     "OCRBench_v2": ({"0": "north", "1": "south", "2": "seven"}, {"0": 1, "1": 0, "2": 1}, 75),
     "MathVista_MINI": ({"0": "5", "1": "7"}, {"0": 1, "1": 0}, 50),
+    # ANLS as for DocVQA: one of nine characters is another one; capitals do not count.
+    "InfoVQA_VAL": (
+        {"0": "1,200", "1": "NORTH", "2": "July 2018"},
+        {"0": 1, "1": 1, "2": 8 / 9},
+        100 * (1 + 1 + 8 / 9) / 3,
+    ),
+    # A letter, a sentence with a letter, the text of a choice, no choice.
+    "AI2D_TEST": (
+        {"0": "A", "1": "The answer is B.", "2": "leaf", "3": "I cannot see it"},
+        {"0": 1, "1": 1, "2": 1, "3": 0},
+        75,
+    ),
+    # By rule: a number counts as a number, text without its spaces, a choice by its letter.
+    "OCR_Reasoning": (
+        {"0": "12", "1": "2.50", "2": "7 : 30", "3": "B", "4": "0"},
+        {"0": 1, "1": 1, "2": 1, "3": 0, "4": 1},
+        80,
+    ),
     # Two of four items, not the first ones.
     "Video-MME": ({"1": "B", "3": "I do not know"}, {"1": 1, "3": 0}, 50),
     "LongVideoBench": ({"1": "B", "3": "A"}, {"1": 1, "3": 0}, 50),
@@ -181,14 +199,15 @@ def test_lm_evals_prompts_and_scores(data):
 
 @pytest.fixture
 def judge():
-    """A server of the OpenAI protocol that reads every answer as 7; `.asked` are its prompts."""
+    """A judge with the OpenAI protocol that says `reply(prompt)`, 7; `.asked` are its prompts."""
 
     class Handler(JsonHandler):
         def do_POST(self):
-            self.server.asked.append(self.request_body()["messages"][-1]["content"])
-            self.send(200, {"choices": [{"message": {"content": "7"}}]})
+            prompt = str(self.request_body()["messages"][-1]["content"])
+            self.server.asked.append(prompt)
+            self.send(200, {"choices": [{"message": {"content": self.server.reply(prompt)}}]})
 
-    with serving(Handler, asked=[]) as server:
+    with serving(Handler, asked=[], reply=lambda prompt: "7") as server:
         yield server
 
 
@@ -205,6 +224,29 @@ def test_a_judge_reads_what_the_rule_cannot(tmp_path, judge):
     assert judged.overall == pytest.approx(50)
     assert any("There are seven dots." in str(prompt) for prompt in judge.asked)
     assert "secret-key" not in (tmp_path / "log").read_text()
+
+
+def test_a_judge_of_ocr_reasoning_rates_and_reads(tmp_path, judge):
+    """The judge rates the reasoning of every answer, which is not counted, and reads the number."""
+    suite_data.write_ocr_reasoning(tmp_path, [("integer", "7"), ("integer", "8")])
+    judge.reply = lambda prompt: "Rating: [[9]]" if "impartial judge" in prompt else "7"
+    task = Task("ocr_reasoning", "OCR_Reasoning", needs_judge=True)
+    reader = Judge(judge.url, "judge", "none")
+    with HarnessTask(task, DataSource(tmp_path, True), tmp_path / "log") as opened:
+        judged = opened.score({"0": "It makes seven.", "1": "It makes seven."}, reader)
+    assert judged.scores == {"0": 1, "1": 0}
+    assert judged.overall == pytest.approx(50)
+
+
+def test_answers_that_a_judge_does_not_rate_are_unscored(tmp_path, judge):
+    """VLMEvalKit would end with an AttributeError, after everything was asked."""
+    suite_data.write_ocr_reasoning(tmp_path, [("integer", "7"), ("integer", "8")])
+    judge.reply = lambda prompt: "[[9]]" if "makes seven" in prompt else "I would rather not."
+    task = Task("ocr_reasoning", "OCR_Reasoning", needs_judge=True)
+    with HarnessTask(task, DataSource(tmp_path, True), tmp_path / "log") as opened:
+        judged = opened.score({"0": "It makes seven.", "1": "8"}, Judge(judge.url, "judge", "none"))
+    assert judged.unscored == ("1",)
+    assert judged.scores.keys() == {"0"}
 
 
 def test_data_that_is_not_the_published_is_refused_unless_it_is_said_to_be_ones_own(data, tmp_path):

@@ -1,32 +1,24 @@
-"""Asking a suite: what is kept, what is asked again, what has failed, and a server that dies."""
+"""Asking a suite: what is sent and kept, and how a run ends that cannot go on."""
 
+import errno
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
+import socket
 from pathlib import Path
 
 import pytest
-from ask_suite import plan_of
+from ask_suite import kept_answers, plan_of
 from json_server import JsonHandler, serving
-from suite_data import CHART_ANSWERS, write_clip, write_videomme
 from tokenizers import Tokenizer
 
 from accuracy.suites.asking import REASONING_ON, scored_text
 from accuracy.suites.needle import NeedleTask
-from accuracy.suites.published import published_curve
 from accuracy.suites.run import open_suite
 from accuracy.suites.serving import Model
-from accuracy.suites.store import AnswerStore, Key, Reply, content_hash
+from accuracy.suites.store import AnswerStore, Key, Reply
+from checkpoint.content import content_hash
 from checkpoint.faults import BadInput
-from checkpoint.video import Video
 from serve.process import ServerDied
-
-HERE = Path(__file__).parent
-UNPRUNED_CLIPS = Video(pruning_rate=0.0, max_frames=8)
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture
@@ -51,55 +43,6 @@ def chat():
 
     with serving(Handler, asked=[], requests=[], reply=lambda question: (200, "100")) as server:
         yield server
-
-
-def test_a_killed_run_resumes_without_asking_an_answered_item_again(folder, chat, tiny):
-    held = threading.Event()
-    killed = threading.Event()
-    release = threading.Event()
-
-    def held_reply(question):
-        if len(chat.asked) == 3 and not killed.is_set():
-            held.set()
-            release.wait(60)
-        return 200, "100"
-
-    chat.reply = held_reply
-    command = [sys.executable, str(HERE / "ask_suite.py"), str(folder), str(tiny), chat.url]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as run:
-        assert held.wait(120)
-        run.send_signal(signal.SIGKILL)
-    killed.set()
-    answered = list(chat.asked)
-    assert len(answered) == 3
-    chat.asked.clear()
-    release.set()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == str(len(CHART_ANSWERS)), done.stderr
-    again = [question for question in chat.asked if question in answered]
-    assert not again
-
-
-def test_a_failed_request_is_neither_right_nor_wrong_and_is_asked_again(folder, chat, tiny):
-    def reply(question):
-        return (400, "no") if question == "What is bar 0?" else (200, "40")
-
-    chat.reply = reply
-    model = Model(tiny, chat.url)
-    with open_suite(plan_of(folder, ["chartqa"], concurrency=4), tiny) as run:
-        first = run.scores(model, run.plan.video)["chartqa"]
-        assert first.failed == 1
-        assert first.asked == 6
-        assert "0" not in first.scores
-        assert first.scores["1"] == 1
-        assert "400" in first.reasons[0]
-        chat.asked.clear()
-        chat.reply = lambda question: (200, "100")
-        second = run.scores(model, run.plan.video)["chartqa"]
-    assert chat.asked == ["What is bar 0?"]
-    assert second.failed == 0
-    assert second.scores["0"] == 1
 
 
 def test_what_is_sent_is_the_reports_profile(folder, chat, tiny):
@@ -147,40 +90,6 @@ def test_a_server_asked_twice_shows_its_noise(folder, chat, tiny):
     assert (noise.items, noise.different, noise.scored_differently) == (6, 2, 1)
 
 
-def test_a_server_that_dies_is_started_once_more(folder, tiny, dying):
-    asked = dying(2)
-    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
-        scores = run.scores(Model(tiny), run.plan.video)["chartqa"]
-    assert scores.failed == 0
-    questions = asked.read_text().splitlines()
-    assert sorted(questions) == sorted(f"What is bar {number}?" for number in range(6))
-
-
-def test_a_server_that_dies_twice_is_reported_and_its_answers_are_kept(folder, tiny, dying):
-    asked = dying(2, 1)
-    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
-        with pytest.raises(ServerDied, match="the server died twice"):
-            run.scores(Model(tiny), run.plan.video)
-        scores = run.scores(Model(tiny), run.plan.video)["chartqa"]
-    assert scores.failed == 0
-    assert len(asked.read_text().splitlines()) == 6
-
-
-def test_the_evs_curve_is_asked_at_the_published_rates(tmp_path, tiny, dying):
-    asked = dying()
-    write_videomme(tmp_path, ["A", "B"], write_clip(tmp_path / "clip.mp4"))
-    with open_suite(plan_of(tmp_path, ["video_mme"]), tiny) as run:
-        points = run.curve([Model(tiny)])
-        assert run.scores(Model(tiny), UNPRUNED_CLIPS)["video_mme"].failed == 0
-    rates = [0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9]
-    assert [point.rate for point in points] == rates
-    # One server for each rate, and none for the rate that had been asked.
-    started = Path(f"{asked}.rates").read_text().split()
-    assert [float(rate) for rate in started] == rates
-    assert published_curve("video_mme")["FP8 PTQ"][0.75] == 65.7
-    assert not any(point.published for point in points)  # the data is not the published
-
-
 def key(item: str) -> Key:
     return Key("chartqa", item, "settings")
 
@@ -199,6 +108,43 @@ def test_a_line_that_a_kill_left_half_written_is_cut_off(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_a_full_disk_ends_the_run_and_names_the_file(folder, chat, tiny, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            run.scores(Model(tiny, chat.url), run.plan.video)
+    assert Path(caught.value.filename).is_relative_to(folder / "out/answers")
+    assert len(chat.asked) == 1
+
+
+def test_an_endpoint_that_goes_away_is_reported_and_nothing_counts_as_failed(folder, tiny):
+    """Four of six items are answered; then nothing listens there any more."""
+
+    class Handler(JsonHandler):
+        def do_GET(self):
+            self.send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+        def do_POST(self):
+            self.request_body()
+            message = {"role": "assistant", "content": "100"}
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny"}
+            self.send(200, body | {"choices": [{"index": 0, "message": message}]})
+            self.server.left -= 1
+            if not self.server.left:
+                self.server.socket.shutdown(socket.SHUT_RDWR)
+
+    with serving(Handler, left=4) as server:
+        with open_suite(plan_of(folder, ["chartqa"]), tiny) as run:
+            with pytest.raises(ServerDied, match=f"{server.url}: the server no longer answers"):
+                run.scores(Model(tiny, server.url), run.plan.video)
+    kept = kept_answers(folder / "out")
+    assert len(kept) == 4
+    assert all(line["answer"] == "100" for line in kept)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"task": "chartqa"}\n')
@@ -214,10 +160,11 @@ def test_directories_are_checked_before_the_first_is_asked(folder, chat, tiny, t
     assert not chat.asked
 
 
-def test_another_weight_is_another_model_and_the_manifest_is_not(tmp_path):
+def test_another_weight_is_another_model_and_manifest_report_and_card_are_not(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     first = content_hash(tmp_path)
-    (tmp_path / "hybridquant.json").write_text("{}")
+    for written_later in ("hybridquant.json", "report.html", "README.md", ".cached"):
+        (tmp_path / written_later).write_text("{}")
     assert content_hash(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
     assert content_hash(tmp_path) != first

@@ -34,6 +34,7 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 print("worker", worker.pid, flush=True)
 print("8 samples of about 414 tokens", flush=True)
+print("then 4 steps: about 2 h, 65.0 GB a process at the peak, as estimated", flush=True)
 print({LAST!r}, flush=True)
 time.sleep(600)
 """
@@ -43,7 +44,9 @@ def test_a_run_and_its_workers_are_ended_after_the_last_evaluation(capsys):
     start = time.monotonic()
     found = training.measure(["-c", LAUNCHER], 4, 1)
     assert time.monotonic() - start < 30
-    assert found["plan"] == ["8 samples of about 414 tokens"]
+    assert found["plan"][0] == "8 samples of about 414 tokens"
+    assert found["tokens_per_second"] == 1234
+    assert (found["planned_gb"], found["peak_gb"], found["peak_of_planned"]) == (65.0, 71.5, 1.1)
     assert found["progress"][0].keys() == {"step", "held_out", "loss", "rate", "memory", "seconds"}
     worker = capsys.readouterr().out.partition("worker ")[2].split()[0]
     assert not Path(f"/proc/{worker}/stat").exists()

@@ -15,13 +15,14 @@ from checkpoint.faults import BadInput, Fault
 from export.publish.card import _run
 from export.publish.facts import read_facts
 from export.publish.model_card import Verdict, card_text, eval_results_text, find_origin
-from export.publish.recorded import read_tasks
 from export.publish.serving import VLLM, kernels, serve_commands
+from export.publish.suites import read_accuracy
 from export.verify import verify
 from serve.command import build_command
 from serve.environment import Device
 from serve.settings import override, settings_for
 from tests.editing import edit_json
+from tests.export.suite_outcome import suite_outcome, write_outcome
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = "hybridquant.json"
@@ -102,12 +103,52 @@ def test_the_same_directory_gives_the_same_card(measured):
 def test_rows_of_a_later_measurement_take_the_gates_place(fp8_copy, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{**TASKS[0], "task": "DocVQA", "dataset": "lmms-lab/DocVQA"}]))
-    facts = read_facts(fp8_copy, tasks=read_tasks(rows))
+    tasks, _ = read_accuracy([rows], fp8_copy)
+    facts = read_facts(fp8_copy, tasks=tasks)
     assert [task.name for task in facts.tasks] == ["DocVQA"]
     assert "id: lmms-lab/DocVQA" in eval_results_text(facts)
     rows.write_text("{}")
     with pytest.raises(BadInput, match="has no rows of tasks"):
-        read_tasks(rows)
+        read_accuracy([rows], fp8_copy)
+
+
+def test_published_benchmarks_stand_in_the_card(measured, tiny, tmp_path):
+    outcome = write_outcome(tmp_path / "report.json", measured, tiny)
+    assert _run([str(measured), *ORIGIN, "--accuracy", str(outcome)]) == 1  # MathVista has lost
+    text = unescaped((measured / "README.md").read_text())
+    assert "Greedy, without reasoning, at most 1,024 new tokens." in text
+    row = next(line for line in text.splitlines() if line.startswith("| chartqa |"))
+    assert row.startswith("| chartqa | 997 | 90.0 % | 89.8 % | -0.2 |")
+    assert row.endswith("| passed | BF16 89.68, FP8 PTQ 89.44, NVFP4 PTQ 88.84, NVFP4 QAD 89.96 |")
+    assert "| mathvista | 997 |" in text
+    assert "- mathvista: 5.0 points lost, 1.5 allowed." in text
+    assert "- mathvista: scored by a rule, without a judge: not comparable" in text
+    assert "- chartqa: 3 requests failed; they count neither right nor wrong." in text
+    assert "- chartqa: BF16's server was asked twice; 12 of 1000 answers differ, 4" in text
+    assert "- video_mme by EVS rate: 0: 66.1 %, 0.75: 65.2 %, 0.9: 63.0 %." in text
+    assert "| document | 300 |" in text  # the exact tasks stay
+    written = yaml.safe_load((measured / ".eval_results" / "hybridquant.yaml").read_text())
+    entries = {entry.task_id: entry for entry in parse_eval_result_entries(written)}
+    assert entries.keys() == {"document", "chart", *("chartqa", "mathvista", "video_mme")}
+    assert entries["chartqa"].dataset_id == "VLMEvalKit/ChartQA_TEST"
+    assert entries["chartqa"].value == 89.77
+
+
+def test_an_outcome_of_other_files_is_refused(measured, tiny, tmp_path):
+    outcome = write_outcome(tmp_path / "report.json", measured, tiny)
+    (measured / "added.txt").write_text("changed")
+    with pytest.raises(BadInput, match="was measured before the files of fp8 were changed"):
+        read_accuracy([outcome], measured)
+    with pytest.raises(BadInput, match="is of other checkpoints: fp8"):
+        read_accuracy([outcome], tiny)
+
+
+def test_what_a_recipes_gate_has_measured_is_shown_without_a_file(measured, tiny):
+    outcome = suite_outcome(measured, tiny)
+    edit_json(measured / MANIFEST, lambda raw: raw["gate"].update(suites=outcome))
+    (found,) = read_facts(measured).benchmarks
+    assert [row.task.name for row in found.missed] == ["mathvista"]
+    assert "| chartqa | 997 |" in text_of(measured)
 
 
 def test_a_failed_gate_and_faults_are_said_first(measured, capsys):

@@ -25,10 +25,12 @@ from export.publish.measured import Sweep, read_bench, read_sweep
 from export.publish.model_card import Verdict
 from export.publish.recorded import Task
 from export.publish.report import _run, report_text
+from export.publish.suites import read_accuracy
 from export.write import quantization_config
 from quantize.policy import Rule, make_policy
 from tests.editing import edit_json
 from tests.export.chromium import running_chromium
+from tests.export.suite_outcome import write_outcome
 
 MANIFEST = "hybridquant.json"
 SOUND = Verdict((), compared=True)
@@ -148,6 +150,35 @@ def test_what_a_reader_sees(shown, page_of_fp8, fp8):
     assert not tab.get_by_role("heading", name="Efficient Video Sampling").is_visible()
     assert not tab.get_by_role("heading", name="Throughput").is_visible()
     assert not tab.get_by_role("table").nth(0).get_by_text("layer", exact=True).is_visible()
+
+
+def test_published_benchmarks_are_shown_with_gate_curve_and_published_figures(
+    shown, fp8, tiny, tmp_path
+):
+    outcome = write_outcome(tmp_path / "report.json", fp8, tiny)
+    _, benchmarks = read_accuracy([outcome], fp8)
+    tab = shown(report_text(read_facts(fp8, benchmarks=benchmarks), SOUND))
+    section = tab.get_by_role("region", name="Published benchmarks: report")
+    assert section.is_visible()
+    chartqa = section.locator("tr", has_text="chartqa").inner_text().split("\t")
+    assert chartqa[:5] == ["chartqa", "997", "90.0 %", "89.8 %", "-0.2"]
+    assert chartqa[7:] == [
+        "passed",
+        "BF16 89.68, FP8 PTQ 89.44, NVFP4 PTQ 88.84, NVFP4 QAD 89.96",
+    ]
+    assert section.locator("td.bad").inner_text() == "failed"
+    notes = section.get_by_role("listitem").all_inner_texts()
+    assert "mathvista: 5.0 points lost, 1.5 allowed." in notes
+    assert "chartqa: 3 requests failed; they count neither right nor wrong." in notes
+    curve = section.get_by_role("img", name="video_mme against the EVS rate")
+    assert curve.is_visible()
+    assert curve.locator("circle").count() == 3
+    assert curve.locator("polyline.published").count() == 2
+    assert section.get_by_text("dashed: published, BF16 and FP8 PTQ").is_visible()
+    warning = "Not every published benchmark passed its gate: mathvista (failed)."
+    assert tab.get_by_text(warning).is_visible()
+    width = tab.evaluate("document.documentElement.scrollWidth")
+    assert width <= 1120
 
 
 def test_the_screenshot(shown, page_of_fp8, tmp_path):

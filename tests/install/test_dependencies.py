@@ -15,7 +15,7 @@ ROOMS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 FOLDERS = sorted(ROOMS | {"dev", "plugin", "tests"})
 OURS = ROOMS | {"hybridquant", "hybridquant_vllm", "tests"}
 
-SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"vllm"}}
+SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"triton", "vllm"}}
 """What folders import that belongs to the serve environment: vLLM brings it."""
 
 EVAL_ENVIRONMENT = ROOT / "accuracy" / "suites" / "workers"

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from benchmarks import training
 from checkpoint.faults import BadInput
 from checkpoint.layout import (
     expected_tensors,
@@ -31,19 +32,34 @@ def distilling(tiny, tmp_path, monkeypatch):
     """The tiny QAD recipe on short samples; it must not come as far as the model."""
     monkeypatch.setattr("pipeline.whole.load_model", interrupt)
     overrides = [f"model={tiny}", f"output={tmp_path / 'out'}"]
+    overrides += ["distill.steps=240", "distill.batch=8"]
     for section in ("calibrate", "distill"):
         sources = "[{type: synthetic, kinds: {document: 1}}]"
         overrides.append(f"{section}.sources={sources}")
     return load_recipe(SHIPPED / "tiny" / "nvfp4_qad.yaml", overrides)
 
 
+def without_packing(recipe):
+    distill = recipe.distill.model_copy(update={"pack_length": None})
+    return recipe.model_copy(update={"distill": distill})
+
+
 def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
     with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
-        run(distilling)
+        run(without_packing(distilling))
     # Documents have some 100 tokens, answer included.
     trained = r"then 61 tensors, 1\.\d million weights, train for \d+ steps"
     samples = r"of \d+ samples of about 1\d\d tokens:"
     assert any(re.match(rf"{trained} {samples}", message) for message in caplog.messages)
+
+
+def test_packed_rows_are_announced_with_their_samples(distilling, caplog):
+    with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
+        run(distilling)
+    rows = "240 steps of 8 rows of 4,096 tokens, each about"
+    (line,) = [message for message in caplog.messages if rows in message]
+    assert training._PLANNED.search(line)
+    assert 20 < int(re.search(r"each about (\d+) samples", line)[1]) < 40
 
 
 def write_samples(path, count):

@@ -83,7 +83,8 @@ def test_each_fault_is_named_where_it_can_occur():
     assert "vLLM pull request 39032" not in sources((0, 20, 0))
     assert "vLLM issue 34476" in sources(ranks=2)
     assert "vLLM issue 34476" not in sources(ranks=2, is_quantized=False)
-    assert len(sources(has_fast_video=False)) == 2
+    assert len(sources((0, 32, 0), has_fast_video=False)) == 2
+    assert len(sources((0, 33, 0), has_fast_video=False)) == 3
     assert "vLLM issue 44251" in sources(device=on("H100").device)
 
 

@@ -12,7 +12,7 @@ from serve.bench_figures import rounded, summarize
 from serve.bench_runs import Load, Target
 from serve.demo import draw_video
 from serve.environment import find_environment
-from serve.sweep import command_options, parse_rates, run
+from serve.sweep import command_options, rates_with_none, run
 from serve.sweep_choice import Loss, choose
 from serve.sweep_figure import draw
 from serve.sweep_items import ItemClip, count_frames, data_items, short_clip_warning, task_items
@@ -98,10 +98,10 @@ def test_every_item_without_an_answer_is_named(tmp_path):
 
 
 def test_rates_are_sorted_and_0_is_one_of_them():
-    assert parse_rates("0.9,0.5") == [0, 0.5, 0.9]
+    assert rates_with_none("0.9,0.5") == [0, 0.5, 0.9]
     for text in ("1", "-0.1", "nan", "a", "", "0.5,,0.9"):
         with pytest.raises(BadInput, match="--rates: is"):
-            parse_rates(text)
+            rates_with_none(text)
 
 
 # What was measured

@@ -108,7 +108,7 @@ class Task:
         self.limit = request["limit"]
         self.manager = self._manager(request["tasks_folder"])
         if self.name not in self.manager.all_tasks:
-            raise DataError(f"{self.name}: lm-eval has no such task (lm-eval ls tasks)")
+            raise DataError("lm-eval has no such task (lm-eval ls tasks)")
         model = Carried({})
         self._evaluate(model)
         self.asked = model.asked
@@ -161,7 +161,7 @@ class Task:
             )
         except (OSError, ConnectionError) as error:
             remedy = "it is downloaded from the Hub: HF_HOME says where from a cache"
-            raise DataError(f"{self.name}: its data cannot be read: {error} ({remedy})") from None
+            raise DataError(f"its data cannot be read: {error} ({remedy})") from None
         assert results is not None
         return results  # type: ignore[no-any-return]
 

@@ -109,6 +109,26 @@ def _check_wordnet(categories: set[str]) -> None:
     )
 
 
+def _rated_or_unscored(model: Any, line: Any) -> dict[str, Any]:
+    """Ask the judge about one answer of OCR-Reasoning as VLMEvalKit does.
+
+    Where the judge gives no rating six times, VLMEvalKit ends with an AttributeError; here that
+    answer alone is left out. A function of this module, because processes are sent its name.
+    """
+    rules = importlib.import_module("vlmeval.dataset.utils.ocr_reasoning")
+    try:
+        return dict(rules.unguarded(model, line))
+    except AttributeError:
+        return {"log": _FAILED_JUDGE, "res": "", "reason_score": 0.0}
+
+
+def _guard_ratings() -> None:
+    rules: Any = importlib.import_module("vlmeval.dataset.utils.ocr_reasoning")
+    if rules.OcrR_auxeval is not _rated_or_unscored:
+        rules.unguarded = rules.OcrR_auxeval
+        rules.OcrR_auxeval = _rated_or_unscored
+
+
 class Suite:
     """One data set that is open."""
 
@@ -200,7 +220,16 @@ class Suite:
             if not table.exists():
                 raise DataError(f"{table}: no such file (put your data there)")
             dataset_class.MD5 = smp.md5(str(table))
-        dataset = dataset_class(dataset=self.name, use_subtitle=False, nframe=1)
+        try:
+            dataset = dataset_class(dataset=self.name, use_subtitle=False, nframe=1)
+        except Exception as error:
+            if is_own:
+                raise
+            # What is not whole in the cache is looked for on the Hub, and its message is long.
+            raise DataError(
+                f"{repository}: its copy in the Hub's cache is not whole: {type(error).__name__} "
+                f"(hf download {repository} --repo-type dataset)"
+            ) from None
         if not is_own and smp.md5(dataset.data_file) != dataset_class.MD5:
             raise DataError(f"{table}: is not the published table (remove it: it is made again)")
         return dataset
@@ -362,13 +391,15 @@ class Suite:
             # Not comparable: what VLMEvalKit can read without a judge is right or wrong, the rest
             # is wrong.
             read = [rules.post_check(row, prefetch=True) for _, row in table.iterrows()]
-            table["res"] = [found or "" for found in read]
+            # False stands for what cannot be read; the number 0 is an answer.
+            table["res"] = ["" if found is False else found for found in read]
             table["log"] = ""
         else:
             file = self._write(table, folder)
             files = importlib.import_module("vlmeval.smp.file")
             kept = files.get_intermediate_file_path(file, f"_{judge['model']}", "pkl")
             Path(kept).parent.mkdir(exist_ok=True)  # the name of a model may contain a slash
+            _guard_ratings()
             self.dataset.evaluate(
                 file, model=judge["model"], api_base=judge["url"], key=judge["key"]
             )

@@ -2,17 +2,20 @@
 quantized model.
 """
 
+import contextlib
 import dataclasses
 import itertools
 
 import pytest
 import torch
+from checkpoint.scan import grouped_scan
 
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
 from checkpoint.processes import ALONE
+from checkpoint.products import float32_products
 from checkpoint.video import Video
 from quantize.distill.dataset import batch_of
 from quantize.distill.plan import plan_distillation
@@ -46,6 +49,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def computed_as_in_training():
+    """Round where a distillation on a CPU does."""
+    with float32_products(), grouped_scan():
+        yield
 
 
 def text_sample(number: int, text: str = "Sentence") -> Sample:

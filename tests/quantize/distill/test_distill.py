@@ -14,7 +14,13 @@ from quantize.distill.student import own_embeddings, trainable
 from quantize.distill.trainer import DistillationTrainer
 from quantize.distill.weights import ranges_of
 from quantize.ptq import share_fused_scales
-from tests.quantize.distill.distilling import VIDEO, Small, mixture, one_thread  # noqa: F401
+from tests.quantize.distill.distilling import (  # noqa: F401
+    VIDEO,
+    Small,
+    computed_as_in_training,
+    mixture,
+    one_thread,
+)
 
 
 def log_probabilities(model, embeds):
@@ -22,6 +28,7 @@ def log_probabilities(model, embeds):
     return model(inputs_embeds=embeds[None], use_cache=False).logits[0].double().log_softmax(-1)
 
 
+@computed_as_in_training()
 def divergence(reference, small, samples, answers=False):
     """Mean KL divergence over text positions, or over answers'; independent of the trainer."""
     config, tokenizer = small.checkpoint.config, small.checkpoint.tokenizer

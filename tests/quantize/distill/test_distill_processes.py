@@ -29,13 +29,14 @@ SHARDED = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "OMP_NUM_THREADS": "1",
 }
-STEPS = "distill.steps=3"
+# Packed rows are filled by each process with its own samples, so one process would have others.
+SETTINGS = ("distill.steps=3", "distill.pack_length=null")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = "tests.quantize.distill.sharded_on_cpu"
 
 
 def launch(tiny, output, log) -> subprocess.Popen:
-    arguments = [str(RECIPE), *overrides(tiny, output, STEPS)]
+    arguments = [str(RECIPE), *overrides(tiny, output, *SETTINGS)]
     command = [sys.executable, "-m", *TORCHRUN, "-m", WORKER, *arguments]
     environment = os.environ | SHARDED
     return subprocess.Popen(
@@ -77,7 +78,7 @@ def test_a_sharded_run_killed_and_resumed_exports_what_one_process_does(tiny, tm
         sharded = [*checkpoint.glob("pytorch_model_fsdp_0*"), *checkpoint.glob("optimizer_0")]
         assert sharded, "the model was not sharded"
         assert launch(tiny, output, file).wait(timeout=300) in (0, 1), log.read_text()
-    load_and_run(tiny, tmp_path / "one", STEPS)
+    load_and_run(tiny, tmp_path / "one", *SETTINGS)
     assert_same_but_for_rounding(output, tmp_path / "one")
     assert verify(output, tiny) == []
     two = read_manifest(output).distillation

@@ -36,6 +36,9 @@ QUICK = (
     "accuracy.samples=1",
     "distill.steps=4",
     "distill.batch=2",
+    # Two or three of the samples below; the longest has some 40 tokens.
+    "distill.pack_length=100",
+    "distill.max_length=100",
     "distill.save_every=1",
     "distill.held_out=2",
     "distill.learning_rate=3.0e-5",

@@ -9,7 +9,12 @@ import torch
 
 from quantize.distill.dataset import IGNORE
 from quantize.distill.student import trainable
-from tests.quantize.distill.distilling import Small, mixture, one_thread  # noqa: F401
+from tests.quantize.distill.distilling import (  # noqa: F401
+    Small,
+    computed_as_in_training,
+    mixture,
+    one_thread,
+)
 
 
 def repeated():
@@ -24,6 +29,7 @@ def qat(tiny, directory, **options):
     return Small(tiny, directory, repeated, **(settings | options))
 
 
+@computed_as_in_training()
 def cross_entropy(small, samples, answers=False):
     """Independent of the trainer: mean over all tokens but visual placeholders, or answers' alone,
     in nats.
