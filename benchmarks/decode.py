@@ -108,7 +108,9 @@ def two_sides(options: argparse.Namespace, device: Device) -> list[Side]:
         BadInput: A variable is not `NAME=VALUE`.
     """
     shared = [*GPU_FLAGS] if device.kind == "cuda" else []
-    shared += shlex.split(options.vllm)
+    # vLLM ends where its cache has fewer blocks than its default of 1,024 sequences.
+    most = max([1, *numbers(options.concurrency, "--concurrency")])
+    shared += ["--max-num-seqs", str(most), *shlex.split(options.vllm)]
     is_plain = options.baseline == "stock"
     baseline = Side(
         BASELINE,
@@ -332,6 +334,7 @@ def run(arguments: Sequence[str]) -> int:
     def keep(found: Measured) -> None:
         write_json(options.json, result | {"measured": found})
 
+    keep({})  # A file that cannot be written is found before the servers start.
     settings = ServeSettings(gpu_memory_utilization=0.45)
     starting = max(options.seconds - 60, 30.0)
     with started(sides, settings, environment, starting) as (askers, failed):

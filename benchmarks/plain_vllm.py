@@ -167,6 +167,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.plain_vllm", *arguments]),
+        "directory": options.directory.name,
         "line": shlex.join(["vllm", "serve", options.directory.name, *flags]),
         "device": environment.device.name,
         "vllm": environment.version,
@@ -175,6 +176,7 @@ def run(arguments: Sequence[str]) -> int:
     def keep(found: dict[str, Any]) -> None:
         write_json(options.json, result | {"answers": found})
 
+    keep({})  # A file that cannot be written is found before the server starts.
     with (
         tempfile.TemporaryDirectory() as scratch,
         started([side], ServeSettings(), environment, options.seconds) as (askers, failed),
@@ -194,7 +196,7 @@ def run(arguments: Sequence[str]) -> int:
         faults = faults_of(found, options.right)
         result["faults"] = faults
         if any(not answer.get("server_lives", True) for answer in found.values()) and asker.log:
-            result["died"] = death_message(asker.log, "vLLM ended")
+            result["died"] = death_message(asker.log, "vLLM ended").splitlines()[0]
     keep(found)
     print(json.dumps(found, indent=1))
     for fault in faults:

@@ -121,8 +121,9 @@ def options(**changed):
         "directory": Path("fp8"),
         "baseline": "stock",
         "baseline_dir": None,
+        "concurrency": "64,1",
         "vllm": "--load-format dummy",
-        "flags": "--max-num-seqs 64",
+        "flags": "--block-size 64",
         "baseline_flags": "",
         "set": ["replayssm=true"],
         "baseline_set": [],
@@ -147,7 +148,8 @@ def test_stock_has_nothing_of_ours():
 def test_a_baseline_of_ours_has_no_flags_of_stock():
     other = options(baseline="ours", baseline_dir=Path("nvfp4"))
     baseline, _ = two_sides(other, CPU)
-    assert baseline == Side(BASELINE, Path("nvfp4"), ("--load-format", "dummy"))
+    flags = ("--max-num-seqs", "64", "--load-format", "dummy")
+    assert baseline == Side(BASELINE, Path("nvfp4"), flags)
 
 
 def test_words_that_are_no_numbers_or_pairs_are_refused():
