@@ -102,6 +102,8 @@ def run_suite(
         concurrency=arguments.concurrency,
         rates=_rates(arguments.evs_rates),
     )
+    if arguments.json:
+        check_output(arguments.json)
     reference = Model(arguments.reference, arguments.reference_endpoint, arguments.api_key)
     variants = []
     for directory in arguments.directories:
@@ -124,9 +126,23 @@ def run_suite(
         return 1
     write_json(plan.out / f"{arguments.suite}.json", outcome)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, outcome)
     return 0 if outcome["passed"] else 1
+
+
+def check_output(file: Path) -> None:
+    """Make sure that a file can be written, before what goes into it is measured for hours.
+
+    Raises:
+        BadInput: It cannot.
+        OSError: Its folder cannot be made.
+    """
+    if file.is_dir():
+        raise BadInput(Fault(shortened(file), "is a directory", "give a file"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        what = "cannot be written to"
+        raise BadInput(Fault(shortened(file.parent), what, "choose another folder"))
 
 
 def options_without_suite(arguments: argparse.Namespace) -> Iterator[Fault]:

@@ -74,6 +74,7 @@ NOBODY = "http://127.0.0.1:9"
             ["--suite", "report", "--tasks", "chartqa", "--own-data"],
             "chartqa: {data}/ChartQA_TEST.tsv: no such file (put your data there)",
         ),
+        (["--suite", "report", "--json", "{data}/.."], "{data}/..: is a directory (give a file)"),
         (
             ["--suite", "text", "--tasks", "needle", "--endpoint", NOBODY],
             f"{NOBODY}/v1/: no server answers: Connection error. (start one: ",
@@ -81,7 +82,9 @@ NOBODY = "http://127.0.0.1:9"
     ],
 )
 def test_a_mistake_about_suites_is_one_sentence(arguments, message, tiny, tmp_path):
+    (tmp_path / "data").mkdir()
     folders = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments = [text.format(data=tmp_path / "data") for text in arguments]
     given = _parser().parse_args([str(tiny), "--reference", str(tiny), *arguments, *folders])
     with pytest.raises(BadInput) as caught:
         run_suite(given, compared_video)
