@@ -101,7 +101,7 @@ def _run() -> int:
             "vllm": measured["vllm"],
             "notes": [
                 f"An estimate: items divided by the rates of {MEASURED.name}, which were measured "
-                "in eager mode, with random weights and the plug-in, 16 pages or 12 clips at once.",
+                "with random weights and the plug-in, 16 pages or 12 clips at once.",
                 "Clips of 128 frames are taken to last twice as long as those of 64 frames there. "
                 "Reading a clip of many minutes and long answers are not in it.",
             ],
