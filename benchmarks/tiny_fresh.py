@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -250,7 +251,7 @@ def _answering(form: str, directory: Path, flags: Sequence[str]) -> Iterator[Ans
     from export.load import load_exported
 
     checkpoint = open_checkpoint(directory)
-    model = load_exported(checkpoint)
+    model = load_exported(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     yield lambda samples: generate(
         model, checkpoint.config, checkpoint.tokenizer, samples, UNPRUNED
     )
