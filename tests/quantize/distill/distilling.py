@@ -8,7 +8,6 @@ import itertools
 
 import pytest
 import torch
-from checkpoint.scan import grouped_scan
 
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
@@ -54,7 +53,7 @@ def one_thread():
 @contextlib.contextmanager
 def computed_as_in_training():
     """Round where a distillation on a CPU does."""
-    with float32_products(), grouped_scan():
+    with float32_products():
         yield
 
 
