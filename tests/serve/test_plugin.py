@@ -74,4 +74,4 @@ def test_the_switch_leaves_vllms_own_choice(values):
 def test_a_vllm_without_the_private_lists_starts_with_a_warning(values):
     (message,) = values["other_vllm"]
     assert "_POSSIBLE_FP8_KERNELS" in message
-    assert "may not run on this CPU" in message
+    assert "FP8 and NVFP4 may not run here" in message
