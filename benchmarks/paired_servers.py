@@ -215,11 +215,12 @@ def started(
             chosen = setting_values(side.flags) | dict(side.settings)
             own = override(settings, chosen | {"port": free_port("127.0.0.1")})
             config = preflight(side.directory, own, environment, side.flags)
-            variables = build_environment(config, own, environment.device, side.flags)
-            command = full_command(side.directory, own, environment, side.flags)
             if side.is_plain:
                 variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
                 command = plain_command(side, own.port, environment)
+            else:
+                variables = build_environment(config, own, environment.device, side.flags)
+                command = full_command(side.directory, own, environment, side.flags)
             process = ServerProcess(command, variables | dict(side.variables), new_log(own))
             stack.enter_context(process)
             processes[side.name] = (process, OwnServer(f"http://127.0.0.1:{own.port}"))

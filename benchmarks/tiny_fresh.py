@@ -85,10 +85,7 @@ def won_back(
     lost = np.zeros(_RESAMPLES + 1)
     won = np.zeros(_RESAMPLES + 1)
     for task, right in reference.items():
-        count = len(right)
-        picked = random.integers(0, count, (_RESAMPLES, count))
-        # The first row is what was measured.
-        rows = np.concatenate([np.arange(count)[None], picked])
+        rows = _resampled(len(right), random)
         lost += (right - ptq[task])[rows].mean(1)
         won += (form[task] - ptq[task])[rows].mean(1)
     if lost[0] <= 0:
@@ -97,6 +94,12 @@ def won_back(
     shares = np.where(lost[1:] > 0, won[1:] / np.maximum(lost[1:], 1e-12), np.inf)
     low, high = np.quantile(shares, [0.025, 0.975])
     return WonBack(float(won[0] / lost[0]), float(low), float(high))
+
+
+def _resampled(count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return indices of items, [1 + resamples, count]; the first row is what was measured."""
+    picked = random.integers(0, count, (_RESAMPLES, count))
+    return np.concatenate([np.arange(count)[None], picked])
 
 
 def compared(marks: Marks) -> dict[str, Any]:
@@ -157,9 +160,7 @@ def _points(reference: ByTask, ours: ByTask) -> dict[str, Any]:
     random = np.random.default_rng(0)
     differences = np.zeros(_RESAMPLES + 1)
     for task, right in reference.items():
-        count = len(right)
-        picked = random.integers(0, count, (_RESAMPLES, count))
-        rows = np.concatenate([np.arange(count)[None], picked])
+        rows = _resampled(len(right), random)
         differences += 100 * (ours[task] - right)[rows].mean(1) / len(reference)
     low, high = np.quantile(differences[1:], [0.025, 0.975])
     interval = [round(float(low), 2), round(float(high), 2)]

@@ -10,20 +10,15 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from benchmarks.paired_servers import Asker
 
 Step = dict[str, Any]
 
 
-class Asks(Protocol):
-    """A server that can be asked; see `benchmarks.video_serving.Asker`."""
-
-    def ask(self, kind: str, files: list[Path], tokens: int) -> Step:
-        """Ask about media, and return the times of the answer."""
-
-
 def breakdown(
-    asker: Asks, new_clip: Callable[[], Path], times: Path, count: int
+    asker: Asker, new_clip: Callable[[], Path], times: Path, count: int
 ) -> dict[str, float]:
     """Ask about new clips one after another, and return the median seconds of each step.
 

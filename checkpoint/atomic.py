@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +159,21 @@ def output_faults(output: Path) -> Iterator[Fault]:
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if not existing.is_dir():
         yield Fault(str(existing), "is a file, not a directory", "give another output")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder where there is none, and check that files can be written there.
+
+    Raises:
+        BadInput: It cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        raise BadInput(Fault(str(folder), what, "give another one")) from None
 
 
 def check_output(output: Path, needed: int) -> None:

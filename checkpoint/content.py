@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_MANIFEST = "hybridquant.json"
+MANIFEST = "hybridquant.json"
+"""What is known of how an export was made."""
+
 _ABOUT = (".md", ".html")
 """Ends of the names of files about the model: its card and the report, written after measuring."""
 
@@ -28,6 +30,6 @@ def content_hash(directory: Path) -> str:
 def _files(directory: Path) -> Iterator[Path]:
     for file in sorted(directory.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
-        is_served = file.name != _MANIFEST and file.suffix not in _ABOUT
+        is_served = file.name != MANIFEST and file.suffix not in _ABOUT
         if file.is_file() and is_served and not is_hidden:
             yield file

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,22 @@ def _extreme_faults(value: Any, path: Path) -> Iterator[Fault]:
         elif isinstance(item, int) and abs(item) > _LARGEST_INTEGER:
             yield Fault(str(path), "contains an integer of more than 64 bits", _COPY)
             return
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file without torch.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its entries, of tensors and `__metadata__`, and the header's length in bytes.
+
+    Raises:
+        OSError, ValueError, struct.error: It is not a safetensors file.
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes does not fit into it")
+        return json.loads(file.read(length)), length

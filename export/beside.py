@@ -20,13 +20,13 @@ from checkpoint.companions import (
     needed_python,
 )
 from checkpoint.config import CheckpointConfig
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.files import INDEX
 from checkpoint.json_differences import MISSING, json_differences
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import checkpoint_file_fault
 from checkpoint.run_state import file_digest
-from export.manifest import MANIFEST
 from quantize.sensitivity import SENSITIVITY
 
 CONFIG = "config.json"

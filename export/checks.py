@@ -10,6 +10,7 @@ from pathlib import Path
 
 from checkpoint.companions import companion_faults
 from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.layout import Specs
@@ -23,7 +24,7 @@ from export.layout import (
     quantization_section,
     quantized_layout,
 )
-from export.manifest import MANIFEST, content_faults, recorded_section
+from export.manifest import content_faults, recorded_section
 from export.scales import fused_scale_faults, range_faults
 from export.section import section_faults
 from export.unproven import config_faults, tokenizer_faults

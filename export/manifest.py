@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from checkpoint.atomic import write_json
 from checkpoint.config import read_json
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.run_state import file_digest
 from checkpoint.video import Video
 
-MANIFEST = "hybridquant.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
 NOT_MEASURED: dict[str, Any] = {"passed": None}
 

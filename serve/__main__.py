@@ -94,8 +94,8 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
         signal.signal(number, _interrupt)
     try:
         with running_server(options.directory, settings, extra, options.log, environment) as server:
-            if environment.device.kind != "cpu" and settings.max_videos > 0:
-                warm_up(own_server(server.settings), settings.video)
+            if environment.device.kind != "cpu" and server.settings.max_videos > 0:
+                warm_up(own_server(server.settings), server.settings.video)
             print(_summary(options.directory, server, fast_video))
             print(f"log: {server.log}   stop with Ctrl-C", flush=True)
             status = server.process.wait()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault
+from hybridquant_vllm.fast_video import TESTED
 from serve.environment import ServeEnvironment
 from serve.fast_video import fast_video_state
 from serve.precision import precision_name
@@ -21,9 +22,6 @@ RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
 KERNELS_VARIABLE = "VLLM_DISABLED_KERNELS"
 """Names of kernels that vLLM does not use, with commas between them."""
-
-TRIED = ((0, 32), (0, 33))
-"""vLLM releases whose sources both were written for."""
 
 FP8_CAPABILITY = (8, 9)
 FP4_CAPABILITY = (10, 0)
@@ -83,7 +81,7 @@ def _replayssm_faults(environment: ServeEnvironment) -> Iterator[Fault]:
     where = "replayssm"
     if environment.device.kind != "cuda":
         yield Fault(where, "needs a GPU: it is a Triton kernel of vLLM", "leave it out")
-    if environment.vllm[:2] not in TRIED:
+    if environment.vllm[:2] not in TESTED:
         yield Fault(where, f"has not been tried with vLLM {environment.version}", _versions())
     state = fast_video_state(environment)
     if state != "on":
@@ -111,7 +109,7 @@ def _conversion_faults(
         yield Fault(where, f"{device.name} multiplies NVFP4 itself", "leave it out")
     elif device.capability < FP8_CAPABILITY:
         yield Fault(where, f"{device.name} has no FP8 arithmetic", "leave it out")
-    if environment.vllm[:2] not in TRIED:
+    if environment.vllm[:2] not in TESTED:
         yield Fault(where, f"has not been tried with vLLM {environment.version}", _versions())
     if "--linear-backend" in named_flags(extra):
         backend = flag_value(extra, "--linear-backend")
@@ -120,5 +118,5 @@ def _conversion_faults(
 
 
 def _versions() -> str:
-    tried = " or ".join(f"{major}.{minor}" for major, minor in TRIED)
+    tried = " or ".join(f"{major}.{minor}" for major, minor in TESTED)
     return f"leave it out, or install vLLM {tried}"

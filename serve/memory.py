@@ -10,13 +10,12 @@ reports: tests/serve/test_sequences_that_fit.py.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.config import CheckpointConfig
+from checkpoint.reading import safetensors_header
 from serve.environment import Device
 
 GB = 1e9
@@ -192,9 +191,7 @@ def packed_bytes(directory: Path) -> int:
     """
     total = 0
     for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        header, _ = safetensors_header(path)
         header.pop("__metadata__", None)
         for entry in header.values():
             if entry["dtype"] == "U8":

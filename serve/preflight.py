@@ -5,7 +5,6 @@ All faults are reported at once.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import struct
@@ -16,7 +15,7 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import checkpoint_file_fault
+from checkpoint.reading import checkpoint_file_fault, safetensors_header
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -154,11 +153,7 @@ def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
 
 def _expected_size(path: Path) -> int:
     """Return the size in bytes that a safetensors file has by its header."""
-    with path.open("rb") as file:
-        (header_length,) = struct.unpack("<Q", file.read(8))
-        if header_length > path.stat().st_size:
-            raise ValueError(f"a header of {header_length} bytes does not fit into it")
-        header = json.loads(file.read(header_length))
+    header, header_length = safetensors_header(path)
     end = 0
     for name, entry in header.items():
         if name != "__metadata__":

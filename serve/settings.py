@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from checkpoint.config import read_json
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 from checkpoint.log import get_logger
 from checkpoint.settings import Section
@@ -21,8 +22,6 @@ from checkpoint.video import Video
 from serve.vllm_flags import MEDIA_OPTIONS, samples_without_fps, setting_values
 
 logger = get_logger(__name__)
-
-MANIFEST = "hybridquant.json"
 
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
 

@@ -114,21 +114,6 @@ def gpu_faults(environment: ServeEnvironment) -> list[Fault]:
     return [Fault("hybridquant tune", what, "run it on the machine that serves")]
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder where there is none, and check that files can be written there.
-
-    Raises:
-        BadInput: It cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        what = f"cannot be written: {error.strerror or error}"
-        raise BadInput(Fault(str(folder), what, "give another one")) from None
-
-
 def measure(
     layer: Layer,
     states: Sequence[str],
@@ -275,9 +260,9 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     environment = environment or find_environment()
     raise_if_any(gpu_faults(environment))
     folder = options.out or own_folder()
-    check_writable(folder)
+    atomic.check_writable(folder)
     if options.json:
-        check_writable(options.json.absolute().parent)
+        atomic.check_writable(options.json.absolute().parent)
     device = environment.device
     if device.gpus and device.gpus[0].free < FREE_SHARE * device.gpus[0].memory:
         logger.warning("%s is in use: the times may be of other programs", device.gpus[0].name)

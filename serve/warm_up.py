@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import time
 from fractions import Fraction
 
+from checkpoint.faults import BadInput
 from checkpoint.log import get_logger
 from checkpoint.video import Video
+from serve.ask import RequestRefused, ask, content_parts
 from serve.own_server import OwnServer
 
 logger = get_logger(__name__)
@@ -26,24 +27,14 @@ def warm_up(server: OwnServer, video: Video) -> None:
         server: One that answers.
         video: How it samples clips.
     """
-    import openai
-
     data = base64.b64encode(moving_clip(video)).decode()
-    parts = [
-        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}},
-        {"type": "text", "text": "What happens?"},
-    ]
-    started = time.monotonic()
+    parts = content_parts(["What happens?"], videos=[f"data:video/mp4;base64,{data}"])
     try:
-        server.client(_SECONDS).chat.completions.create(
-            model=server.served_name(),
-            messages=[{"role": "user", "content": parts}],  # type: ignore[misc,list-item]
-            max_tokens=2,
-        )
-    except (openai.OpenAIError, OSError) as error:
+        answer = ask(server.client(_SECONDS), server.served_name(), parts, max_tokens=2)
+    except (BadInput, RequestRefused, OSError) as error:
         logger.warning("the server did not answer about a clip: %.200s", error)
         return
-    logger.info("answered about a clip for warming up, %.0f s", time.monotonic() - started)
+    logger.info("answered about a clip for warming up, %.0f s", answer.seconds)
 
 
 def moving_clip(video: Video) -> bytes:

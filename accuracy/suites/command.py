@@ -14,7 +14,7 @@ from accuracy.suites.harness import DataSource, HarnessFailed, Judge, find_pytho
 from accuracy.suites.report import as_dict, show, show_curve, show_noise
 from accuracy.suites.run import SuitePlan, open_suite
 from accuracy.suites.serving import Model
-from checkpoint.atomic import write_json
+from checkpoint.atomic import check_writable, write_json
 from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any, shortened
 from checkpoint.lock import locked_directory
@@ -135,14 +135,10 @@ def check_output(file: Path) -> None:
 
     Raises:
         BadInput: It cannot.
-        OSError: Its folder cannot be made.
     """
     if file.is_dir():
         raise BadInput(Fault(shortened(file), "is a directory", "give a file"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(file.parent, os.W_OK):
-        what = "cannot be written to"
-        raise BadInput(Fault(shortened(file.parent), what, "choose another folder"))
+    check_writable(file.parent)
 
 
 def options_without_suite(arguments: argparse.Namespace) -> Iterator[Fault]:

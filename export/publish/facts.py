@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.layout import Linear, Specs, expected_tensors, spec_bytes
 from checkpoint.opened import Checkpoint, open_checkpoint
 from checkpoint.video import Video
 from export.layout import has_kv_scales, linear_formats, quantization_section
-from export.manifest import MANIFEST
 from export.publish.recorded import (
     Agreement,
     Task,

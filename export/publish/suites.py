@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from checkpoint.content import content_hash
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.reading import parse_json, read_small_file
+from checkpoint.video import PruningRate
 from export.publish.recorded import Task, mapping, mean_task, task_rows
 
 _REMEDY = "give the file that hybridquant accuracy --json, or --suite, has written"
@@ -25,7 +26,6 @@ OWN_DATA = "hybridquant/own-data"
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(max_length=400)]
 Figures = Annotated[dict[Text, Percent], Field(max_length=20)]
@@ -64,7 +64,7 @@ class _Noise(BaseModel):
 class _Point(BaseModel):
     task: Text
     directory: Text
-    rate: Rate
+    rate: PruningRate
     accuracy: Percent
     items: Count
     published: Figures = {}

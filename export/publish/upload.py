@@ -59,7 +59,7 @@ def uploaded_files(facts: Facts) -> list[str]:
     Raises:
         BadInput: A recorded file is missing, or is not a file of the directory.
     """
-    from export.manifest import MANIFEST
+    from checkpoint.content import MANIFEST
     from export.publish.model_card import EVAL_RESULTS, README
 
     names = set(facts.files) or _files_of_an_export(facts.directory)

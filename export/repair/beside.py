@@ -9,10 +9,10 @@ from typing import Any
 
 from checkpoint.atomic import replaced_file, write_json
 from checkpoint.config import read_json
+from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import read_small_file
-from export.manifest import MANIFEST
 
 _SECTION = "quantization_config"
 _OLD_RATE = "video_pruning_rate"
