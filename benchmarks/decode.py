@@ -3,10 +3,16 @@
     python -m benchmarks.decode DIR --json FILE                       # stock vLLM against ours
     python -m benchmarks.decode DIR --json FILE --set replayssm=true
     python -m benchmarks.decode DIR --json FILE --baseline ours --baseline-dir OTHER --env NAME=1
+    python -m benchmarks.decode DIR --json FILE --variant "replay: --set replayssm=true" \
+        --variant "float16 state: --flags='--mamba-ssm-cache-dtype float16'"
 
 The baseline is `vllm serve DIR` with nothing of ours in front (`--baseline stock`), or what
-`python -m serve` starts (`--baseline ours`); the other server is always ours. Both get the flags of
+`python -m serve` starts (`--baseline ours`); the other server is always ours. All get the flags of
 --vllm. DIR may be what `benchmarks.unweighted` writes.
+
+With --variant there are several of ours, each with --set, --env and --flags of its own. They are
+started one after the other beside the baseline, which goes on running, and each is measured in turn
+with it. One that does not start is named, and the next one follows.
 
 Each request is a prompt of random tokens that no server has seen, and its answer comes in one piece
 and has a fixed number of tokens, so that neither text nor sampling matters:
@@ -15,9 +21,9 @@ and has a fixed number of tokens, so that neither text nor sampling matters:
             that of decoding alone; tokens per second of all requests together
   prefill   one request for one token: seconds
 
-After a warm-up the servers take turns, each pair of runs in the other order, and the ratio of each
-pair is taken. Everything ends --seconds after the command, start-up included; parts that no time is
-left for are named. The file is written again after every part.
+After a warm-up the two servers take turns, each pair of runs in the other order, and the ratio of
+each pair is taken. Everything ends --seconds after the command, start-up included; parts that no
+time is left for are named. The file is written again after every part.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired_servers import Asker, Measured, Side, random_prompts, started
+from benchmarks.paired_servers import Asker, Measured, Servers, Side, random_prompts
 from benchmarks.parts import write_json
 from benchmarks.serving import read_log
 from checkpoint.command import command_parser, parse_command
@@ -66,9 +72,10 @@ LEAST_SECONDS_LEFT = 20.0
 
 _LOG_LINES = re.compile(
     r".*(?:Using SSM config|default Mamba SSU|GPU KV cache size|Maximum concurrency|ReplaySSM"
-    r"|Model Runner V|hybridquant|mamba_ssm_cache_dtype).*"
+    r"|Model Runner V|hybridquant|mamba_ssm_cache_dtype|Available KV cache memory|init engine"
+    r"|attention block size|Initial free memory).*"
 )
-"""Lines of vLLM's log that say how it decodes."""
+"""Lines of vLLM's log that say how it decodes, and what memory it has."""
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -101,11 +108,11 @@ def pairs(words: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
-def two_sides(options: argparse.Namespace, device: Device) -> list[Side]:
-    """Return the baseline and ours.
+def sides_of(options: argparse.Namespace, device: Device) -> tuple[Side, list[Side]]:
+    """Return the baseline, and ours: one, or each --variant.
 
     Raises:
-        BadInput: A variable is not `NAME=VALUE`.
+        BadInput: A variant or a variable is not written as it must be.
     """
     shared = [*GPU_FLAGS] if device.kind == "cuda" else []
     # vLLM ends where its cache has fewer blocks than its default of 1,024 sequences.
@@ -120,14 +127,54 @@ def two_sides(options: argparse.Namespace, device: Device) -> list[Side]:
         (STOCK_VARIABLES if is_plain else {}) | pairs(options.baseline_env, "--baseline-env"),
         is_plain,
     )
-    ours = Side(
-        OURS,
-        options.directory,
-        (*shared, *shlex.split(options.flags)),
-        pairs(options.set, "--set"),
-        pairs(options.env, "--env"),
+    given = variants(options.variant) or {OURS: options}
+    ours = []
+    for name, chosen in given.items():
+        flags = (*shared, *shlex.split(chosen.flags))
+        settings, variables = pairs(chosen.set, "--set"), pairs(chosen.env, "--env")
+        ours.append(Side(name, options.directory, flags, settings, variables))
+    return baseline, ours
+
+
+def variants(words: Sequence[str]) -> dict[str, argparse.Namespace]:
+    """Parse `NAME: OPTIONS` of each word.
+
+    Returns:
+        `set`, `env` and `flags` by name.
+
+    Raises:
+        BadInput: A word has no name, a name comes twice or is the baseline's, or the options are
+            not known.
+    """
+    found: dict[str, argparse.Namespace] = {}
+    parser = argparse.ArgumentParser("--variant", add_help=False, exit_on_error=False)
+    _add_ours(parser)
+    for word in words:
+        name, colon, rest = word.partition(":")
+        name = name.strip()
+        if not colon or not name or name == BASELINE or name in found:
+            remedy = 'give a name of its own and options, as "replay: --set replayssm=true"'
+            raise BadInput(Fault("--variant", f"is {word!r:.80}", remedy))
+        try:
+            chosen, unknown = parser.parse_known_args(shlex.split(rest))
+        except (argparse.ArgumentError, ValueError) as error:
+            remedy = "its options are --set, --env and --flags"
+            raise BadInput(Fault(f"--variant {name}", str(error), remedy)) from None
+        if unknown:
+            what = f"has {unknown[0]!r:.80}"
+            remedy = "its options are --set, --env and --flags"
+            raise BadInput(Fault(f"--variant {name}", what, remedy))
+        found[name] = chosen
+    return found
+
+
+def _add_ours(parser: argparse.ArgumentParser) -> None:
+    """Add the options of one of our servers."""
+    parser.add_argument("--flags", default="", metavar="FLAGS", help="flags for ours")
+    parser.add_argument("--env", nargs="*", default=[], metavar="NAME=VALUE", help="for ours")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of ours"
     )
-    return [baseline, ours]
 
 
 def decode_rate(asker: Asker, count: int, tokens: int, seed: int) -> float:
@@ -161,8 +208,9 @@ def in_turn(
     repeats: int,
     more_is_better: bool,
     end: float,
+    warms_up: bool = True,
 ) -> Measured:
-    """Measure all servers so many times, in turn, after a run of each that is not counted.
+    """Measure all servers so many times, in turn.
 
     Args:
         askers: The servers by name.
@@ -170,12 +218,14 @@ def in_turn(
         repeats: Counted runs of each.
         more_is_better: Whether a larger figure is better; ratios are above 1 where ours is.
         end: Time, of `time.monotonic`, after which no further round is begun.
+        warms_up: Whether each has a run before that is not counted.
 
     Returns:
         `runs` by server, `median`, and `ratio`: median, least and largest of the rounds.
     """
-    for asker in askers.values():
-        run(asker, _next_seed())
+    if warms_up:
+        for asker in askers.values():
+            run(asker, _next_seed())
     runs: dict[str, list[float]] = {name: [] for name in askers}
     for repeat in range(repeats):
         if repeat and time.monotonic() > end:
@@ -275,13 +325,12 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", choices=("stock", "ours"), default="stock", help="(default: stock)"
     )
     parser.add_argument("--baseline-dir", type=Path, metavar="DIR", help="(default: the same)")
-    parser.add_argument("--vllm", default="", metavar="FLAGS", help="flags for both")
-    parser.add_argument("--flags", default="", metavar="FLAGS", help="flags for ours")
-    parser.add_argument("--baseline-flags", default="", metavar="FLAGS", help="for the baseline")
-    parser.add_argument("--env", nargs="*", default=[], metavar="NAME=VALUE", help="for ours")
+    parser.add_argument("--vllm", default="", metavar="FLAGS", help="flags for all")
+    _add_ours(parser)
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of ours"
+        "--variant", action="append", default=[], metavar='"NAME: OPTIONS"', help="one of several"
     )
+    parser.add_argument("--baseline-flags", default="", metavar="FLAGS", help="for the baseline")
     parser.add_argument("--baseline-set", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--baseline-env", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--concurrency", default="64,1", metavar="N,…", help="(default: 64,1)")
@@ -317,35 +366,75 @@ def run(arguments: Sequence[str]) -> int:
     _check(options)
     end = begun + options.seconds
     environment = find_environment()
-    sides = two_sides(options, environment.device)
-    result: dict[str, Any] = {
+    baseline, ours = sides_of(options, environment.device)
+    about = {
         "command": shlex.join(["python", "-m", "benchmarks.decode", *arguments]),
         "device": environment.device.name,
         "cores": len(os.sched_getaffinity(0)),
         "vllm": environment.version,
         "plugin": environment.plugin,
-        "servers": [side.described() for side in sides],
         "notes": [
-            "Servers share a GPU and are asked in turn; the other one is idle. Ratios are above 1 "
-            "where ours is better.",
+            "Two servers at a time share a GPU and are asked in turn; the other one is idle. "
+            "Ratios are above 1 where ours is better.",
         ],
     }
+    result: dict[str, Any] = about | {"baseline": baseline.described(), "variants": {}}
+    for side in ours:
+        result["variants"][side.name] = {"server": side.described()}
+    write_json(options.json, result)  # A file that cannot be written is found at once.
+    settings = ServeSettings(gpu_memory_utilization=0.45)
+    with Servers(settings, environment) as servers:
+        for side in ours:
+            _measure_variant(servers, baseline, side, options, end, result)
+            write_json(options.json, result)
+    print(json.dumps(result["variants"], indent=1))
+    return 1 if servers.failed else 0
+
+
+def _measure_variant(
+    servers: Servers,
+    baseline: Side,
+    side: Side,
+    options: argparse.Namespace,
+    end: float,
+    result: dict[str, Any],
+) -> None:
+    """Start one of ours, and the baseline if it does not run; measure; stop ours again.
+
+    Everything is added to `result`.
+
+    Raises:
+        BadInput: The preflight finds faults, and there is no other variant.
+    """
+    about = result["variants"][side.name]
+    left = end - time.monotonic()
+    if left < LEAST_SECONDS_LEFT:
+        about["not_started"] = "no time left"
+        return
+    missing = [one for one in (baseline, side) if one.name not in servers.askers]
+    try:
+        servers.start(missing, left)
+    except BadInput as bad:
+        if len(result["variants"]) == 1:
+            raise
+        servers.failed[side.name] = str(bad)
+    named = {BASELINE: baseline.name, OURS: side.name}
+    askers = {as_: servers.askers[name] for as_, name in named.items() if name in servers.askers}
+    if baseline.name in servers.failed:
+        result["baseline"]["not_started"] = servers.failed[baseline.name]
+    if BASELINE in askers:
+        result["baseline"]["log"] = from_log(askers[BASELINE])
+    if OURS not in askers:
+        about["not_started"] = servers.failed[side.name]
+        return
 
     def keep(found: Measured) -> None:
-        write_json(options.json, result | {"measured": found})
+        about["measured"] = found
+        write_json(options.json, result)
 
-    keep({})  # A file that cannot be written is found before the servers start.
-    settings = ServeSettings(gpu_memory_utilization=0.45)
-    starting = max(options.seconds - 60, 30.0)
-    with started(sides, settings, environment, starting) as (askers, failed):
-        if failed:
-            result["not_started"] = failed
-        keep({})
-        found = measure(askers, options, end, keep) if askers else {}
-        result["logs"] = {name: from_log(asker) for name, asker in askers.items()}
-        keep(found)
-    print(json.dumps(found, indent=1))
-    return 1 if failed else 0
+    measure(askers, options, end, keep)
+    about["log"] = from_log(askers[OURS])
+    servers.stop([side.name])
 
 
 if __name__ == "__main__":

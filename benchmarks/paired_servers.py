@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 from checkpoint.log import get_logger
 from serve.command import build_environment
@@ -144,6 +145,17 @@ class Asker:
             raise OSError(f"asked for {len(prompt)} and {tokens} tokens, got {usage}")
         return seconds
 
+    def continue_text(self, text: str, tokens: int) -> list[str]:
+        """Let the server continue a text greedily, and return its tokens, `token_id:N` each.
+
+        Raises:
+            OSError: It does not answer, or refuses.
+        """
+        body = {"prompt": text, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+        with self._post("completions", body | {"return_tokens_as_token_ids": True}) as response:
+            (choice,) = json.load(response)["choices"]
+        return list(choice["logprobs"]["tokens"])
+
     def complete_all(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
         """Let the server write after all prompts at once, and return the seconds until the last
         has ended.
@@ -187,6 +199,119 @@ def random_prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
     return [drawn.choices(TEXT_IDS, k=tokens) for _ in range(count)]
 
 
+class _Prepared(NamedTuple):
+    """How a server is started: its command, environment variables and settings."""
+
+    command: list[str]
+    variables: dict[str, str]
+    settings: ServeSettings
+
+
+class Servers:
+    """Servers of one machine that are started and stopped within a `with` block.
+
+    Args:
+        settings: Of those that are not plain; each gets a port of its own.
+        environment: Where vLLM is.
+
+    Attributes:
+        askers: The servers that answer, by name.
+        failed: Why others have not started, by name.
+    """
+
+    def __init__(self, settings: ServeSettings, environment: ServeEnvironment) -> None:
+        self._settings = settings
+        self._environment = environment
+        self._processes: dict[str, ServerProcess] = {}
+        self.askers: dict[str, Asker] = {}
+        self.failed: dict[str, str] = {}
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop(list(self._processes))
+
+    def start(self, sides: Sequence[Side], seconds: float = START_SECONDS) -> None:
+        """Start servers at once, beside those that run, and wait until they answer.
+
+        A server that ends, or does not answer in time, is named in `failed` and stopped.
+
+        Args:
+            sides: The servers.
+            seconds: Time that they have until they answer.
+
+        Raises:
+            BadInput: The preflight finds faults of one; none is started then.
+        """
+        begun = time.monotonic()
+        prepared = [self._prepared(side) for side in sides]
+        urls = {}
+        for side, command in zip(sides, prepared):
+            self.failed.pop(side.name, None)
+            urls[side.name] = self._launch(side, command)
+        for side in sides:
+            left = max(1.0, seconds - (time.monotonic() - begun))
+            try:
+                self._wait(side, urls[side.name], left)
+            except ServerDied as died:
+                logger.error("%s: %s", side.name, died)
+                self.stop([side.name])
+                self.failed[side.name] = str(died)
+                continue
+            took = time.monotonic() - begun
+            logger.info("%s answers after %.0f s", side.name, took)
+            log = self._processes[side.name].log
+            self.askers[side.name] = Asker(urls[side.name], log, round(took, 1))
+
+    def stop(self, names: Sequence[str]) -> None:
+        """Stop servers, all at once; names that do not run are passed over."""
+        processes = [self._processes.pop(name) for name in names if name in self._processes]
+        for name in names:
+            self.askers.pop(name, None)
+        if processes:
+            with ThreadPoolExecutor(len(processes)) as pool:
+                list(pool.map(ServerProcess.stop, processes))
+
+    def _prepared(self, side: Side) -> _Prepared:
+        """Return how a server is started.
+
+        Raises:
+            BadInput: The preflight finds faults.
+        """
+        environment = self._environment
+        chosen = setting_values(side.flags) | dict(side.settings)
+        own = override(self._settings, chosen | {"port": free_port("127.0.0.1")})
+        config = preflight(side.directory, own, environment, side.flags)
+        if side.is_plain:
+            variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
+            command = plain_command(side, own.port, environment)
+        else:
+            variables = build_environment(config, own, environment.device, side.flags)
+            command = full_command(side.directory, own, environment, side.flags)
+        return _Prepared(command, variables | dict(side.variables), own)
+
+    def _launch(self, side: Side, prepared: _Prepared) -> str:
+        """Start a server, and return its address."""
+        log = new_log(prepared.settings)
+        process = ServerProcess(prepared.command, prepared.variables, log)
+        self._processes[side.name] = process
+        return f"http://127.0.0.1:{prepared.settings.port}"
+
+    def _wait(self, side: Side, url: str, seconds: float) -> None:
+        """Wait until a server answers.
+
+        Raises:
+            ServerDied: It ends, or does not answer in time.
+        """
+        wait_until_ready(self._processes[side.name], OwnServer(url), seconds)
+
+
 @contextlib.contextmanager
 def started(
     sides: Sequence[Side],
@@ -198,7 +323,7 @@ def started(
 
     Args:
         sides: The servers.
-        settings: Of those that are not plain; each gets a port of its own.
+        settings: As of `Servers`.
         environment: Where vLLM is.
         seconds: Time that they have until they answer.
 
@@ -208,37 +333,9 @@ def started(
     Raises:
         BadInput: The preflight finds faults.
     """
-    begun = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        processes: dict[str, tuple[ServerProcess, OwnServer]] = {}
-        for side in sides:
-            chosen = setting_values(side.flags) | dict(side.settings)
-            own = override(settings, chosen | {"port": free_port("127.0.0.1")})
-            config = preflight(side.directory, own, environment, side.flags)
-            if side.is_plain:
-                variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
-                command = plain_command(side, own.port, environment)
-            else:
-                variables = build_environment(config, own, environment.device, side.flags)
-                command = full_command(side.directory, own, environment, side.flags)
-            process = ServerProcess(command, variables | dict(side.variables), new_log(own))
-            stack.enter_context(process)
-            processes[side.name] = (process, OwnServer(f"http://127.0.0.1:{own.port}"))
-        askers = {}
-        failed = {}
-        for name, (process, reached) in processes.items():
-            try:
-                left = max(1.0, seconds - (time.monotonic() - begun))
-                wait_until_ready(process, reached, left)
-            except ServerDied as died:
-                logger.error("%s: %s", name, died)
-                failed[name] = str(died)
-                process.stop()
-                continue
-            took = time.monotonic() - begun
-            logger.info("%s answers after %.0f s", name, took)
-            askers[name] = Asker(reached.url, process.log, round(took, 1))
-        yield askers, failed
+    with Servers(settings, environment) as servers:
+        servers.start(sides, seconds)
+        yield servers.askers, servers.failed
 
 
 def plain_command(side: Side, port: int, environment: ServeEnvironment) -> list[str]:

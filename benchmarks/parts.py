@@ -89,6 +89,10 @@ class Parts:
             self.noted = kept["noted"]
             logger.info("measured before: %s", ", ".join(self._found))
 
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Return the result of a part; None where it is not finished."""
+        return self._found.get(name)
+
     def part(self, name: str, work: Work) -> dict[str, Any]:
         """Do one piece of work unless it was finished before, and return its result.
 

@@ -60,13 +60,13 @@ LONG = ("long prompt", "long prompt again")
 _BLOCK = re.compile(r"[Ss]etting attention block size to (\d+)")
 
 
-def command_flags(directory: Path) -> list[str]:
-    """Return the post's flags for a directory."""
+def command_flags(directory: Path, rate: float = 0) -> list[str]:
+    """Return the post's flags for a directory and an EVS rate."""
     flags = ["--trust-remote-code"]
     quantization = QUANTIZATION.get(precision_name(read_config(directory)))
     if quantization is not None:
         flags += ["--quantization", quantization]
-    return [*flags, "--video-pruning-rate", "0"]
+    return [*flags, "--video-pruning-rate", f"{rate:g}"]
 
 
 def long_prompt() -> str:

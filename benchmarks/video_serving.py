@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,9 @@ from serve.clips import looped
 logger = get_logger(__name__)
 
 SERVERS = ("stock", "plugin")
+
+PAINTERS = 8
+"""Threads that draw pages; Pillow compresses them beside one another."""
 
 
 def sides(
@@ -73,16 +76,26 @@ class Workload:
 
     def page(self) -> Path:
         """Draw a page of A4 at 300 dots per inch, full of text."""
+        self._count += 1
+        return self._drawn_page(self._count)
+
+    def pages(self, count: int) -> list[Path]:
+        """Draw so many pages, several at once."""
+        numbers = range(self._count + 1, self._count + count + 1)
+        self._count += count
+        with ThreadPoolExecutor(PAINTERS) as pool:
+            return list(pool.map(self._drawn_page, numbers))
+
+    def _drawn_page(self, number: int) -> Path:
         from PIL import Image, ImageDraw
 
-        self._count += 1
-        words = random.Random(self._count)
+        words = random.Random(number)
         image = Image.new("RGB", (2480, 3508), "white")
         pen = ImageDraw.Draw(image)
         for line in range(60):
             text = " ".join(f"{words.random():.12f}" for _ in range(9))
             pen.text((120, 120 + 54 * line), text, fill="black", font_size=30)
-        path = self._folder / f"page{self._count}.png"
+        path = self._folder / f"page{number}.png"
         image.save(path, compress_level=1)
         return path
 
@@ -188,14 +201,32 @@ def at_once(
     for _ in range(2):
         for name, asker in askers.items():
             files = [[new_file()] for _ in range(count)]
-            start = time.perf_counter()
-            with ThreadPoolExecutor(width) as pool:
-                answers = [pool.submit(asker.ask, kind, part, tokens) for part in files]
-                for answer in answers:
-                    answer.result()
-            rates[name].append(count / (time.perf_counter() - start))
+            rates[name].append(requests_per_second(asker, kind, files, width, tokens))
     best = {name: max(found) for name, found in rates.items()}
     return {
         "requests per second": {n: [round(rate, 3) for rate in r] for n, r in rates.items()},
         "times as many": round(best["plugin"] / best["stock"], 2),
     }
+
+
+def requests_per_second(
+    asker: Asker, kind: str, files: Sequence[Sequence[Path]], width: int, tokens: int
+) -> float:
+    """Ask about all files, `width` requests at a time, and return how many end in a second.
+
+    Args:
+        asker: The server.
+        kind: `image` or `video`.
+        files: Of each request.
+        width: Requests at a time.
+        tokens: Tokens of each answer.
+
+    Raises:
+        OSError: A request fails.
+    """
+    start = time.perf_counter()
+    with ThreadPoolExecutor(width) as pool:
+        answers = [pool.submit(asker.ask, kind, part, tokens) for part in files]
+        for answer in answers:
+            answer.result()
+    return len(files) / (time.perf_counter() - start)
