@@ -11,7 +11,7 @@ import pytest
 from editing import edit_json
 
 from benchmarks import decode, plain_vllm
-from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn, numbers, pairs, two_sides
+from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn, numbers, pairs, sides_of
 from benchmarks.paired_servers import Asker, Side, plain_command, random_prompts
 from benchmarks.unweighted import write_unweighted
 from checkpoint.config import read_config
@@ -129,12 +129,13 @@ def options(**changed):
         "baseline_set": [],
         "env": ["A=1=2"],
         "baseline_env": [],
+        "variant": [],
     }
     return argparse.Namespace(**given | changed)
 
 
 def test_stock_has_nothing_of_ours():
-    baseline, ours = two_sides(options(), H100)
+    baseline, (ours,) = sides_of(options(), H100)
     assert baseline.is_plain
     assert baseline.variables == {"VLLM_PLUGINS": "", FOLDER_VARIABLE: ""}
     assert baseline.flags[0] == "--trust-remote-code"
@@ -147,9 +148,24 @@ def test_stock_has_nothing_of_ours():
 
 def test_a_baseline_of_ours_has_no_flags_of_stock():
     other = options(baseline="ours", baseline_dir=Path("nvfp4"))
-    baseline, _ = two_sides(other, CPU)
+    baseline, _ = sides_of(other, CPU)
     flags = ("--max-num-seqs", "64", "--load-format", "dummy")
     assert baseline == Side(BASELINE, Path("nvfp4"), flags)
+
+
+def test_each_variant_has_options_of_its_own():
+    words = ["replay: --set replayssm=true", "half: --flags='--mamba-ssm-cache-dtype float16'"]
+    _, ours = sides_of(options(variant=words, set=[], flags=""), H100)
+    assert [side.name for side in ours] == ["replay", "half"]
+    assert [dict(side.settings) for side in ours] == [{"replayssm": "true"}, {}]
+    assert ours[1].flags[-2:] == ("--mamba-ssm-cache-dtype", "float16")
+    assert "--mamba-ssm-cache-dtype" not in ours[0].flags
+
+
+@pytest.mark.parametrize("word", ["replay", ": --set a=b", "baseline: ", "x: --sets a=b", "x: 'y"])
+def test_a_variant_that_is_written_otherwise_is_refused(word):
+    with pytest.raises(BadInput, match="--variant"):
+        sides_of(options(variant=["first: --env A=1", word]), CPU)
 
 
 def test_words_that_are_no_numbers_or_pairs_are_refused():
