@@ -1,4 +1,10 @@
-"""Several servers on one machine, started at once and asked in turn."""
+"""Several servers on one machine, started at once and asked in turn.
+
+On a GPU no server inherits OMP_NUM_THREADS from the benchmark; a side that needs it has it among
+its variables. Without it vLLM's API server resizes frames on one thread, which is what a user gets
+who sets nothing; with it, on so many (vllm/utils/torch_utils.py, set_default_torch_num_threads).
+On a CPU the variable is inherited: it keeps the threads of several servers apart.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +33,8 @@ from serve.vllm_flags import setting_values
 logger = get_logger(__name__)
 
 START_SECONDS = 420.0
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 REQUEST_SECONDS = 300.0
 """Time after which an answer counts as missing."""
@@ -200,10 +208,13 @@ def random_prompts(count: int, tokens: int, seed: int) -> list[list[int]]:
 
 
 class _Prepared(NamedTuple):
-    """How a server is started: its command, environment variables and settings."""
+    """How a server is started: its command, environment variables, those that it does not inherit,
+    and settings.
+    """
 
     command: list[str]
     variables: dict[str, str]
+    without: tuple[str, ...]
     settings: ServeSettings
 
 
@@ -294,12 +305,13 @@ class Servers:
         else:
             variables = build_environment(config, own, environment.device, side.flags)
             command = full_command(side.directory, own, environment, side.flags)
-        return _Prepared(command, variables | dict(side.variables), own)
+        without = (THREADS_VARIABLE,) if environment.device.kind == "cuda" else ()
+        return _Prepared(command, variables | dict(side.variables), without, own)
 
     def _launch(self, side: Side, prepared: _Prepared) -> str:
         """Start a server, and return its address."""
         log = new_log(prepared.settings)
-        process = ServerProcess(prepared.command, prepared.variables, log)
+        process = ServerProcess(prepared.command, prepared.variables, log, prepared.without)
         self._processes[side.name] = process
         return f"http://127.0.0.1:{prepared.settings.port}"
 

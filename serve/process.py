@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -102,12 +102,25 @@ class Server:
 class ServerProcess:
     """vLLM under its guard.
 
-    Attributes:
+    Args:
+        command: What is run.
+        variables: Environment variables beside this process's own.
         log: File with everything vLLM prints.
+        without: Variables of this process that it does not inherit.
+
+    Attributes:
+        log: The same file.
     """
 
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        log: Path,
+        without: Collection[str] = (),
+    ) -> None:
         self.log = log
+        inherited = {name: value for name, value in os.environ.items() if name not in without}
         # The guard stops vLLM when our end of this pipe closes.
         lifeline, self._held = os.pipe()
         arguments = [sys.executable, str(GUARD), str(lifeline), str(GRACE_SECONDS), *command]
@@ -115,7 +128,7 @@ class ServerProcess:
             with log.open("wb") as out:
                 self._guard = subprocess.Popen(
                     arguments,
-                    env={**os.environ, **variables},
+                    env=inherited | dict(variables),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,

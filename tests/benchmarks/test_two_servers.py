@@ -12,13 +12,14 @@ from editing import edit_json
 
 from benchmarks import decode, plain_vllm
 from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn, numbers, pairs, sides_of
-from benchmarks.paired_servers import Asker, Side, plain_command, random_prompts
+from benchmarks.paired_servers import Asker, Servers, Side, plain_command, random_prompts
 from benchmarks.unweighted import write_unweighted
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput
 from serve.environment import CPU, Gpu, ServeEnvironment, cuda_device
 from serve.precision import precision_name
 from serve.preflight import directory_faults
+from serve.settings import ServeSettings
 from serve.state_update import FOLDER_VARIABLE
 
 H100 = cuda_device([Gpu((9, 0), "H100", 85e9, 84e9)])
@@ -196,6 +197,24 @@ def test_the_plain_line_is_the_posts(tiny_copy, algo, flags):
     environment = ServeEnvironment(Path("python"), (0, 33, 0), H100, None)
     line = plain_command(Side("plain", tiny_copy, tuple(found)), 81, environment)
     assert line[3:] == ["serve", str(tiny_copy), "--host", "127.0.0.1", "--port", "81", *found]
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "threads"),
+    [(H100, {}, ""), (H100, {"OMP_NUM_THREADS": "4"}, "4"), (CPU, {}, "16")],
+)
+def test_a_server_on_a_gpu_inherits_no_number_of_threads(
+    tiny, tmp_path, monkeypatch, device, variables, threads
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "threads=<$OMP_NUM_THREADS>"\nexit 1\n')
+    python.chmod(0o755)
+    side = Side("plain", tiny, ("--trust-remote-code",), variables=variables, is_plain=True)
+    environment = ServeEnvironment(python, (0, 33, 0), device, "0.2.0")
+    with Servers(ServeSettings(), environment) as servers:
+        servers.start([side])
+        assert f"threads=<{threads}>" in servers.failed["plain"]
 
 
 def answers(**changed):
