@@ -38,12 +38,13 @@ logger = get_logger(__name__)
 REFERENCE = "float32 state"
 
 _FLOAT16 = (STATE_FLAG, "float16")
+_FLOAT32 = (STATE_FLAG, "float32")
 _REPLAY = {"replayssm": "true"}
 
 WAYS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
-    REFERENCE: ((), {}),
+    REFERENCE: (_FLOAT32, {}),
     "float16 state": (_FLOAT16, {}),
-    "ReplaySSM": ((), _REPLAY),
+    "ReplaySSM, float32 state": (_FLOAT32, _REPLAY),
     "ReplaySSM, float16 state": (_FLOAT16, _REPLAY),
 }
 """Flags of vLLM and settings of ours, by way."""

@@ -13,7 +13,7 @@ from serve.decoding import decoding_variables
 from serve.environment import Device
 from serve.precision import Version
 from serve.settings import ServeSettings
-from serve.state_update import FOLDER_VARIABLE, find_tuned
+from serve.state_update import FOLDER_VARIABLE, REPLAY_STATE, STATE_FLAG, find_tuned
 from serve.vllm_flags import canonical, named_flags
 
 FRAME_TEXT_TOKENS = 24
@@ -158,7 +158,7 @@ def _model_flags(
     if vllm_version < (0, 20, 0):
         # Left to itself, vLLM kept this model's state in the model's dtype until its pull request
         # 39032. The symptom: answers that begin well and drift into fluent nonsense.
-        flags.append(("--mamba-ssm-cache-dtype", "float32"))
+        flags.append((STATE_FLAG, "float32"))
     # Prefix caching of Mamba states has been wrong in several releases (vLLM issues 45699, 53912),
     # and on a CPU it kills the engine at the first prompt longer than a block: "IndexError: index
     # 14 is out of bounds" in mamba_mixer2.
@@ -194,6 +194,7 @@ def _device_flags(settings: ServeSettings, device: Device) -> list[Flag]:
         flags.append(("--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}"))
     if settings.replayssm:
         flags.append(("--use-replayssm",))
+        flags.append((STATE_FLAG, REPLAY_STATE))
     if settings.tensor_parallel_size > 1:
         flags.append(("--tensor-parallel-size", str(settings.tensor_parallel_size)))
     return flags

@@ -85,6 +85,7 @@ def cache_of(
     value_bytes: int = BF16,
     key_bytes: int | None = None,
     ring_tokens: int = 0,
+    state_bytes: int = _FLOAT32,
 ) -> Cache:
     """Return what sequences take of one rank's pool.
 
@@ -92,14 +93,15 @@ def cache_of(
         config: A checkpoint's.
         ranks: GPUs that the model is split over.
         alignment: Tokens that the size of a block is a multiple of.
-        value_bytes: Bytes of a value of the convolution's state; Mamba states are in float32.
+        value_bytes: Bytes of a value of the convolution's state.
         key_bytes: Bytes of a value of the KV cache; those of `value_bytes` when None.
         ring_tokens: Tokens that are kept beside each state: ReplaySSM's.
+        state_bytes: Bytes of a value of the Mamba state.
     """
     text = config.text
     heads = max(1, text["num_key_value_heads"] // ranks)
     layer_token = 2 * heads * text["head_dim"] * (key_bytes or value_bytes)
-    state = text["mamba_num_heads"] * text["mamba_head_dim"] * text["ssm_state_size"] * _FLOAT32
+    state = text["mamba_num_heads"] * text["mamba_head_dim"] * text["ssm_state_size"] * state_bytes
     channels = text["mamba_num_heads"] * text["mamba_head_dim"]
     channels += 2 * max(text["n_groups"], ranks) * text["ssm_state_size"]
     convolution = channels * (text["conv_kernel"] - 1) * value_bytes

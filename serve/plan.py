@@ -28,7 +28,14 @@ from serve.memory import (
 )
 from serve.precision import PRECISIONS, read_quantization
 from serve.settings import ServeSettings
-from serve.state_update import FOLDER_VARIABLE, SHIPPED, Tuned, find_tuned, state_type
+from serve.state_update import (
+    FOLDER_VARIABLE,
+    SHIPPED,
+    STATE_BYTES,
+    Tuned,
+    find_tuned,
+    state_type,
+)
 from serve.vllm_flags import flag_value, named_flags
 
 _POOL_FLAG = "--kv-cache-memory-bytes"
@@ -38,7 +45,6 @@ _OTHER_LAYOUTS = (
     "--kv-cache-dtype",
     "--mamba-block-size",
     "--mamba-cache-dtype",
-    "--mamba-ssm-cache-dtype",
     "--cpu-offload-gb",
     "--pipeline-parallel-size",
     "--num-gpu-blocks-override",
@@ -112,7 +118,8 @@ def serving_plan(
     choices.append(_processes(extra))
     tuned = find_tuned(config, environment.device, extra)
     if tuned is not None:
-        choices.append(_state_update(tuned, state_type(config, extra), settings))
+        state = state_type(config, extra, settings.replayssm)
+        choices.append(_state_update(tuned, state, settings))
     choices.append(Choice("fast video", *_with_reason(fast_video)))
     situation = Situation(
         vllm=environment.vllm,
@@ -146,7 +153,8 @@ def room_for_sequences(
     alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
     value_bytes = 4 if settings.dtype == "float32" else BF16
     ring = RING_TOKENS if settings.replayssm else 0
-    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config), ring)
+    state = STATE_BYTES.get(state_type(config, extra, settings.replayssm), 4)
+    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config), ring, state)
     given = flag_value(extra, _POOL_FLAG)
     if given is not None:
         return Room(cache, float(given), length) if given.isdecimal() else None

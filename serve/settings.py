@@ -92,8 +92,8 @@ class ServeSettings(Serve):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the activations of what is not quantized; float32 on a CPU is for comparisons."""
     replayssm: bool = False
-    """Keep the last 16 tokens beside each Mamba state and write the state once for all of them
-    (vLLM's ReplaySSM, in its V1 model runner). Needs a GPU and the plug-in."""
+    """Keep the last 16 tokens beside each Mamba state, write the state once for all of them (vLLM's
+    ReplaySSM, in its V1 model runner), and keep it in float16. Needs a GPU and the plug-in."""
     nvfp4_as_fp8: bool = False
     """Convert NVFP4 weights to FP8 while loading, on a GPU with FP8 and without FP4 arithmetic,
     where vLLM would multiply in BF16. Needs the plug-in."""

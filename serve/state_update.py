@@ -36,6 +36,13 @@ DEFAULT_STATE = "float32"
 """Type of the state of this model where neither config.json nor a flag says another
 (vllm/model_executor/models/config.py, NemotronHForCausalLMConfig)."""
 
+REPLAY_STATE = "float16"
+"""Type of the state that goes with the setting `replayssm`: half the bytes. ReplaySSM rounds a
+state once in 16 tokens, when it is written."""
+
+STATE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a value of the state, by type."""
+
 
 class Layer(NamedTuple):
     """Sizes of a model's Mamba layers.
@@ -81,14 +88,19 @@ def own_folder() -> Path:
     return Path(cache).expanduser() / "hybridquant" / "tuned"
 
 
-def state_type(config: CheckpointConfig, extra: Sequence[str] = ()) -> str:
+def state_type(
+    config: CheckpointConfig, extra: Sequence[str] = (), has_replayssm: bool = False
+) -> str:
     """Return the type in which vLLM keeps the state, `float32` unless something says another.
 
     Args:
         config: The checkpoint's.
-        extra: Flags of vLLM that will be added.
+        extra: Flags of vLLM that will be added; they win.
+        has_replayssm: Whether the setting `replayssm` is on.
     """
     given = flag_value(extra, STATE_FLAG)
+    if given is None and has_replayssm:
+        return REPLAY_STATE
     if given is not None and given != "auto":
         return given
     return str(config.text.get("mamba_ssm_cache_dtype", DEFAULT_STATE))

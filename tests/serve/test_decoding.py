@@ -1,4 +1,8 @@
-"""ReplaySSM and NVFP4 as FP8: off unless asked for, refused with a reason where they cannot be."""
+"""ReplaySSM and NVFP4 as FP8: off unless asked for, refused with a reason where they cannot be.
+
+Both need a GPU, so that nothing here computes with them: the tests hold the command, the plan and
+the refusals. What they gain is in benchmarks/results/decode_….json.
+"""
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from serve.memory import GROWTH_AS_FP8, cache_of, packed_bytes, plan_memory
 from serve.plan import serving_plan
 from serve.preflight import preflight
 from serve.settings import ServeSettings, settings_for
+from serve.state_update import STATE_FLAG
 
 H100 = cuda_device([Gpu((9, 0), "H100", 85e9, 84e9)])
 B200 = cuda_device([Gpu((10, 0), "B200", 192e9, 191e9)])
@@ -39,8 +44,8 @@ def faults(config, settings, environment, extra=()):
     return [str(fault) for fault in decoding_faults(config, settings, environment, extra)]
 
 
-def lines(config, settings):
-    choices = serving_plan(config, settings, on(H100))
+def lines(config, settings, extra=()):
+    choices = serving_plan(config, settings, on(H100), extra)
     return {choice.name: str(choice) for choice in choices}
 
 
@@ -53,9 +58,11 @@ def test_both_are_off_unless_asked_for(nvfp4_copy):
 
 
 def test_replayssm_is_a_flag_and_the_v1_runner(full12b, tiny):
-    assert "--use-replayssm" in build_command(tiny, REPLAY, (0, 33, 0), H100)
+    command = build_command(tiny, REPLAY, (0, 33, 0), H100)
+    assert "--use-replayssm" in command
+    assert command[command.index(STATE_FLAG) + 1] == "float16"
     assert build_environment(full12b, REPLAY, H100)[RUNNER_VARIABLE] == "0"
-    assert "ReplaySSM, states in float32 (given" in lines(full12b, REPLAY)["state update"]
+    assert "ReplaySSM, states in float16 (given" in lines(full12b, REPLAY)["state update"]
     assert faults(full12b, REPLAY, on(H100)) == []
 
 
@@ -65,6 +72,18 @@ def test_vllms_own_flag_means_the_setting(tiny):
     given = settings_for(tiny, {}, ["--use-replayssm"])
     command = build_command(tiny, given, (0, 33, 0), H100, ["--use-replayssm"])
     assert command.count("--use-replayssm") == 1
+
+
+def test_a_type_of_the_state_that_is_given_wins(full12b, tiny):
+    extra = [STATE_FLAG, "float32"]
+    command = build_command(tiny, REPLAY, (0, 33, 0), H100, extra)
+    assert command.count(STATE_FLAG) == 1
+    assert command[-2:] == extra
+    assert "ReplaySSM, states in float32" in lines(full12b, REPLAY, extra)["state update"]
+    assert (
+        "states in float16"
+        in lines(full12b, ServeSettings(), [STATE_FLAG, "float16"])["state update"]
+    )
 
 
 def test_replayssm_keeps_tokens_beside_each_state(full12b):
