@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ from serve.memory import CPU_ALIGNMENT, cache_of
 from serve.plan import memory_faults, room_for_sequences, sequence_limit, serving_plan
 from serve.process import full_command
 from serve.settings import ServeSettings, override
+from serve.state_update import STATE_FLAG
+from serve.vllm_flags import setting_values
 
 MIB = 2**20
 H200 = Gpu((9, 0), "NVIDIA H200", 143771 * MIB, 143100 * MIB)
@@ -19,6 +23,16 @@ H100 = Gpu((9, 0), "NVIDIA H100", 81559 * MIB, 81079 * MIB)
 A10 = Gpu((8, 6), "NVIDIA A10", 23028 * MIB, 22500 * MIB)
 BF16_SIZE = 26.36e9
 FP8_SIZE = 15.40e9
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GPU_RESULTS = (
+    "decode_fp8_h100.json",
+    "decode_fp8_float16_h100.json",
+    "decode_nvfp4_as_fp8_h100.json",
+    "serving_table_h100.json",
+)
+WEIGHTS = {"fp8": "ptq_fp8_12b_h100_whole.json", "nvfp4": "ptq_nvfp4_12b_h100.json"}
+"""Files that hold the size of an export of the 12B."""
 
 
 def on(*gpus):
@@ -68,6 +82,45 @@ def test_an_h200_holds_what_was_measured(checkpoint):
     """4.2 million tokens with the FP8 export and vLLM 0.32."""
     room = room_for_sequences(checkpoint(FP8_SIZE), ServeSettings(), on(H200))
     assert room.sequences * room.length == pytest.approx(4.2e6, rel=0.1)
+
+
+def ours_on_a_gpu():
+    """Every server of ours, by result file, and what vLLM printed about its memory."""
+    for name in GPU_RESULTS:
+        result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        servers = [result.get("baseline", {"is_plain": True})]
+        servers += result.get("servers", {}).values()
+        for variant in result.get("variants", {}).values():
+            servers.append(variant["server"] | {"log": variant.get("log")})
+        for server in servers:
+            if not server["is_plain"] and server.get("log"):
+                yield pytest.param(server, id=f"{name}: {server['name']}")
+
+
+@pytest.mark.parametrize("server", ours_on_a_gpu())
+def test_cache_and_weights_are_those_that_vllm_reported_on_an_h100(checkpoint, server):
+    """Recorded by benchmarks of decoding and serving, with the cache's size given: in float32, with
+    ReplaySSM, and with its state in float16. What a step takes is not among it.
+    """
+    file = WEIGHTS[server["directory"]]
+    written = json.loads((RESULTS / file).read_text(encoding="utf-8"))["written_gb"] * 1e9
+    log = "\n".join(server["log"]["log"])
+    extra = shlex.split(server["flags"])
+    if "mamba_ssm_cache_dtype to 'float32'" in log:
+        # One was recorded when the setting `replayssm` did not choose the state's type yet.
+        extra += [STATE_FLAG, "float32"]
+    settings = override(ServeSettings(), setting_values(extra) | server["settings"])
+    room = room_for_sequences(checkpoint(written), settings, on(H100), extra)
+    found = re.search(r"KV cache size: ([\d,]+) tokens, Maximum concurrency .*: ([\d.]+)x", log)
+    assert room.sequences == pytest.approx(float(found[2]), abs=0.01)
+    assert room.sequences * room.length == pytest.approx(int(found[1].replace(",", "")), rel=1e-5)
+    block = re.search(r"Setting attention block size to (\d+) tokens", log)
+    assert room.cache.block_tokens == int(block[1])
+    assert written == pytest.approx(server["log"]["weights_gib"] * 2**30, rel=0.01)
+
+
+def test_all_kinds_of_state_are_among_the_recorded_servers():
+    assert len(list(ours_on_a_gpu())) == 4
 
 
 def test_weights_and_step_leave_room_on_an_h100(checkpoint):
