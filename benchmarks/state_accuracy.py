@@ -3,6 +3,9 @@
     python -m benchmarks.state_accuracy DIR … --json FILE                  # on a GPU
     python -m benchmarks.state_accuracy DIR --json FILE --ways "float16 state"     # on a CPU
 
+ReplaySSM is a Triton kernel, so that a CPU can show a 16-bit state alone, which is rounded at every
+token there.
+
 Each DIR, a tiny checkpoint or an export of it, is served with the state in float32, which is the
 reference, and in each of the ways; all its servers run at once. Intervals are paired 95 % intervals
 of the difference from the reference. Beside answers, which are short, each server continues texts
@@ -112,7 +115,8 @@ def compared(
 
     Returns:
         By way: `tasks`, rows of `accuracy.paired`; `differing`, answers that are not the
-        reference's, by task; `equal_tokens`, the median and the least of the continuations.
+        reference's, by task; `equal_tokens`, the median and the least of the continuations;
+        `equal_texts`, how many of these are equal to the end.
     """
     reference = found[REFERENCE]
     rows: dict[str, Any] = {}
@@ -122,12 +126,14 @@ def compared(
         differing = {}
         for task, answers in reference["answers"].items():
             differing[task] = sum(one != two for one, two in zip(answers, own["answers"][task]))
-        equal = [equal_tokens(*texts) for texts in zip(reference["texts"], own["texts"])]
+        texts = list(zip(reference["texts"], own["texts"]))
+        equal = [equal_tokens(one, two) for one, two in texts]
         paired = pair(samples, reference["answers"], own["answers"])
         rows[way] = {
             "tasks": [dataclasses.asdict(row) | {"difference": row.difference} for row in paired],
             "differing": differing,
             "equal_tokens": {"median": statistics.median(equal), "least": min(equal)},
+            "equal_texts": [one == two for one, two in texts].count(True),
         }
     return rows
 
