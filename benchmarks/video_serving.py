@@ -21,6 +21,9 @@ logger = get_logger(__name__)
 
 SERVERS = ("stock", "plugin")
 
+FIFTH = 5
+"""Request by which a server has compiled what it needs."""
+
 
 def sides(
     directory: Path, flags: list[str], media: Path, variables: Mapping[str, str]
@@ -140,9 +143,14 @@ def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: 
     for _ in range(count):
         for name in reversed(SERVERS):
             runs[name].append(askers[name].ask("video", [new_clip()], 1))
-    return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
-        "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
-    }
+    seconds = {name: [run["first"] for run in timed] for name, timed in runs.items()}
+    found = _compared(seconds)
+    found["prompt_tokens"] = {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
+    if count >= FIFTH:
+        found["first against the fifth"] = {
+            name: round(times[0] / times[FIFTH - 1], 2) for name, times in seconds.items()
+        }
+    return found
 
 
 def decoding(askers: dict[str, Asker], count: int, end: float) -> Measured:
