@@ -16,6 +16,7 @@ from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
 from hybridquant_vllm.step_times import VARIABLE
 from serve.clips import looped
+from serve.command import TORCH_THREADS
 
 logger = get_logger(__name__)
 
@@ -37,7 +38,9 @@ def sides(
         variables: More environment variables of the server with the plug-in.
     """
     given = dict(variables) | {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))}
-    own_variables = {"stock": {"HYBRIDQUANT_FAST_VIDEO": "0"}, "plugin": given}
+    # vLLM by itself makes media ready on one thread of torch, and `python -m serve` on all cores.
+    stock = {"HYBRIDQUANT_FAST_VIDEO": "0", TORCH_THREADS: "1"}
+    own_variables = {"stock": stock, "plugin": given}
     found = []
     for name in SERVERS:
         found.append(Side(name, directory, tuple(flags), variables=own_variables[name]))
