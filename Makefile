@@ -90,9 +90,11 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
-# Two processes of one thread each: torch's threads wait for each other on shared cores.
+# Two processes of one thread each: torch's threads wait for each other on shared cores. Without
+# `nobind`, the servers of both processes would be bound to the same core.
 test: lint setup-eval .browser/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf out

@@ -1,9 +1,10 @@
 """Several servers on one machine, started at once and asked in turn.
 
-On a GPU no server inherits OMP_NUM_THREADS from the benchmark; a side that needs it has it among
-its variables. Without it vLLM's API server resizes frames on one thread, which is what a user gets
-who sets nothing; with it, on so many (vllm/utils/torch_utils.py, set_default_torch_num_threads).
-On a CPU the variable is inherited: it keeps the threads of several servers apart.
+On a GPU a plain server does not inherit OMP_NUM_THREADS from the benchmark; a side that is to have
+it has it among its variables. Without it vLLM's API server resizes frames on one thread, which is
+what a user gets who sets nothing; with it, on so many (vllm/utils/torch_utils.py,
+set_default_torch_num_threads). On a CPU the variable is inherited: it keeps the threads of several
+servers apart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from checkpoint.log import get_logger
-from serve.command import build_environment
+from serve.command import TORCH_THREADS, build_environment
 from serve.environment import ServeEnvironment
 from serve.own_server import OwnServer
 from serve.preflight import free_port, preflight
@@ -33,8 +34,6 @@ from serve.vllm_flags import setting_values
 logger = get_logger(__name__)
 
 START_SECONDS = 420.0
-
-THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 REQUEST_SECONDS = 300.0
 """Time after which an answer counts as missing."""
@@ -305,7 +304,8 @@ class Servers:
         else:
             variables = build_environment(config, own, environment.device, side.flags)
             command = full_command(side.directory, own, environment, side.flags)
-        without = (THREADS_VARIABLE,) if environment.device.kind == "cuda" else ()
+        on_gpu = environment.device.kind == "cuda"
+        without = (TORCH_THREADS,) if side.is_plain and on_gpu else ()
         return _Prepared(command, variables | dict(side.variables), without, own)
 
     def _launch(self, side: Side, prepared: _Prepared) -> str:

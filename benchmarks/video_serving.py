@@ -16,6 +16,7 @@ from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
 from hybridquant_vllm.step_times import VARIABLE
 from serve.clips import looped
+from serve.command import TORCH_THREADS
 
 logger = get_logger(__name__)
 
@@ -23,6 +24,9 @@ SERVERS = ("stock", "plugin")
 
 PAINTERS = 8
 """Threads that draw pages; Pillow compresses them beside one another."""
+
+FIFTH = 5
+"""Request by which a server has compiled what it needs."""
 
 
 def sides(
@@ -37,7 +41,9 @@ def sides(
         variables: More environment variables of the server with the plug-in.
     """
     given = dict(variables) | {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))}
-    own_variables = {"stock": {"HYBRIDQUANT_FAST_VIDEO": "0"}, "plugin": given}
+    # vLLM by itself makes media ready on one thread of torch, and `python -m serve` on all cores.
+    stock = {"HYBRIDQUANT_FAST_VIDEO": "0", TORCH_THREADS: "1"}
+    own_variables = {"stock": stock, "plugin": given}
     found = []
     for name in SERVERS:
         found.append(Side(name, directory, tuple(flags), variables=own_variables[name]))
@@ -153,9 +159,14 @@ def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: 
     for _ in range(count):
         for name in reversed(SERVERS):
             runs[name].append(askers[name].ask("video", [new_clip()], 1))
-    return _compared({name: [run["first"] for run in timed] for name, timed in runs.items()}) | {
-        "prompt_tokens": {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
-    }
+    seconds = {name: [run["first"] for run in timed] for name, timed in runs.items()}
+    found = _compared(seconds)
+    found["prompt_tokens"] = {name: timed[0]["prompt_tokens"] for name, timed in runs.items()}
+    if count >= FIFTH:
+        found["first against the fifth"] = {
+            name: round(times[0] / times[FIFTH - 1], 2) for name, times in seconds.items()
+        }
+    return found
 
 
 def decoding(askers: dict[str, Asker], count: int, end: float) -> Measured:

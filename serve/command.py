@@ -32,6 +32,8 @@ MEDIA_THREADS = "VLLM_MEDIA_LOADING_THREAD_COUNT"
 
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 
+TORCH_THREADS = "OMP_NUM_THREADS"
+
 NO_HOST = "remote-media-are-off.invalid"
 """The only host that requests may name when none is allowed: names below .invalid exist nowhere
 (RFC 2606). Without any host in its flag, vLLM fetches from all. The name is in its refusal."""
@@ -91,6 +93,9 @@ def build_environment(
         # A host that is allowed could send the server on to one that is not.
         REDIRECTS: "0",
     }
+    if device.kind == "cuda":
+        # vLLM's API server makes tensors of media with one thread of torch where this is not set.
+        variables[TORCH_THREADS] = str(media_threads())
     if device.kind == "cpu":
         # GiB. The tiny checkpoint's cache holds a million tokens in one; the 12B needs 24 KB per
         # token and 149 MB per sequence: see serve/memory.py.

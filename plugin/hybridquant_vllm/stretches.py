@@ -23,6 +23,8 @@ DECODER_POOL = Pool("hybridquant-decoder")
 _PARALLEL_CODECS = {"av1", "h264", "hevc", "vp9"}
 """Codecs of which a packet holds exactly one frame, with the time stamp of that frame."""
 
+_SMALL_FRAME_PIXELS = 1280 * 720
+
 _COUNTED_FORMATS = {"mpegts", "h264", "hevc"}
 """Containers that may begin within a stretch, or have no time stamps of their own."""
 
@@ -116,7 +118,7 @@ def decode_in_parallel(
     """
     first = _first_frame(clip)
     converted.rotation = first.rotation
-    threads = math.ceil(worker_count() / len(stretches))
+    threads = _threads_of_a_stretch(first, len(stretches))
     futures: list[Future[None]] = []
     for stretch in stretches:
         context = _decoder(clip.stream, first, threads)
@@ -126,6 +128,17 @@ def decode_in_parallel(
     for error in errors:
         if error is not None:
             raise error
+
+
+def _threads_of_a_stretch(frame: VideoFrame, stretches: int) -> int:
+    """Return on how many threads each stretch is decoded.
+
+    Of small frames on one: starting more costs as much as they gain, and several clips at once
+    keep all cores busy anyway.
+    """
+    if frame.width * frame.height <= _SMALL_FRAME_PIXELS:
+        return 1
+    return math.ceil(worker_count() / stretches)
 
 
 def _first_frame(clip: OpenedClip) -> VideoFrame:

@@ -203,7 +203,7 @@ def test_the_plain_line_is_the_posts(tiny_copy, algo, flags):
     ("device", "variables", "threads"),
     [(H100, {}, ""), (H100, {"OMP_NUM_THREADS": "4"}, "4"), (CPU, {}, "16")],
 )
-def test_a_server_on_a_gpu_inherits_no_number_of_threads(
+def test_stock_on_a_gpu_inherits_no_number_of_threads(
     tiny, tmp_path, monkeypatch, device, variables, threads
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "16")

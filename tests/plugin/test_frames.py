@@ -181,3 +181,14 @@ def test_pictures_of_the_clips_differ():
 def test_making_clips_leaves_the_scheduling_of_the_process_alone():
     clip(4, codec="libsvtav1", options={"svtav1-params": "keyint=8"})
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize(
+    ("size", "threads"), [((1280, 720), 1), ((720, 1280), 1), ((1920, 1080), 4), ((3840, 2160), 4)]
+)
+def test_large_frames_are_decoded_on_the_cores_that_stretches_leave_idle(
+    size, threads, monkeypatch
+):
+    """Twelve clips of small frames at once are ready sooner on one thread a stretch."""
+    monkeypatch.setattr(stretches_module, "worker_count", lambda: 16)
+    assert stretches_module._threads_of_a_stretch(av.VideoFrame(*size), 5) == threads

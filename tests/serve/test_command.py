@@ -101,6 +101,20 @@ def test_cpu_starts_eager_with_a_small_cache(tiny_config, tiny, full12b):
     assert "VLLM_CPU_KVCACHE_SPACE" not in build_environment(tiny_config, ServeSettings(), H100)
 
 
+def test_upstream_trap_vllm_makes_media_ready_on_one_thread_unless_told_otherwise(
+    full12b, monkeypatch
+):
+    """Its renderer calls `set_default_torch_num_threads`: one, or OMP_NUM_THREADS."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("VLLM_MEDIA_LOADING_THREAD_COUNT", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    assert build_environment(full12b, ServeSettings(), H100)["OMP_NUM_THREADS"] == "12"
+    # On a CPU, vLLM binds its threads to cores itself.
+    assert "OMP_NUM_THREADS" not in build_environment(full12b, ServeSettings(), CPU)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "OMP_NUM_THREADS" not in build_environment(full12b, ServeSettings(), H100)
+
+
 @pytest.mark.parametrize(("rate", "tokens"), [(0.0, 32768), (0.75, 8192), (0.99, 327)])
 def test_one_step_holds_a_clip_its_frame_texts_and_a_question(full12b, rate, tokens):
     found = batched_tokens(full12b, with_rate(rate))
