@@ -15,6 +15,7 @@ from checkpoint.atomic import space_faults
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layout import select_prefix, spec_bytes
+from checkpoint.libraries import find_mamba_kernels
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
 from checkpoint.video import Video
@@ -30,6 +31,10 @@ _FLOAT32 = 4
 _TENSORS_INSIDE = 8
 """Tensors of a layer's inner width that its backward holds: input, activation, both quantized, and
 their gradients."""
+
+_SCAN_TENSORS = 10
+"""Tensors of heads by (state and chunk) that the scan in plain PyTorch holds for its backward, in
+float32. Fitted to an H100's peaks, which samples padded to each other's length are part of."""
 
 _LOSS_TENSORS = 6
 """Tensors of a piece's logits that the loss and its backward hold at once."""
@@ -104,13 +109,15 @@ class DistillationPlan:
     def peak_bytes(self) -> int:
         """An estimate of the peak: `device_bytes` and the activations of the longest sample."""
         config = self.checkpoint.config
-        tokens = self.settings.pack_length or min(self.settings.max_length, config.max_length)
+        settings = self.settings
+        tokens = settings.pack_length or min(settings.max_length, config.max_length)
+        is_plain = find_mamba_kernels() is not None
         peak = training_bytes(
             self._language_model_bytes,
             self.weights,
             self.is_taught,
             self._shards,
-            activation_bytes(config, tokens, self.settings.gradient_checkpointing),
+            activation_bytes(config, tokens, settings.gradient_checkpointing, is_plain),
         )
         if self.is_sharded:
             peak += gathered_bytes(self.checkpoint, self.trained, self.is_taught)
@@ -260,21 +267,28 @@ def gathered_bytes(checkpoint: Checkpoint, trained: Collection[str], is_taught: 
     return outside + teachers + 3 * max(layers.values())
 
 
-def activation_bytes(config: CheckpointConfig, tokens: int, gradient_checkpointing: bool) -> int:
-    """Bytes of device memory that one sample's forward and backward need beside the weights.
+def activation_bytes(
+    config: CheckpointConfig,
+    tokens: int,
+    gradient_checkpointing: bool,
+    is_plain: bool = False,
+) -> int:
+    """Bytes of device memory that one row's forward and backward need beside the weights.
 
     With checkpointed layers: the residual stream before every layer, the inside of one layer, and
     the logits of one piece of the loss. Without: the inside of every layer. Counted by tensors of
     the widest size; two H100s have measured what a token adds, and the peak within 10% of the plan
-    (benchmarks/results/training_12b_2gpu.json, tests/quantize/distill/test_distill_plan.py).
+    (benchmarks/results/training_12b_2gpu.json, tests/quantize/distill/test_distill_plan.py). The
+    scan in plain PyTorch needs far more than mamba_ssm's kernels, which keep little of it.
 
     Args:
         config: The model's.
-        tokens: Of the sample.
+        tokens: Of the row.
         gradient_checkpointing: Whether each layer is computed twice.
+        is_plain: Whether Mamba layers run in plain PyTorch, without mamba_ssm's kernels.
     """
     stream = config.depth * config.hidden_size * _BF16
-    inside = {kind: _inside_bytes(config, kind) for kind in config.family.mixers.values()}
+    inside = {kind: _inside_bytes(config, kind, is_plain) for kind in config.family.mixers.values()}
     if gradient_checkpointing:
         layers = max(inside.values())
     else:
@@ -283,7 +297,7 @@ def activation_bytes(config: CheckpointConfig, tokens: int, gradient_checkpointi
     return tokens * (stream + layers) + loss
 
 
-def _inside_bytes(config: CheckpointConfig, kind: str) -> int:
+def _inside_bytes(config: CheckpointConfig, kind: str, is_plain: bool) -> int:
     """Bytes of a token inside a layer, for its backward."""
     text = config.text
     widths = {
@@ -291,7 +305,11 @@ def _inside_bytes(config: CheckpointConfig, kind: str) -> int:
         "mamba": text["mamba_num_heads"] * text["mamba_head_dim"],
         "attention": text["num_attention_heads"] * text["head_dim"],
     }
-    return _TENSORS_INSIDE * widths[kind] * _BF16
+    size = _TENSORS_INSIDE * widths[kind] * _BF16
+    if kind == "mamba" and is_plain:
+        width = text["mamba_num_heads"] * (text["ssm_state_size"] + text["chunk_size"])
+        size += _SCAN_TENSORS * width * _FLOAT32
+    return size
 
 
 def state_bytes(weights: int, sharded: int = 0) -> int:

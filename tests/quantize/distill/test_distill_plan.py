@@ -117,6 +117,20 @@ def test_a_token_adds_the_memory_that_two_h100s_measured(full12b):
     assert more - fewer == pytest.approx(66.3e9 - 60.7e9, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "gradient_checkpointing", "measured"),
+    [(4096, False, 4.1e9), (4096, False, 4.2e9), (12288, True, 3.2e9), (12288, True, 3.5e9)],
+)
+def test_rows_without_kernels_need_what_an_h100_measured(
+    tiny, tmp_path, monkeypatch, tokens, gradient_checkpointing, measured
+):
+    """qad_choice_long_h100.json: packed rows of the tiny checkpoint, all weights train."""
+    monkeypatch.setattr("quantize.distill.plan.find_mamba_kernels", lambda: "not installed")
+    settings = {"pack_length": tokens, "gradient_checkpointing": gradient_checkpointing}
+    plan = small_plan(tiny, tmp_path, train="all", max_length=4096, **settings)
+    assert plan.peak_bytes == pytest.approx(measured, rel=0.1)
+
+
 def test_checkpointed_layers_need_less(full12b):
     kept = activation_bytes(full12b, 16384, gradient_checkpointing=False)
     assert activation_bytes(full12b, 16384, gradient_checkpointing=True) < kept / 3
