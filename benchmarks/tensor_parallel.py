@@ -2,9 +2,10 @@
 
     python -m benchmarks.tensor_parallel DIR … --json FILE
 
-Each DIR is served on one GPU and on --ranks, all servers at once, by `python -m serve`'s way. Asked
-greedily: the demo's questions about a list, a page, pictures and a clip, and a long prompt. The
-tiny checkpoint and its exports have answers that are known.
+Each DIR is served on one GPU and on --ranks (on a CPU: processes), all servers at once, by
+`python -m serve`'s way, and vLLM's log must say so. Asked greedily: the demo's questions about a
+list, a page, pictures and a clip, and a long prompt. The tiny checkpoint and its exports have
+answers that are known.
 
 Exit status: 0 all answers are there, right, and the same; 1 otherwise.
 """
@@ -12,6 +13,7 @@ Exit status: 0 all answers are there, right, and the same; 1 otherwise.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import tempfile
@@ -32,6 +34,15 @@ logger = get_logger(__name__)
 
 GPU_FLAGS = ("--gpu-memory-utilization", "0.12", "--kv-cache-memory-bytes", "2000000000")
 """For several servers of a checkpoint of a few MB on one GPU."""
+
+
+_RANKS = re.compile(r"tensor_parallel_size=(\d+)")
+
+
+def ranks_of(log: str) -> int | None:
+    """Return over how many ranks vLLM says that it has split a model; None if it does not say."""
+    said = _RANKS.search(log)
+    return int(said[1]) if said else None
 
 
 def differences(one: dict[str, Any], several: dict[str, Any]) -> list[str]:
@@ -64,11 +75,11 @@ def run(arguments: Sequence[str]) -> int:
     environment = find_environment()
     shared = GPU_FLAGS if environment.device.kind == "cuda" else ()
     flags = (*shared, "--max-num-seqs", "16", *shlex.split(options.vllm))
-    split = {"tensor_parallel_size": str(options.ranks)}
+    split = ("--tensor-parallel-size", str(options.ranks))
     sides = []
     for directory in options.directories:
         sides.append(Side(f"{directory.name}, one", directory, flags))
-        sides.append(Side(f"{directory.name}, split", directory, flags, split))
+        sides.append(Side(f"{directory.name}, split", directory, (*flags, *split)))
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.tensor_parallel", *arguments]),
         "device": f"{options.ranks} × {environment.device.name}",
@@ -77,6 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     }
     write_json(options.json, result)
     answers: dict[str, Any] = {}
+    ranks: dict[str, int | None] = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
         Servers(ServeSettings(), environment) as servers,
@@ -84,7 +96,12 @@ def run(arguments: Sequence[str]) -> int:
         servers.start(sides)
         for name, asker in servers.askers.items():
             answers[name] = asked(asker, Path(scratch), options.max_tokens, lambda _: None)
+            ranks[name] = ranks_of(asker.log_text())
     faults = [f"{name} did not start: {why}" for name, why in servers.failed.items()]
+    for name, found_ranks in ranks.items():
+        wanted = options.ranks if name.endswith(", split") else 1
+        if found_ranks != wanted:
+            faults.append(f"{name}: vLLM says that it runs on {found_ranks}, not on {wanted}")
     for name, found in answers.items():
         faults += [f"{name}: {fault}" for fault in faults_of(found, must_be_right=True)]
     for directory in options.directories:
@@ -92,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
         if both[0] is not None and both[1] is not None:
             for title in differences(both[0], both[1]):
                 faults.append(f"{directory.name}: {title} is answered otherwise when split")
-    write_json(options.json, result | {"answers": answers, "faults": faults})
+    write_json(options.json, result | {"ranks": ranks, "answers": answers, "faults": faults})
     for fault in faults:
         logger.error("%s", fault)
     return 1 if faults else 0
