@@ -1,11 +1,11 @@
 """The table of stock vLLM against ours: what is started, what is asked, and what is missing."""
 
-import http.server
 import json
 import threading
 from pathlib import Path
 
 import pytest
+from json_server import JsonHandler, serving
 
 from benchmarks import serving_table
 from benchmarks.decode import BASELINE, OURS
@@ -23,41 +23,30 @@ H100 = cuda_device([Gpu((9, 0), "H100", 81559 * MIB, 81079 * MIB)])
 H200 = cuda_device([Gpu((9, 0), "H200", 143771 * MIB, 143100 * MIB)])
 
 
-class Chat(http.server.BaseHTTPRequestHandler):
+class Chat(JsonHandler):
     """Answers at once, as vLLM does; a prompt of 13 tokens is refused."""
 
     def do_GET(self):
-        self.reply(json.dumps({"data": [{"id": "stub"}]}).encode())
+        self.send(200, {"data": [{"id": "stub"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.request_body()
         if "messages" in body:
             usage = {"choices": [], "usage": {"prompt_tokens": 77}}
             said = {"choices": [{"delta": {"content": "a"}, "finish_reason": None}]}
             lines = [f"data: {json.dumps(event)}\n" for event in (said, usage)]
-            self.reply("".join(lines).encode())
+            self.send(200, "".join(lines))
         elif len(body["prompt"]) == 13:
             self.send_error(400)
         else:
             threading.Event().wait(0.002 * body["max_tokens"])
             tokens = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
-            self.reply(json.dumps({"usage": tokens}).encode())
-
-    def reply(self, data):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+            self.send(200, {"usage": tokens})
 
 
 @pytest.fixture
 def stub(monkeypatch):
     """Stub servers in the place of vLLM's; returns the names that were started together."""
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    threading.Thread(target=found.serve_forever, daemon=True).start()
     starts = []
 
     class Stubs:
@@ -76,7 +65,7 @@ def stub(monkeypatch):
                 if "broken" in side.flags:
                     self.failed[side.name] = "vLLM ended"
                 else:
-                    self.askers[side.name] = Asker(f"http://127.0.0.1:{found.server_port}")
+                    self.askers[side.name] = Asker(server.url)
 
         def stop(self, names):
             for name in names:
@@ -85,9 +74,8 @@ def stub(monkeypatch):
     environment = ServeEnvironment(Path("python"), (0, 33, 0), CPU, "0.2.0")
     monkeypatch.setattr(serving_table, "Servers", Stubs)
     monkeypatch.setattr(serving_table, "find_environment", lambda: environment)
-    yield starts
-    found.shutdown()
-    found.server_close()
+    with serving(Chat) as server:
+        yield starts
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """Two servers compared: what each is started with, what is timed, and what the ratios are."""
 
 import argparse
-import http.server
-import json
-import threading
+import contextlib
 import time
 from pathlib import Path
 
 import pytest
 from editing import edit_json
+from json_server import JsonHandler, serving
 
 from benchmarks import decode, plain_vllm
 from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn, numbers, pairs, sides_of
@@ -26,46 +25,30 @@ H100 = cuda_device([Gpu((9, 0), "H100", 85e9, 84e9)])
 TOKEN_SECONDS = 0.002
 
 
-class Completions(http.server.BaseHTTPRequestHandler):
+class Completions(JsonHandler):
     """Answers as vLLM does, after a time for the prompt and for each token."""
 
     def do_GET(self):
-        self.reply({"data": [{"id": "stub"}]})
+        self.send(200, {"data": [{"id": "stub"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.request_body()
         tokens = body["max_tokens"] - self.server.missing
         time.sleep(tokens * TOKEN_SECONDS)
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens}
-        self.reply({"usage": usage})
-
-    def reply(self, content):
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.send(200, {"usage": usage})
 
 
 @pytest.fixture
 def server():
     """Starts servers that take so long for a token; they end with the test."""
-    started = []
+    with contextlib.ExitStack() as started:
 
-    def start(missing=0):
-        found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions)
-        found.missing = missing
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        started.append(found)
-        return Asker(f"http://127.0.0.1:{found.server_port}")
+        def start(missing=0):
+            found = started.enter_context(serving(Completions, missing=missing))
+            return Asker(found.url)
 
-    yield start
-    for one in started:
-        one.shutdown()
-        one.server_close()
+        yield start
 
 
 class Fixed:
