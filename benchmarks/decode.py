@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import shlex
 import statistics
@@ -42,7 +41,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paired_servers import Asker, Measured, Servers, Side, random_prompts
+from benchmarks.paired_servers import (
+    Asker,
+    Measured,
+    Servers,
+    Side,
+    measured_with,
+    random_prompts,
+)
 from benchmarks.parts import write_json
 from benchmarks.serving import read_log
 from checkpoint.command import command_parser, parse_command
@@ -375,12 +381,7 @@ def run(arguments: Sequence[str]) -> int:
     end = begun + options.seconds
     environment = find_environment()
     baseline, ours = sides_of(options, environment.device)
-    about = {
-        "command": shlex.join(["python", "-m", "benchmarks.decode", *arguments]),
-        "device": environment.device.name,
-        "cores": len(os.sched_getaffinity(0)),
-        "vllm": environment.version,
-        "plugin": environment.plugin,
+    about = measured_with("decode", arguments, environment) | {
         "notes": [
             "Two servers at a time share a GPU and are asked in turn; the other one is idle. "
             "Ratios are above 1 where ours is better.",

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import random
+import shlex
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -268,7 +270,7 @@ class Servers:
         for side in sides:
             left = max(1.0, seconds - (time.monotonic() - begun))
             try:
-                self._wait(side, urls[side.name], left)
+                wait_until_ready(self._processes[side.name], OwnServer(urls[side.name]), left)
             except ServerDied as died:
                 logger.error("%s: %s", side.name, died)
                 self.stop([side.name])
@@ -315,13 +317,24 @@ class Servers:
         self._processes[side.name] = process
         return f"http://127.0.0.1:{prepared.settings.port}"
 
-    def _wait(self, side: Side, url: str, seconds: float) -> None:
-        """Wait until a server answers.
 
-        Raises:
-            ServerDied: It ends, or does not answer in time.
-        """
-        wait_until_ready(self._processes[side.name], OwnServer(url), seconds)
+def measured_with(
+    module: str, arguments: Sequence[str], environment: ServeEnvironment
+) -> dict[str, Any]:
+    """Return what a result file says about its command, the machine and vLLM.
+
+    Args:
+        module: The benchmark, as `decode`.
+        arguments: Of the command.
+        environment: Where vLLM is.
+    """
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *arguments]),
+        "device": environment.device.name,
+        "cores": len(os.sched_getaffinity(0)),
+        "vllm": environment.version,
+        "plugin": environment.plugin,
+    }
 
 
 @contextlib.contextmanager

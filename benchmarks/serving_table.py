@@ -32,7 +32,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from typing import Any
 
 from benchmarks.decode import from_log, in_turn, pairs
 from benchmarks.gpu_shares import USABLE
-from benchmarks.paired_servers import Asker, Measured, Servers
+from benchmarks.paired_servers import Asker, Measured, Servers, measured_with
 from benchmarks.parts import Parts, write_json
 from benchmarks.table_lines import LINES, Line, Sizes, Workbench
 from benchmarks.table_pairs import Pair, Plan, default_pairs, parse_pair, plan_of
@@ -304,18 +303,12 @@ def _table(
     environment: ServeEnvironment,
     sizes: Sizes,
 ) -> Table:
-    device = environment.device
     settings = {
-        "device": device.name,
+        "device": environment.device.name,
         "vllm": [environment.version, options.vllm, options.set],
         "sizes": dataclasses.asdict(sizes),
     }
-    about = {
-        "command": shlex.join(["python", "-m", "benchmarks.serving_table", *arguments]),
-        "device": device.name,
-        "cores": len(os.sched_getaffinity(0)),
-        "vllm": environment.version,
-        "plugin": environment.plugin,
+    about = measured_with("serving_table", arguments, environment) | {
         "notes": [
             "The two servers of a pair share a GPU and are asked in turn; all others are idle. "
             "Ratios are above 1 where ours is better. Clips are loops of the film, each with bytes "

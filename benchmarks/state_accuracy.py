@@ -15,7 +15,6 @@ for --tokens tokens: how many of these are the reference's up to the first that 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from accuracy.endpoint import ask_endpoint
 from accuracy.paired import pair
+from benchmarks.answers import described, differing
 from benchmarks.paired_servers import Asker, Servers, Side
 from benchmarks.parts import Parts, write_json
 from calibrate.samples import Sample
@@ -123,15 +123,12 @@ def compared(
     for way, own in found.items():
         if way == REFERENCE:
             continue
-        differing = {}
-        for task, answers in reference["answers"].items():
-            differing[task] = sum(one != two for one, two in zip(answers, own["answers"][task]))
         texts = list(zip(reference["texts"], own["texts"]))
         equal = [equal_tokens(one, two) for one, two in texts]
         paired = pair(samples, reference["answers"], own["answers"])
         rows[way] = {
-            "tasks": [dataclasses.asdict(row) | {"difference": row.difference} for row in paired],
-            "differing": differing,
+            "tasks": [described(row) for row in paired],
+            "differing": differing(reference["answers"], own["answers"]),
             "equal_tokens": {"median": statistics.median(equal), "least": min(equal)},
             "equal_texts": [one == two for one, two in texts].count(True),
         }

@@ -57,6 +57,11 @@ class Pair:
         """Names of the two servers, by their part in the comparison."""
         return {BASELINE: f"stock {self.stock}", OURS: f"ours {self.ours}"}
 
+    @property
+    def served(self) -> dict[str, Served]:
+        """What the two servers serve, by their names."""
+        return dict(zip(self.servers.values(), (self.stock, self.ours)))
+
 
 def default_pairs() -> list[str]:
     """Return all pairs: each format at each rate, and the launch post's."""
@@ -148,8 +153,10 @@ def plan_of(
             asked = list(lines)
         plan.all_lines[pair.name] = list(asked)
         fitting = list(asked)
-        while room and fitting and _pair_bytes(pair, fitting, sizes, configs, device) > room:
+        while room and fitting:
             needed = _pair_bytes(pair, fitting, sizes, configs, device)
+            if needed <= room:
+                break
             largest = max(fitting, key=lambda line: _pool(pair.ours, [line], sizes, configs))
             fitting.remove(largest)
             why = f"two servers need {needed / GB:.0f} GB, and {room / GB:.0f} are there"
@@ -157,11 +164,11 @@ def plan_of(
         plan.lines[pair.name] = fitting
         if any(line.key == "images" for line in fitting):
             plan.page_count += 2 * sizes.pages
-        for name, served in zip(pair.servers.values(), (pair.stock, pair.ours)):
+        for name, served in pair.served.items():
             loads.setdefault(name, []).extend((line, served.rate) for line in fitting)
     totals = {}
     for pair in wanted:
-        for name, served in zip(pair.servers.values(), (pair.stock, pair.ours)):
+        for name, served in pair.served.items():
             pool = _pool(served, [line for line, _ in loads[name]], sizes, configs)
             size = _server_bytes(served, pool, configs, device)
             totals[name] = size

@@ -187,7 +187,7 @@ def _prepare(given: argparse.Namespace) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     from benchmarks.decode import pairs
-    from benchmarks.paired_servers import started
+    from benchmarks.paired_servers import measured_with, started
     from benchmarks.video_serving import Workload, measure, sides
     from serve.environment import find_environment
     from serve.own_server import OwnServer
@@ -199,12 +199,7 @@ def _serve(given: argparse.Namespace) -> int:
     for film in given.larger:
         films[_height(film)] = film.resolve()
     flags = shlex.split(given.vllm)
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.video", *sys.argv[1:]]),
-        "device": environment.device.name,
-        "cores": len(os.sched_getaffinity(0)),
-        "vllm": environment.version,
-        "plugin": environment.plugin,
+    result = measured_with("video", sys.argv[1:], environment) | {
         "notes": [
             "Two servers on one GPU, asked in turn; the other one is idle. Clips are loops of the "
             "film, each with bytes of its own, named by file:// URLs.",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ import torch
 from rich.console import Console
 
 from accuracy.endpoint import ask_endpoint
-from accuracy.paired import Paired, pair, paired_table
+from accuracy.paired import pair, paired_table
+from benchmarks.answers import described, differing
 from benchmarks.environment import device_name
 from benchmarks.parts import Parts, write_json
 from benchmarks.serving import vllm_version
@@ -134,29 +134,15 @@ def measure(work: Path, tasks: Sequence[str], count: int, video: Video) -> dict[
         if way != STOCK:
             rows = pair(samples, answers[STOCK], answers[way])
             Console().print(paired_table(rows, STOCK, way))
-            against_stock[way] = [_plain(row) for row in rows]
+            against_stock[way] = [described(row) for row in rows]
     clips = [sample for task in tasks if task.startswith("video") for sample in samples[task]]
     return {
         "against_stock": against_stock,
         "answers_that_differ": {
-            way: _differences(answers[STOCK], answers[way]) for way in against_stock
+            way: differing(answers[STOCK], answers[way]) for way in against_stock
         },
         "kept_with_fp8_tower": kept_in_common(model, clips[:CLIPS], video) if clips else None,
     }
-
-
-def _differences(
-    reference: Mapping[str, Sequence[object]], variant: Mapping[str, Sequence[object]]
-) -> dict[str, int]:
-    found = {}
-    for task, answers in reference.items():
-        pairs = zip(answers, variant[task], strict=True)
-        found[task] = sum(one != other for one, other in pairs)
-    return found
-
-
-def _plain(row: Paired) -> dict[str, Any]:
-    return dataclasses.asdict(row) | {"difference": row.difference}
 
 
 def _parser() -> argparse.ArgumentParser:
