@@ -22,10 +22,11 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decode import STOCK_VARIABLES
 from benchmarks.paired_servers import Asker, Side, started
 from benchmarks.parts import write_json
 from benchmarks.serving import read_log
@@ -33,6 +34,7 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
 from checkpoint.faults import main
 from checkpoint.log import get_logger
+from checkpoint.video import Video
 from serve.ask import RequestRefused, ask, content_parts
 from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
@@ -67,6 +69,31 @@ def command_flags(directory: Path, rate: float = 0) -> list[str]:
     if quantization is not None:
         flags += ["--quantization", quantization]
     return [*flags, "--video-pruning-rate", f"{rate:g}"]
+
+
+def stock_side(
+    name: str,
+    directory: Path,
+    rate: float,
+    media: Path,
+    flags: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+) -> Side:
+    """Return stock vLLM with the post's flags, asked what ours is asked.
+
+    Args:
+        name: Of the server.
+        directory: A checkpoint.
+        rate: Of EVS.
+        media: Folder that it may read.
+        flags: More flags.
+        variables: More environment variables.
+    """
+    video = Video()
+    sampling = {"video": {"fps": video.fps, "num_frames": video.max_frames}}
+    seen = ["--media-io-kwargs", json.dumps(sampling), "--allowed-local-media-path", str(media)]
+    given = (*command_flags(directory, rate), *seen, *flags)
+    return Side(name, directory, given, {}, STOCK_VARIABLES | dict(variables or {}), is_plain=True)
 
 
 def long_prompt() -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.decode import BASELINE, OURS, STOCK_VARIABLES
+from benchmarks.decode import BASELINE, OURS
 from benchmarks.gpu_shares import USABLE, WEIGHTS, cache_bytes, memory_flags, server_bytes, stages
 from benchmarks.paired_servers import Side
-from benchmarks.plain_vllm import command_flags
+from benchmarks.plain_vllm import stock_side
 from benchmarks.table_lines import Line, Sizes, load_of
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.faults import BadInput, Fault
-from checkpoint.video import Video
 from serve.environment import Device, ServeEnvironment
 from serve.memory import GB
 from serve.settings import ServeSettings
@@ -174,7 +172,9 @@ def plan_of(
             totals[name] = size
             own = [*memory_flags(device, size, pool), "--max-num-seqs", str(sizes.at_once), *flags]
             if name.startswith("stock"):
-                plan.sides[name] = stock_side(name, models / served.format, served.rate, media, own)
+                plan.sides[name] = stock_side(
+                    name, models / served.format, float(served.rate), media, own
+                )
             else:
                 chosen = {"video.pruning_rate": served.rate, **settings}
                 plan.sides[name] = Side(name, models / served.format, tuple(own), chosen)
@@ -182,23 +182,6 @@ def plan_of(
     for stage in stages(groups, totals, room):
         plan.stages.append([wanted[index] for index in stage])
     return plan
-
-
-def stock_side(name: str, directory: Path, rate: str, media: Path, flags: Sequence[str]) -> Side:
-    """Return stock vLLM with the launch post's flags, asked what ours is asked.
-
-    Args:
-        name: Of the server.
-        directory: A checkpoint.
-        rate: Of EVS.
-        media: Folder that it may read.
-        flags: More flags.
-    """
-    video = Video()
-    sampling = {"video": {"fps": video.fps, "num_frames": video.max_frames}}
-    seen = ["--media-io-kwargs", json.dumps(sampling), "--allowed-local-media-path", str(media)]
-    given = (*command_flags(directory, float(rate)), *seen, *flags)
-    return Side(name, directory, given, variables=STOCK_VARIABLES, is_plain=True)
 
 
 def _pool(

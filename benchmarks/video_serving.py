@@ -1,7 +1,10 @@
-"""Asks two servers about new clips and pages: how long until the first token, how many at once."""
+"""Asks stock vLLM, with one thread and with all, and ours about new clips and pages: how long until
+the first token, and how many at once.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -10,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from benchmarks.decode import BASELINE, OURS, decode_rate, in_turn
 from benchmarks.paired_servers import Asker, Measured, Side
+from benchmarks.plain_vllm import stock_side
 from benchmarks.video_steps import breakdown
 from checkpoint.log import get_logger
 from hybridquant_vllm.step_times import VARIABLE
@@ -20,7 +23,10 @@ from serve.command import TORCH_THREADS
 
 logger = get_logger(__name__)
 
-SERVERS = ("stock", "plugin")
+STOCK = "stock"
+STOCK_THREADS = "stock, OMP_NUM_THREADS set"
+OURS = "plugin"
+SERVERS = (STOCK, STOCK_THREADS, OURS)
 
 PAINTERS = 8
 """Threads that draw pages; Pillow compresses them beside one another."""
@@ -30,24 +36,28 @@ FIFTH = 5
 
 
 def sides(
-    directory: Path, flags: list[str], media: Path, variables: Mapping[str, str]
+    directory: Path, rate: float, flags: Sequence[str], media: Path, variables: Mapping[str, str]
 ) -> list[Side]:
-    """Return the two servers: one directory, served by us, without and with the plug-in.
+    """Return the servers: stock vLLM twice, and ours.
+
+    Stock vLLM makes media ready on one thread of torch, unless OMP_NUM_THREADS is set; the second
+    one has it set to the number of cores.
 
     Args:
         directory: A checkpoint.
-        flags: More flags of `vllm serve`.
+        rate: Of EVS.
+        flags: More flags of `vllm serve`, for all.
         media: Folder that requests may name files of; the plug-in's step times go there.
         variables: More environment variables of the server with the plug-in.
     """
-    given = dict(variables) | {"HYBRIDQUANT_FAST_VIDEO": "1", VARIABLE: str(step_times(media))}
-    # vLLM by itself makes media ready on one thread of torch, and `python -m serve` on all cores.
-    stock = {"HYBRIDQUANT_FAST_VIDEO": "0", TORCH_THREADS: "1"}
-    own_variables = {"stock": stock, "plugin": given}
-    found = []
-    for name in SERVERS:
-        found.append(Side(name, directory, tuple(flags), variables=own_variables[name]))
-    return found
+    threads = {TORCH_THREADS: str(len(os.sched_getaffinity(0)))}
+    written = {VARIABLE: str(step_times(media))}
+    settings = {"video.pruning_rate": f"{rate:g}"}
+    return [
+        stock_side(STOCK, directory, rate, media, flags),
+        stock_side(STOCK_THREADS, directory, rate, media, flags, threads),
+        Side(OURS, directory, tuple(flags), settings, dict(variables) | written),
+    ]
 
 
 def step_times(media: Path) -> Path:
@@ -109,7 +119,7 @@ class Workload:
 def measure(
     askers: dict[str, Asker], work: Workload, seconds: float, keep: Callable[[Measured], None]
 ) -> Measured:
-    """Measure both servers, in turn, as far as the time goes.
+    """Measure all servers, in turn, as far as the time goes.
 
     Args:
         askers: The servers by name.
@@ -120,7 +130,7 @@ def measure(
     end = time.monotonic() + seconds
     new_clip = partial(work.clip, 720, 64.0)
     times = step_times(work.folder)
-    steps = partial(breakdown, askers["plugin"], times=times, count=5)
+    steps = partial(breakdown, askers[OURS], times=times, count=5)
     parts: dict[str, Callable[[], Measured]] = {
         "64 s of 720p": partial(first_tokens, askers, new_clip, 6),
         "steps of 64 s of 720p": partial(steps, new_clip),
@@ -128,14 +138,12 @@ def measure(
         "12 clips of 32 s at once": partial(
             at_once, askers, "video", partial(work.clip, 720, 32.0), 12, 12, 128
         ),
-        "decode at 64, tokens/s": partial(decoding, askers, 64, end),
     }
     for height in sorted(set(work.films) - {720}):
         clip = partial(work.clip, height, 64.0)
         parts[f"64 s of {height}p"] = partial(first_tokens, askers, clip, 3)
         parts[f"steps of 64 s of {height}p"] = partial(steps, clip)
     parts["32 pages, 16 at once"] = partial(at_once, askers, "image", work.page, 32, 16, 16)
-    parts["decode at 1, tokens/s"] = partial(decoding, askers, 1, end)
     found: Measured = {}
     for name, part in parts.items():
         if time.monotonic() > end:
@@ -153,7 +161,7 @@ def measure(
 def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
     """Seconds to the first token of new clips, one after another, the servers in turn.
 
-    The plug-in's server is asked first, so that it finds no kernels that the other has compiled.
+    The plug-in's server is asked first, so that it finds no kernels that another has compiled.
     """
     runs: dict[str, list[Measured]] = {name: [] for name in askers}
     for _ in range(count):
@@ -167,16 +175,6 @@ def first_tokens(askers: dict[str, Asker], new_clip: Callable[[], Path], count: 
             name: round(times[0] / times[FIFTH - 1], 2) for name, times in seconds.items()
         }
     return found
-
-
-def decoding(askers: dict[str, Asker], count: int, end: float) -> Measured:
-    """Tokens per second of `count` requests for text at once; see `benchmarks.decode`."""
-    named = {BASELINE: askers["stock"], OURS: askers["plugin"]}
-
-    def run(asker: Asker, seed: int) -> float:
-        return decode_rate(asker, count, 256, seed)
-
-    return in_turn(named, run, repeats=3, more_is_better=True, end=end)
 
 
 def again(askers: dict[str, Asker], new_clip: Callable[[], Path], count: int) -> Measured:
@@ -195,7 +193,7 @@ def _compared(seconds: dict[str, list[float]]) -> Measured:
     return {
         "seconds": {name: [round(run, 3) for run in runs] for name, runs in seconds.items()},
         "median without the first": {name: round(value, 3) for name, value in medians.items()},
-        "times faster": round(medians["stock"] / medians["plugin"], 2),
+        "times faster": _against_stock(lambda stock: medians[stock] / medians[OURS]),
     }
 
 
@@ -216,8 +214,13 @@ def at_once(
     best = {name: max(found) for name, found in rates.items()}
     return {
         "requests per second": {n: [round(rate, 3) for rate in r] for n, r in rates.items()},
-        "times as many": round(best["plugin"] / best["stock"], 2),
+        "times as many": _against_stock(lambda stock: best[OURS] / best[stock]),
     }
+
+
+def _against_stock(ratio: Callable[[str], float]) -> dict[str, float]:
+    """Return ours against each of the stock servers."""
+    return {stock: round(ratio(stock), 2) for stock in (STOCK, STOCK_THREADS)}
 
 
 def requests_per_second(
