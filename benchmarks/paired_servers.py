@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from checkpoint.faults import shortened
 from checkpoint.log import get_logger
 from serve.command import TORCH_THREADS, build_environment
 from serve.environment import ServeEnvironment
@@ -101,7 +102,7 @@ class Asker:
             `begin`: when it was asked, by the machine's monotonic clock.
 
         Raises:
-            OSError: It does not answer, or refuses.
+            OSError: It does not answer, refuses, or ends its answer with an error.
         """
         parts: list[Measured] = []
         for file in files:
@@ -122,6 +123,8 @@ class Asker:
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
+                if "error" in event:
+                    raise OSError(f"the server ended its answer: {shortened(str(event['error']))}")
                 if event["choices"] and not first and _has_token(event["choices"][0]):
                     first = time.monotonic() - start
                 if event.get("usage"):

@@ -4,7 +4,9 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from json_server import JsonHandler, serving
 
+from benchmarks.paired_servers import Asker
 from benchmarks.video_serving import OURS, STOCK, STOCK_THREADS, again, sides
 from serve.command import TORCH_THREADS
 
@@ -40,3 +42,21 @@ def test_ratios_are_above_one_where_ours_is_faster():
     found = again(askers, lambda: Path("clip.mp4"), 2)
     assert found["median without the first"] == {STOCK: 3.0, STOCK_THREADS: 2.0, OURS: 1.0}
     assert found["times faster"] == pytest.approx({STOCK: 3.0, STOCK_THREADS: 2.0})
+
+
+class EndsWithError(JsonHandler):
+    """Answers as vLLM does whose engine ends after the answer has begun."""
+
+    def do_GET(self):
+        self.send(200, {"data": [{"id": "stub"}]})
+
+    def do_POST(self):
+        self.request_body()
+        self.send(200, 'data: {"error": {"message": "EngineCore encountered an issue"}}\n')
+
+
+def test_an_error_within_an_answer_names_the_reason():
+    with serving(EndsWithError) as server:
+        asker = Asker(server.url)
+        with pytest.raises(OSError, match="ended its answer: .*EngineCore"):
+            asker.ask("video", [Path("clip.mp4")], 1)
