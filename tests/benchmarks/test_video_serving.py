@@ -58,5 +58,5 @@ class EndsWithError(JsonHandler):
 def test_an_error_within_an_answer_names_the_reason():
     with serving(EndsWithError) as server:
         asker = Asker(server.url)
-        with pytest.raises(OSError, match="ended its answer: .*EngineCore"):
+        with pytest.raises(OSError, match=r"ended its answer: .*EngineCore"):
             asker.ask("video", [Path("clip.mp4")], 1)
