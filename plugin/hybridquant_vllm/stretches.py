@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Lock
 
 import av
 from av.packet import Packet
@@ -40,6 +42,29 @@ class Stretch:
 
     packets: list[Packet]
     positions: dict[int, int]
+
+
+class StretchCount:
+    """Counts the stretches of all clips that are being decoded or wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._count = 0
+
+    @contextlib.contextmanager
+    def added(self, stretches: int) -> Iterator[int]:
+        """Count more stretches for the length of a `with` block, and yield the number of all."""
+        with self._lock:
+            self._count += stretches
+            count = self._count
+        try:
+            yield count
+        finally:
+            with self._lock:
+                self._count -= stretches
+
+
+_IN_DECODING = StretchCount()
 
 
 class NotParallel(Exception):
@@ -118,27 +143,34 @@ def decode_in_parallel(
     """
     first = _first_frame(clip)
     converted.rotation = first.rotation
-    threads = _threads_of_a_stretch(first, len(stretches))
     futures: list[Future[None]] = []
-    for stretch in stretches:
-        context = _decoder(clip.stream, first, threads)
-        futures.append(DECODER_POOL.executor.submit(_decode, context, stretch, converted))
-    # All are waited for, also after an error: they write into `converted`.
-    errors = [future.exception() for future in futures]
+    with _IN_DECODING.added(len(stretches)) as all_stretches:
+        threads = _threads_of_a_stretch(first, all_stretches)
+        for stretch in stretches:
+            context = _decoder(clip.stream, first, threads)
+            futures.append(DECODER_POOL.executor.submit(_decode, context, stretch, converted))
+        # All are waited for, also after an error: they write into `converted`.
+        errors = [future.exception() for future in futures]
     for error in errors:
         if error is not None:
             raise error
 
 
-def _threads_of_a_stretch(frame: VideoFrame, stretches: int) -> int:
-    """Return on how many threads each stretch is decoded.
+def _threads_of_a_stretch(frame: VideoFrame, all_stretches: int) -> int:
+    """Return on how many threads each stretch of a clip is decoded.
 
-    Of small frames on one: starting more costs as much as they gain, and several clips at once
-    keep all cores busy anyway.
+    Stretches share the cores. Where the cores cannot be divided evenly, large frames get a thread
+    more; with small frames, starting it costs as much as it gains
+    (benchmarks/results/decode_threads_h100.json).
+
+    Args:
+        frame: One of the clip's.
+        all_stretches: Number of stretches, those of other clips included.
     """
+    share = worker_count() / all_stretches
     if frame.width * frame.height <= _SMALL_FRAME_PIXELS:
-        return 1
-    return math.ceil(worker_count() / stretches)
+        return max(1, math.floor(share))
+    return math.ceil(share)
 
 
 def _first_frame(clip: OpenedClip) -> VideoFrame:

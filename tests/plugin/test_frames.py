@@ -184,11 +184,30 @@ def test_making_clips_leaves_the_scheduling_of_the_process_alone():
 
 
 @pytest.mark.parametrize(
-    ("size", "threads"), [((1280, 720), 1), ((720, 1280), 1), ((1920, 1080), 4), ((3840, 2160), 4)]
+    ("size", "stretches", "threads"),
+    [
+        ((1280, 720), 1, 16),
+        ((720, 1280), 5, 3),
+        ((1280, 720), 13, 1),
+        ((1280, 720), 72, 1),
+        ((1920, 1080), 1, 16),
+        ((1920, 1080), 5, 4),
+        ((3840, 2160), 13, 2),
+        ((3840, 2160), 72, 1),
+    ],
 )
-def test_large_frames_are_decoded_on_the_cores_that_stretches_leave_idle(
-    size, threads, monkeypatch
-):
-    """Twelve clips of small frames at once are ready sooner on one thread a stretch."""
+def test_stretches_share_the_cores(size, stretches, threads, monkeypatch):
+    """A clip with one keyframe is decoded on all cores, and twelve clips at once on one each."""
     monkeypatch.setattr(stretches_module, "worker_count", lambda: 16)
-    assert stretches_module._threads_of_a_stretch(av.VideoFrame(*size), 5) == threads
+    assert stretches_module._threads_of_a_stretch(av.VideoFrame(*size), stretches) == threads
+
+
+def test_stretches_of_other_clips_count_until_they_are_decoded():
+    count = stretches_module.StretchCount()
+    with count.added(5) as first:
+        with count.added(7) as second:
+            assert (first, second) == (5, 12)
+        with count.added(1) as third:
+            assert third == 6
+    with count.added(2) as last:
+        assert last == 2
