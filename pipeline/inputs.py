@@ -117,6 +117,17 @@ def training_samples(section: Distill, skipped: Skipped) -> Iterator[Sample]:
     return shuffled(_mixed_samples(section, "distill.sources", skipped), section.seed)
 
 
+def training_sample_faults(section: Distill) -> Iterator[Fault]:
+    """Yield a fault when the sources have no sample to train on beside those that are held out.
+
+    Rows that cannot be used are counted too: a training that meets only those stops later.
+    """
+    total = sum(source.count(section.held_out + 1) for source in section.sources)
+    if total <= section.held_out:
+        what = f"hold {total} samples, and distill.held_out keeps {section.held_out} apart"
+        yield Fault("distill.sources", what, "give more samples, or lower distill.held_out")
+
+
 def _mixed_samples(
     section: Calibrate | Accuracy | Distill, name: str, skipped: Skipped
 ) -> Iterator[Sample]:

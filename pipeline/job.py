@@ -24,6 +24,7 @@ from pipeline.inputs import (
     open_source,
     prompts_of,
     source_digests,
+    training_sample_faults,
     training_samples,
 )
 from quantize.algorithms import algorithm_faults
@@ -121,6 +122,7 @@ def _plan_distillation(
         return None
     skipped = Skipped(section.max_skipped, repeats=True)
     next(training_samples(section, skipped))  # a source that does not exist is reported now
+    raise_if_any(training_sample_faults(section))
     return plan_distillation(
         section,
         lambda: training_samples(section, skipped),

@@ -308,6 +308,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
         count=_PEEKED_TO_TRAIN,
         skipped=Skipped(UNLIMITED),
         max_length=min(settings.max_length, config.max_length),
+        name="distill.sources",
     )
     lengths = [prompt.length for prompt in prompts]
     mean = sum(lengths) / len(lengths)

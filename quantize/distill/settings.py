@@ -58,8 +58,9 @@ class Distill(Section):
     """Evaluations in a row worse than PTQ after which the run stops."""
     gradient_checkpointing: bool = False
     """Whether to compute each layer twice rather than keep its activations."""
-    seed: int = 2_000_003
-    """A third seed, so that synthetic samples are neither calibration's nor accuracy's."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 2_000_003
+    """A third seed, so that synthetic samples are neither calibration's nor accuracy's. NumPy's
+    generator, which transformers seeds, takes 32 bits."""
 
     @property
     def samples(self) -> int:

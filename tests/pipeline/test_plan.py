@@ -8,6 +8,7 @@ import re
 import pytest
 
 from benchmarks import training
+from calibrate.sources.jsonl import JsonlSource
 from checkpoint.faults import BadInput
 from checkpoint.layout import (
     expected_tensors,
@@ -39,14 +40,15 @@ def distilling(tiny, tmp_path, monkeypatch):
     return load_recipe(SHIPPED / "tiny" / "nvfp4_qad.yaml", overrides)
 
 
-def without_packing(recipe):
-    distill = recipe.distill.model_copy(update={"pack_length": None})
+def with_distill(recipe, **changed):
+    """A recipe with other settings of its distillation."""
+    distill = recipe.distill.model_copy(update=changed)
     return recipe.model_copy(update={"distill": distill})
 
 
 def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
     with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
-        run(without_packing(distilling))
+        run(with_distill(distilling, pack_length=None))
     # Documents have some 100 tokens, answer included.
     trained = r"then 61 tensors, 1\.\d million weights, train for \d+ steps"
     samples = r"of \d+ samples of about 1\d\d tokens:"
@@ -104,6 +106,24 @@ def test_training_beyond_the_devices_memory_is_refused_before_anything_is_loaded
     message = r"memory of cpu: needs .* GB, 0\.01 GB are free .*FSDP2 divides the training"
     with pytest.raises(BadInput, match=message):
         run(distilling)
+
+
+def test_sources_that_are_all_held_out_are_refused_before_anything_is_loaded(distilling, tmp_path):
+    samples = tmp_path / "five.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "A question?"}]})
+    samples.write_text("\n".join([line] * 5))
+    sources = (JsonlSource(type="jsonl", path=samples),)
+    message = r"distill\.sources: hold 5 samples, and distill\.held_out keeps 5 apart"
+    with pytest.raises(BadInput, match=message):
+        run(with_distill(distilling, sources=sources, held_out=5))
+    with pytest.raises(KeyboardInterrupt):  # it comes as far as the model
+        run(with_distill(distilling, sources=sources, held_out=4))
+
+
+def test_training_samples_that_are_all_too_long_are_called_by_their_section(distilling):
+    message = r"distill\.sources: no sample can be used"
+    with pytest.raises(BadInput, match=message):
+        run(with_distill(distilling, max_length=16))
 
 
 @pytest.mark.parametrize(("shards", "gigabytes"), [(1, 203), (2, 101), (4, 71), (8, 71)])

@@ -250,3 +250,10 @@ def test_a_recipe_chooses_the_loss_and_distils_by_default():
     message = r"distill\.loss: is 'mse': should be 'kl' or 'cross_entropy'"
     with pytest.raises(BadInput, match=message):
         load_recipe(RECIPE, ["distill.loss=mse"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_would_refuse_is_refused_in_the_recipe(seed):
+    with pytest.raises(BadInput, match=rf"distill\.seed: is {seed}: should be"):
+        load_recipe(RECIPE, [f"distill.seed={seed}"])
+    assert load_recipe(RECIPE, [f"distill.seed={2**32 - 1}"]).distill.seed == 2**32 - 1
