@@ -1,33 +1,27 @@
 """Builds a sample's prompt token for token as vLLM does: the chat template, then the visual tokens.
 
-Facts from vLLM 0.32: vllm/transformers_utils/processors/nano_nemotron_vl.py (get_image_repl,
-get_video_repl) and vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py compares with vLLM.
+The text comes from calibrate/conversation.py. Facts from vLLM 0.32:
+vllm/transformers_utils/processors/nano_nemotron_vl.py (get_image_repl, get_video_repl).
+tests/calibrate/test_against_vllm.py compares with vLLM.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from calibrate.conversation import MEDIA, VIDEO_TOKEN, Medium, render, template_messages
 from calibrate.evs import retained_tokens
 from calibrate.samples import Sample, Skipped, faults_of_sample, media_bytes
 from calibrate.tiles import frame_tiles, image_tiles, load_image
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.memory import is_out_of_memory
+from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
-
-VIDEO_TOKEN = "<video>"
-Medium = Literal["image", "video"]
-_MEDIA: tuple[Medium, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -149,8 +143,8 @@ def _build_prompt(
     max_length: int | None,
 ) -> Prompt:
     where = sample.where
-    conversation, urls = _conversation(sample, config)
-    text = _render(conversation, sample, tokenizer, add_generation_prompt)
+    conversation, urls = template_messages(sample, config)
+    text = render(conversation, sample, tokenizer, add_generation_prompt)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     placeholders: dict[Medium, list[int]] = {
         "image": [config.image_token_id],
@@ -158,7 +152,7 @@ def _build_prompt(
     }
     places = _find_placeholders(token_ids, placeholders)
     _check_media([kind for kind, _ in places], [kind for kind, _ in urls], where)
-    waiting = {kind: [url for of, url in urls if of == kind] for kind in _MEDIA}
+    waiting = {kind: [url for of, url in urls if of == kind] for kind in MEDIA}
     built: list[int] = []
     media: list[Media] = []
     tiles: list[torch.Tensor] = []
@@ -212,14 +206,14 @@ def answer_length(
 def _answer_length(
     sample: Sample, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
 ) -> int:
-    conversation, _ = _conversation(sample, config)
+    conversation, _ = template_messages(sample, config)
     if not conversation or conversation[-1]["role"] != "assistant":
         return 0
-    whole_text = _render(conversation, sample, tokenizer, open_turn=True)
+    whole_text = render(conversation, sample, tokenizer, open_turn=True)
     whole = tokenizer.encode(whole_text, add_special_tokens=False)
     if len(conversation) == 1:  # there is no question
         return len(whole)
-    question_text = _render(conversation[:-1], sample, tokenizer, open_turn=True)
+    question_text = render(conversation[:-1], sample, tokenizer, open_turn=True)
     question = tokenizer.encode(question_text, add_special_tokens=False)
     shared = 0
     for ours, theirs in zip(whole, question, strict=False):
@@ -283,111 +277,6 @@ def build_prompts(
         raise BadInput(Fault(name, what, "see the faults below"), *skipped.faults)
 
 
-def _conversation(
-    sample: Sample, config: CheckpointConfig
-) -> tuple[list[dict[str, Any]], list[tuple[Medium, str]]]:
-    """The messages as vLLM gives them to the template, and (kind, URL) of every medium in order."""
-    conversation: list[dict[str, Any]] = []
-    urls: list[tuple[Medium, str]] = []
-    for message in sample.messages:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        parts: list[dict[str, str]] = []
-        for part in content:
-            kind = part["type"].removesuffix("_url")
-            if kind == "text":
-                _check_no_placeholder(part["text"], sample, config)
-                parts.append({"type": "text", "text": part["text"]})
-            elif kind in _MEDIA:
-                value = part[part["type"]]
-                urls.append((kind, value["url"] if isinstance(value, dict) else value))
-                parts.append({"type": kind})
-            else:
-                what = f"unknown content part {part['type']!r:.80}"
-                raise BadInput(Fault(sample.where, what, "give text, image or video"))
-        given: dict[str, Any] = {"role": message["role"], "content": parts}
-        conversation.append(given | _template_fields(message, parts))
-    return conversation, urls
-
-
-def _template_fields(message: dict[str, Any], parts: list[dict[str, str]]) -> dict[str, Any]:
-    """The other fields of a message as vLLM gives them to the template.
-
-    (vllm/renderers/chat_utils.py, `_parse_chat_message_content` and `_postprocess_messages`.)
-    """
-    fields: dict[str, Any] = {}
-    for key in ("name", "tool_call_id"):
-        if key in message:
-            fields[key] = message[key]
-    if "reasoning" in message:
-        fields["reasoning"] = message["reasoning"]
-        fields["reasoning_content"] = message["reasoning"]
-    if "tool_calls" in message:
-        calls = copy.deepcopy(message["tool_calls"])
-        for call in calls:
-            arguments = call["function"].get("arguments") or {}
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            call["function"]["arguments"] = arguments
-        fields["tool_calls"] = calls
-    if message["role"] == "tool" and all(part["type"] == "text" for part in parts):
-        fields["content"] = "\n".join(part["text"] for part in parts)
-    return fields
-
-
-def _check_template_knows(
-    conversation: list[dict[str, Any]], sample: Sample, template: str
-) -> None:
-    """Refuse what the template has no place for: a server would drop it without a word."""
-    wanted: dict[str, tuple[str, ...]] = {}
-    if sample.tools:
-        wanted["tools"] = ("tools",)
-    for message in conversation:
-        if message["role"] == "tool":
-            wanted["messages of the role tool"] = ('"tool"', "'tool'")
-        if "tool_calls" in message:
-            wanted["tool_calls"] = ("tool_calls",)
-        if "reasoning" in message:
-            wanted["reasoning_content"] = ("reasoning",)
-    for name, spellings in wanted.items():
-        if not any(spelling in template for spelling in spellings):
-            what = f"the chat template ignores {name}, as a server would"
-            remedy = "remove the sample, or write it into the content"
-            raise BadInput(Fault(sample.where, what, remedy))
-
-
-def _check_no_placeholder(text: str, sample: Sample, config: CheckpointConfig) -> None:
-    """Refuse a placeholder in a text: a server would put the next picture there, without a word."""
-    for token in (config.raw["img_context_token"], VIDEO_TOKEN):
-        if token in text:
-            remedy = "write it in another way, and give media as parts of their own"
-            raise BadInput(Fault(sample.where, f"text contains the placeholder {token}", remedy))
-
-
-def _render(
-    conversation: list[dict[str, Any]],
-    sample: Sample,
-    tokenizer: PreTrainedTokenizerFast,
-    open_turn: bool,
-) -> str:
-    if not conversation:
-        raise BadInput(Fault(sample.where, "messages is empty", "give at least one message"))
-    open_turn = open_turn and conversation[-1]["role"] != "assistant"
-    _check_template_knows(conversation, sample, str(tokenizer.chat_template))
-    tools: Any = sample.tools
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation, tools=tools, tokenize=False, add_generation_prompt=open_turn
-        )
-    except Exception as error:  # a template raises whatever its author chose
-        if is_out_of_memory(error):
-            raise
-        what = f"chat template refuses the messages: {shortened(error)}"
-        raise BadInput(Fault(sample.where, what, "reorder them")) from None
-    return str(text)
-
-
 def _find_placeholders(
     token_ids: list[int], placeholders: dict[Medium, list[int]]
 ) -> list[tuple[Medium, int]]:
@@ -396,7 +285,7 @@ def _find_placeholders(
     index = 0
     while index < len(token_ids):
         step = 1
-        for kind in _MEDIA:
+        for kind in MEDIA:
             tokens = placeholders[kind]
             if token_ids[index : index + len(tokens)] == tokens:
                 places.append((kind, index))
