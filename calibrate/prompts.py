@@ -26,18 +26,18 @@ from checkpoint.video import Video
 
 @dataclass(frozen=True)
 class Span:
-    """A run of tokens in a prompt."""
+    """Consecutive tokens of a prompt."""
 
     start: int
     length: int
 
     @property
     def end(self) -> int:
-        """Index behind the last token."""
+        """Index after the last token."""
         return self.start + self.length
 
     def shifted(self, by: int) -> Span:
-        """The same run, `by` tokens later."""
+        """Return the span `by` tokens later."""
         return Span(self.start + by, self.length)
 
 
@@ -50,7 +50,7 @@ class Media:
         first_tile: Index of its first tile in `Prompt.tiles`.
         tiles: Number of its tiles; for a video, of its frames.
         span: All its tokens, `<img>`, `</img>` and frame texts included.
-        visual: The runs of visual tokens in it: one for an image, one per frame for a video.
+        visual: The spans of visual tokens in it: one for an image, one per frame for a video.
     """
 
     kind: Medium
@@ -99,11 +99,40 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What replaces one placeholder: its tokens, the runs of visual tokens in them, its tiles."""
+    """What replaces one placeholder: its tokens, the spans of visual tokens in them, its tiles."""
 
     token_ids: list[int]
     visual: tuple[Span, ...]
     tiles: torch.Tensor
+
+
+class _PromptParts:
+    """Collects a prompt's tokens, media and tiles in their order."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.media: list[Media] = []
+        self._tiles: list[torch.Tensor] = []
+        self._tile_count = 0
+
+    def add_text(self, token_ids: list[int]) -> None:
+        self.token_ids += token_ids
+
+    def add_medium(self, kind: Medium, replacement: _Replacement) -> None:
+        start = len(self.token_ids)
+        count = len(replacement.tiles)
+        visual = tuple(span.shifted(start) for span in replacement.visual)
+        whole = Span(start, len(replacement.token_ids))
+        self.media.append(Media(kind, self._tile_count, count, whole, visual))
+        self.token_ids += replacement.token_ids
+        self._tiles.append(replacement.tiles)
+        self._tile_count += count
+
+    def all_tiles(self, size: int) -> torch.Tensor:
+        """float32 [tiles, 3, size, size]; tiles is 0 for a prompt without media."""
+        if not self._tiles:
+            return torch.empty(0, 3, size, size)
+        return torch.cat(self._tiles)
 
 
 def build_prompt(
@@ -127,7 +156,7 @@ def build_prompt(
         max_length: Most tokens after EVS; by default the model's context.
 
     Raises:
-        BadInput: A medium cannot be read, the text contains a placeholder of its own, the template
+        BadInput: A medium cannot be read, the text itself contains a placeholder, the template
             cannot render the messages, or the prompt is too long.
     """
     with faults_of_sample(sample.where):
@@ -153,32 +182,21 @@ def _build_prompt(
     places = _find_placeholders(token_ids, placeholders)
     _check_media([kind for kind, _ in places], [kind for kind, _ in urls], where)
     waiting = {kind: [url for of, url in urls if of == kind] for kind in MEDIA}
-    built: list[int] = []
-    media: list[Media] = []
-    tiles: list[torch.Tensor] = []
-    tile_count = 0
+    parts = _PromptParts()
     done = 0
     for kind, start in places:
-        built += token_ids[done:start]
+        parts.add_text(token_ids[done:start])
         # As in vLLM, the n-th placeholder of a kind takes the n-th medium of that kind, wherever
         # the template puts it.
         data = media_bytes(waiting[kind].pop(0), where)
         if kind == "image":
-            replacement = _image(data, where, config, tokenizer)
+            parts.add_medium(kind, _image(data, where, config, tokenizer))
         else:
-            replacement = _video(data, where, config, tokenizer, video)
-        base = len(built)
-        visual = tuple(run.shifted(base) for run in replacement.visual)
-        span = Span(base, len(replacement.token_ids))
-        media.append(Media(kind, tile_count, len(replacement.tiles), span, visual))
-        tiles.append(replacement.tiles)
-        tile_count += len(replacement.tiles)
-        built += replacement.token_ids
+            parts.add_medium(kind, _video(data, where, config, tokenizer, video))
         done = start + len(placeholders[kind])
-    built += token_ids[done:]
-    no_tiles = torch.empty(0, 3, config.tile_size, config.tile_size)
-    all_tiles = torch.cat(tiles) if tiles else no_tiles
-    prompt = Prompt(where, built, all_tiles, tuple(media), video)
+    parts.add_text(token_ids[done:])
+    tiles = parts.all_tiles(config.tile_size)
+    prompt = Prompt(where, parts.token_ids, tiles, tuple(parts.media), video)
     limit = max_length or config.max_length
     if prompt.length > limit:
         what = f"prompt has {prompt.length} tokens, at most {limit} fit"
