@@ -23,7 +23,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{number}>" for number in
 """As in the release: <s> 1, </s> 2, role markers 10 and 11, end of turn 12."""
 
 VISUAL_TOKENS = ["<image>", "<img>", "</img>", "<video>"]
-"""They stand behind the text tokens, as in the release."""
+"""Their ids follow those of the text tokens, as in the release."""
 
 PROMPT_WORDS = [
     "Frame",

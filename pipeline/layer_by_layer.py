@@ -106,7 +106,7 @@ class LayerByLayer:
         """Embed all prompts, or restore those of an earlier run.
 
         Returns:
-            The layer that the activations stand in front of.
+            The layer whose input the activations are.
         """
         job = self._job
         skipped = Skipped(job.recipe.calibrate.max_skipped)

@@ -141,7 +141,7 @@ def _video_media_options(flag: str, text: str) -> dict[str, Any]:
     """Return what `--media-io-kwargs` says about videos.
 
     Args:
-        flag: `--media-io-kwargs`, or with a dotted key behind it.
+        flag: `--media-io-kwargs`, or the same followed by a dotted key.
         text: The JSON value.
 
     Raises:

@@ -1,7 +1,7 @@
 """How many requests a server is sent at a time: grown until it answers no faster, or has a queue.
 
 A server is busy when a request waits in it, or when more requests at a time bring no more answers
-in a second. Both are measured while a task is asked; what was measured stands in the result.
+in a second. Both are measured while a task is asked; the result has the figures.
 """
 
 from __future__ import annotations
