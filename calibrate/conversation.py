@@ -63,7 +63,7 @@ def _check_no_placeholder(text: str, sample: Sample, config: CheckpointConfig) -
     """Refuse a placeholder in a text: a server would put the next picture there, without a word."""
     for token in (config.raw["img_context_token"], VIDEO_TOKEN):
         if token in text:
-            remedy = "write it in another way, and give media as parts of their own"
+            remedy = "write it in another way, and give each medium as a separate part"
             raise BadInput(Fault(sample.where, f"text contains the placeholder {token}", remedy))
 
 

@@ -55,7 +55,7 @@ def build_tokenizer(
 
     Args:
         vocab_size: Upper bound on the number of tokens.
-        words: Words that get a token of their own, with and without a space before them.
+        words: Words that get their own token, with and without a space before them.
         first_visual: Id of `<image>`; the other visual tokens follow. By default they come right
             after the text tokens; a larger id leaves filler tokens between, which no text is
             encoded to.

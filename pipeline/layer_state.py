@@ -93,7 +93,7 @@ class LayerState:
         return self._state.progress().get("layers", 0)
 
     def record_layers(self, count: int) -> None:
-        """Record that so many layers are on the disk."""
+        """Record that `count` layers are on the disk."""
         self._state.record(layers=count)
 
     @property

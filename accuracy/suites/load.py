@@ -92,7 +92,7 @@ def read_queue(client: OpenAI) -> Queue | None:
 
 
 class Load:
-    """Lets so many requests be under way as keep a server busy.
+    """Keeps as many requests under way as a server needs to be busy.
 
     The number is doubled as long as that brings more answers per second. Each number is held for
     three times as many answers: the first third is not counted, because requests of the smaller

@@ -126,7 +126,7 @@ def write_weights(
     source: Checkpoint | None,
     target: Path,
 ) -> None:
-    """Write the weight files and the index anew, a file a layer; nothing for sound ones.
+    """Rewrite the weight files and the index, one file per layer; sound ones are left alone.
 
     Args:
         weights: Where each tensor comes from.
