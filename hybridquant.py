@@ -33,7 +33,7 @@ class Command:
     Attributes:
         module: What `python -m` would run.
         summary: What it does, in a line of `hybridquant --help`.
-        variants: Names of the modules below `module` of which the command's second word names one;
+        variants: Names of the modules below `module`; the command's second word names one of them;
             empty when the command is one word.
     """
 

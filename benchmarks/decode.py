@@ -188,7 +188,7 @@ def _add_ours(parser: argparse.ArgumentParser) -> None:
 
 
 def decode_rate(asker: Asker, count: int, tokens: int, seed: int) -> float:
-    """Return the tokens per second that a server writes for so many requests together.
+    """Return the tokens per second that a server writes for `count` requests together.
 
     Args:
         asker: The server.
@@ -209,7 +209,7 @@ def decode_rate(asker: Asker, count: int, tokens: int, seed: int) -> float:
 
 
 def prefill_seconds(asker: Asker, tokens: int, seed: int) -> float:
-    """Return the seconds until the first token after a prompt of so many tokens."""
+    """Return the seconds until the first token after a prompt of `tokens` tokens."""
     (prompt,) = random_prompts(1, tokens, seed)
     return asker.complete(prompt, 1)
 

@@ -126,7 +126,7 @@ class Workbench:
         self._pages: list[Path] = []
 
     def draw_ahead(self, count: int) -> None:
-        """Draw so many pages, which takes a while, before they are needed."""
+        """Draw `count` pages, which takes a while, before they are needed."""
         self._pages += self._work.pages(count)
 
     def runner(self, line: Line) -> Callable[[Asker, int], float]:

@@ -96,7 +96,7 @@ class Workload:
         return self._drawn_page(self._count)
 
     def pages(self, count: int) -> list[Path]:
-        """Draw so many pages, several at once."""
+        """Draw `count` pages, several at once."""
         numbers = range(self._count + 1, self._count + count + 1)
         self._count += count
         with ThreadPoolExecutor(PAINTERS) as pool:

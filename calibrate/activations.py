@@ -36,7 +36,7 @@ Batch = tuple[int, ...]
 """Indices of samples of one length that run together."""
 
 Loaded = tuple[torch.Tensor, "torch.cuda.Event | None"]
-"""A batch on the device, and the event behind its copy on a GPU."""
+"""A batch on the device, and, on a GPU, the event recorded after its copy."""
 
 
 @dataclass
@@ -245,7 +245,7 @@ class Activations:
             self._load_stream.wait_stream(self._store_stream)
 
     def save(self, path: Path) -> None:
-        """Write all samples, one behind the other, to a file that is whole or absent."""
+        """Write all samples, one after the other; the file appears whole or not at all."""
         self._settle()
         if self._cuda:
             self._store_stream.synchronize()

@@ -44,7 +44,7 @@ def retention_mask(
     the first frame is kept whole. Scores have the embeddings' own dtype: in BF16 many are equal,
     and of equal scores the earlier token is kept. So the mask is exact for given embeddings; two
     engines whose embeddings differ by rounding may exchange a few tokens at the cut (8 of 512
-    between transformers and vLLM on the tiny checkpoint), which shifts the positions behind them.
+    between transformers and vLLM on the tiny checkpoint), which shifts the positions after them.
 
     Args:
         embeddings: Projector output [frames * rows * cols, hidden], frame after frame, row after

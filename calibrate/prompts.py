@@ -1,49 +1,43 @@
 """Builds a sample's prompt token for token as vLLM does: the chat template, then the visual tokens.
 
-Facts from vLLM 0.32: vllm/transformers_utils/processors/nano_nemotron_vl.py (get_image_repl,
-get_video_repl) and vllm/renderers/hf.py. tests/calibrate/test_against_vllm.py compares with vLLM.
+The text comes from calibrate/conversation.py. Facts from vLLM 0.32:
+vllm/transformers_utils/processors/nano_nemotron_vl.py (get_image_repl, get_video_repl).
+tests/calibrate/test_against_vllm.py compares with vLLM.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from calibrate.conversation import MEDIA, VIDEO_TOKEN, Medium, render, template_messages
 from calibrate.evs import retained_tokens
 from calibrate.samples import Sample, Skipped, faults_of_sample, media_bytes
 from calibrate.tiles import frame_tiles, image_tiles, load_image
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.memory import is_out_of_memory
+from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
-
-VIDEO_TOKEN = "<video>"
-Medium = Literal["image", "video"]
-_MEDIA: tuple[Medium, ...] = ("image", "video")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of tokens in a prompt."""
+    """Consecutive tokens of a prompt."""
 
     start: int
     length: int
 
     @property
     def end(self) -> int:
-        """Index behind the last token."""
+        """Index after the last token."""
         return self.start + self.length
 
     def shifted(self, by: int) -> Span:
-        """The same run, `by` tokens later."""
+        """Return the span `by` tokens later."""
         return Span(self.start + by, self.length)
 
 
@@ -56,7 +50,7 @@ class Media:
         first_tile: Index of its first tile in `Prompt.tiles`.
         tiles: Number of its tiles; for a video, of its frames.
         span: All its tokens, `<img>`, `</img>` and frame texts included.
-        visual: The runs of visual tokens in it: one for an image, one per frame for a video.
+        visual: The spans of visual tokens in it: one for an image, one per frame for a video.
     """
 
     kind: Medium
@@ -105,11 +99,40 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Replacement:
-    """What replaces one placeholder: its tokens, the runs of visual tokens in them, its tiles."""
+    """What replaces one placeholder: its tokens, the spans of visual tokens in them, its tiles."""
 
     token_ids: list[int]
     visual: tuple[Span, ...]
     tiles: torch.Tensor
+
+
+class _PromptParts:
+    """Collects a prompt's tokens, media and tiles in their order."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.media: list[Media] = []
+        self._tiles: list[torch.Tensor] = []
+        self._tile_count = 0
+
+    def add_text(self, token_ids: list[int]) -> None:
+        self.token_ids += token_ids
+
+    def add_medium(self, kind: Medium, replacement: _Replacement) -> None:
+        start = len(self.token_ids)
+        count = len(replacement.tiles)
+        visual = tuple(span.shifted(start) for span in replacement.visual)
+        whole = Span(start, len(replacement.token_ids))
+        self.media.append(Media(kind, self._tile_count, count, whole, visual))
+        self.token_ids += replacement.token_ids
+        self._tiles.append(replacement.tiles)
+        self._tile_count += count
+
+    def all_tiles(self, size: int) -> torch.Tensor:
+        """float32 [tiles, 3, size, size]; tiles is 0 for a prompt without media."""
+        if not self._tiles:
+            return torch.empty(0, 3, size, size)
+        return torch.cat(self._tiles)
 
 
 def build_prompt(
@@ -133,7 +156,7 @@ def build_prompt(
         max_length: Most tokens after EVS; by default the model's context.
 
     Raises:
-        BadInput: A medium cannot be read, the text contains a placeholder of its own, the template
+        BadInput: A medium cannot be read, the text itself contains a placeholder, the template
             cannot render the messages, or the prompt is too long.
     """
     with faults_of_sample(sample.where):
@@ -149,8 +172,8 @@ def _build_prompt(
     max_length: int | None,
 ) -> Prompt:
     where = sample.where
-    conversation, urls = _conversation(sample, config)
-    text = _render(conversation, sample, tokenizer, add_generation_prompt)
+    conversation, urls = template_messages(sample, config)
+    text = render(conversation, sample, tokenizer, add_generation_prompt)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     placeholders: dict[Medium, list[int]] = {
         "image": [config.image_token_id],
@@ -158,33 +181,22 @@ def _build_prompt(
     }
     places = _find_placeholders(token_ids, placeholders)
     _check_media([kind for kind, _ in places], [kind for kind, _ in urls], where)
-    waiting = {kind: [url for of, url in urls if of == kind] for kind in _MEDIA}
-    built: list[int] = []
-    media: list[Media] = []
-    tiles: list[torch.Tensor] = []
-    tile_count = 0
+    waiting = {kind: [url for of, url in urls if of == kind] for kind in MEDIA}
+    parts = _PromptParts()
     done = 0
     for kind, start in places:
-        built += token_ids[done:start]
+        parts.add_text(token_ids[done:start])
         # As in vLLM, the n-th placeholder of a kind takes the n-th medium of that kind, wherever
         # the template puts it.
         data = media_bytes(waiting[kind].pop(0), where)
         if kind == "image":
-            replacement = _image(data, where, config, tokenizer)
+            parts.add_medium(kind, _image(data, where, config, tokenizer))
         else:
-            replacement = _video(data, where, config, tokenizer, video)
-        base = len(built)
-        visual = tuple(run.shifted(base) for run in replacement.visual)
-        span = Span(base, len(replacement.token_ids))
-        media.append(Media(kind, tile_count, len(replacement.tiles), span, visual))
-        tiles.append(replacement.tiles)
-        tile_count += len(replacement.tiles)
-        built += replacement.token_ids
+            parts.add_medium(kind, _video(data, where, config, tokenizer, video))
         done = start + len(placeholders[kind])
-    built += token_ids[done:]
-    no_tiles = torch.empty(0, 3, config.tile_size, config.tile_size)
-    all_tiles = torch.cat(tiles) if tiles else no_tiles
-    prompt = Prompt(where, built, all_tiles, tuple(media), video)
+    parts.add_text(token_ids[done:])
+    tiles = parts.all_tiles(config.tile_size)
+    prompt = Prompt(where, parts.token_ids, tiles, tuple(parts.media), video)
     limit = max_length or config.max_length
     if prompt.length > limit:
         what = f"prompt has {prompt.length} tokens, at most {limit} fit"
@@ -212,14 +224,14 @@ def answer_length(
 def _answer_length(
     sample: Sample, config: CheckpointConfig, tokenizer: PreTrainedTokenizerFast
 ) -> int:
-    conversation, _ = _conversation(sample, config)
+    conversation, _ = template_messages(sample, config)
     if not conversation or conversation[-1]["role"] != "assistant":
         return 0
-    whole_text = _render(conversation, sample, tokenizer, open_turn=True)
+    whole_text = render(conversation, sample, tokenizer, open_turn=True)
     whole = tokenizer.encode(whole_text, add_special_tokens=False)
     if len(conversation) == 1:  # there is no question
         return len(whole)
-    question_text = _render(conversation[:-1], sample, tokenizer, open_turn=True)
+    question_text = render(conversation[:-1], sample, tokenizer, open_turn=True)
     question = tokenizer.encode(question_text, add_special_tokens=False)
     shared = 0
     for ours, theirs in zip(whole, question, strict=False):
@@ -283,111 +295,6 @@ def build_prompts(
         raise BadInput(Fault(name, what, "see the faults below"), *skipped.faults)
 
 
-def _conversation(
-    sample: Sample, config: CheckpointConfig
-) -> tuple[list[dict[str, Any]], list[tuple[Medium, str]]]:
-    """The messages as vLLM gives them to the template, and (kind, URL) of every medium in order."""
-    conversation: list[dict[str, Any]] = []
-    urls: list[tuple[Medium, str]] = []
-    for message in sample.messages:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        parts: list[dict[str, str]] = []
-        for part in content:
-            kind = part["type"].removesuffix("_url")
-            if kind == "text":
-                _check_no_placeholder(part["text"], sample, config)
-                parts.append({"type": "text", "text": part["text"]})
-            elif kind in _MEDIA:
-                value = part[part["type"]]
-                urls.append((kind, value["url"] if isinstance(value, dict) else value))
-                parts.append({"type": kind})
-            else:
-                what = f"unknown content part {part['type']!r:.80}"
-                raise BadInput(Fault(sample.where, what, "give text, image or video"))
-        given: dict[str, Any] = {"role": message["role"], "content": parts}
-        conversation.append(given | _template_fields(message, parts))
-    return conversation, urls
-
-
-def _template_fields(message: dict[str, Any], parts: list[dict[str, str]]) -> dict[str, Any]:
-    """The other fields of a message as vLLM gives them to the template.
-
-    (vllm/renderers/chat_utils.py, `_parse_chat_message_content` and `_postprocess_messages`.)
-    """
-    fields: dict[str, Any] = {}
-    for key in ("name", "tool_call_id"):
-        if key in message:
-            fields[key] = message[key]
-    if "reasoning" in message:
-        fields["reasoning"] = message["reasoning"]
-        fields["reasoning_content"] = message["reasoning"]
-    if "tool_calls" in message:
-        calls = copy.deepcopy(message["tool_calls"])
-        for call in calls:
-            arguments = call["function"].get("arguments") or {}
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            call["function"]["arguments"] = arguments
-        fields["tool_calls"] = calls
-    if message["role"] == "tool" and all(part["type"] == "text" for part in parts):
-        fields["content"] = "\n".join(part["text"] for part in parts)
-    return fields
-
-
-def _check_template_knows(
-    conversation: list[dict[str, Any]], sample: Sample, template: str
-) -> None:
-    """Refuse what the template has no place for: a server would drop it without a word."""
-    wanted: dict[str, tuple[str, ...]] = {}
-    if sample.tools:
-        wanted["tools"] = ("tools",)
-    for message in conversation:
-        if message["role"] == "tool":
-            wanted["messages of the role tool"] = ('"tool"', "'tool'")
-        if "tool_calls" in message:
-            wanted["tool_calls"] = ("tool_calls",)
-        if "reasoning" in message:
-            wanted["reasoning_content"] = ("reasoning",)
-    for name, spellings in wanted.items():
-        if not any(spelling in template for spelling in spellings):
-            what = f"the chat template ignores {name}, as a server would"
-            remedy = "remove the sample, or write it into the content"
-            raise BadInput(Fault(sample.where, what, remedy))
-
-
-def _check_no_placeholder(text: str, sample: Sample, config: CheckpointConfig) -> None:
-    """Refuse a placeholder in a text: a server would put the next picture there, without a word."""
-    for token in (config.raw["img_context_token"], VIDEO_TOKEN):
-        if token in text:
-            remedy = "write it in another way, and give media as parts of their own"
-            raise BadInput(Fault(sample.where, f"text contains the placeholder {token}", remedy))
-
-
-def _render(
-    conversation: list[dict[str, Any]],
-    sample: Sample,
-    tokenizer: PreTrainedTokenizerFast,
-    open_turn: bool,
-) -> str:
-    if not conversation:
-        raise BadInput(Fault(sample.where, "messages is empty", "give at least one message"))
-    open_turn = open_turn and conversation[-1]["role"] != "assistant"
-    _check_template_knows(conversation, sample, str(tokenizer.chat_template))
-    tools: Any = sample.tools
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation, tools=tools, tokenize=False, add_generation_prompt=open_turn
-        )
-    except Exception as error:  # a template raises whatever its author chose
-        if is_out_of_memory(error):
-            raise
-        what = f"chat template refuses the messages: {shortened(error)}"
-        raise BadInput(Fault(sample.where, what, "reorder them")) from None
-    return str(text)
-
-
 def _find_placeholders(
     token_ids: list[int], placeholders: dict[Medium, list[int]]
 ) -> list[tuple[Medium, int]]:
@@ -396,7 +303,7 @@ def _find_placeholders(
     index = 0
     while index < len(token_ids):
         step = 1
-        for kind in _MEDIA:
+        for kind in MEDIA:
             tokens = placeholders[kind]
             if token_ids[index : index + len(tokens)] == tokens:
                 places.append((kind, index))

@@ -75,7 +75,7 @@ class Companions:
     Attributes:
         directory: Where they are.
         digests: SHA-256 of every file that an export copies, by relative path.
-        config_digest: SHA-256 of config.json, which an export writes anew.
+        config_digest: SHA-256 of config.json, of which an export writes its own version.
         left_out: Names of the other files and folders; folders end with a slash.
         nbytes: Bytes of the copied files.
     """
@@ -120,7 +120,7 @@ class Companions:
     def copy_faults(self, target: Path) -> Iterator[Fault]:
         """Yield one fault for each file of a copy that is not the same, byte for byte.
 
-        Readmes may differ: on the Hub, a copy has one of its own.
+        Readmes may differ: on the Hub, a copy has its own.
 
         Args:
             target: The directory that `copy_to` has written to.

@@ -57,7 +57,7 @@ class Family:
 
     @property
     def final_norm(self) -> str:
-        """Name of the norm behind the last layer, without `.weight`."""
+        """Name of the norm after the last layer, without `.weight`."""
         return f"{self.backbone}norm_f"
 
     @property

@@ -31,10 +31,10 @@ _LONGEST_PART = 600
 
 
 def shortened(value: object, limit: int = FOREIGN) -> str:
-    """Return foreign text as it may stand in a message: one line, printable, at most `limit` long.
+    """Return foreign text fit for a message: one line, printable, at most `limit` characters.
 
     Encoded data, such as a picture in base64, is cut to its beginning. Of a text that is still too
-    long, beginning and end are kept: the reason of an error stands at one of the two.
+    long, beginning and end are kept: the reason of an error is in one of the two.
 
     Args:
         value: Any value; its `str` is shown.

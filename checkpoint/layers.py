@@ -59,7 +59,7 @@ class LayerBuilder:
             tensors: Its weights by checkpoint name, on the device that it runs on.
 
         Returns:
-            A model whose `.model(inputs_embeds=…)` returns the residual stream behind the layer,
+            A model whose `.model(inputs_embeds=…)` returns the residual stream after the layer,
             not normalized.
         """
         classes = language_model_classes()
@@ -112,7 +112,7 @@ def read_layers(
         for layer in range(first, depth):
             tensors = {}
             for name, tensor in coming.result().items():
-                # From page-locked memory, the copy is queued behind what the GPU computes.
+                # From page-locked memory, the copy is queued after what the GPU computes.
                 tensors[name] = tensor.to(device, non_blocking=True)
             if layer + 1 < depth:
                 coming = thread.submit(read_layer, layer + 1)

@@ -149,7 +149,7 @@ def _refuse(checkpoint: Checkpoint, missing: list[str], left_over: list[str]) ->
 
 
 def load_final_norm(checkpoint: Checkpoint, device: str) -> nn.Module:
-    """Load the norm behind the language model's last layer."""
+    """Load the norm after the language model's last layer."""
     text = checkpoint.config.text
     norm: nn.Module = language_model_classes().NemotronHRMSNorm(
         text["hidden_size"], eps=text["layer_norm_epsilon"]

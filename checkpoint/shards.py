@@ -243,7 +243,7 @@ def _unshared(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _record_event(tensors: Mapping[str, Any]) -> torch.cuda.Event | None:
-    """An event behind the work that computes the tensors; None on a CPU."""
+    """An event recorded after the work that computes the tensors; None on a CPU."""
     for tensor in tensors.values():
         if tensor.is_cuda:
             return torch.cuda.current_stream(tensor.device).record_event()

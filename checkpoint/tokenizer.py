@@ -23,7 +23,7 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{number}>" for number in
 """As in the release: <s> 1, </s> 2, role markers 10 and 11, end of turn 12."""
 
 VISUAL_TOKENS = ["<image>", "<img>", "</img>", "<video>"]
-"""They stand behind the text tokens, as in the release."""
+"""Their ids follow those of the text tokens, as in the release."""
 
 PROMPT_WORDS = [
     "Frame",
@@ -55,7 +55,7 @@ def build_tokenizer(
 
     Args:
         vocab_size: Upper bound on the number of tokens.
-        words: Words that get a token of their own, with and without a space before them.
+        words: Words that get their own token, with and without a space before them.
         first_visual: Id of `<image>`; the other visual tokens follow. By default they come right
             after the text tokens; a larger id leaves filler tokens between, which no text is
             encoded to.

@@ -2,7 +2,7 @@
 
 - What vLLM or transformers could load, and no export contains, is a fault: other weights, pickles,
   Python that no auto_map names. Documents, pictures and hidden files may be added at any time.
-- With the source, every file that it has must be the same, and config.json but for
+- With the source, every file that it has must be the same, and config.json except for
   `quantization_config`. README may differ: an upload writes it.
 - With the manifest, every file must have the SHA-256 that it records.
 - What neither vouches for must at least be sound: see `export.unproven`.

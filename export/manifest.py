@@ -28,7 +28,7 @@ NOT_MEASURED: dict[str, Any] = {"passed": None}
 class Manifest:
     """A record of one run.
 
-    The same inputs give the same manifest, but for `times`.
+    The same inputs give the same manifest, except `times`.
 
     Attributes:
         recipe: The resolved recipe.

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -106,14 +106,13 @@ class LayerByLayer:
         """Embed all prompts, or restore those of an earlier run.
 
         Returns:
-            The layer that the activations stand in front of.
+            The layer whose input the activations are.
         """
-        job = self._job
-        skipped = Skipped(job.recipe.calibrate.max_skipped)
+        skipped = Skipped(self._job.recipe.calibrate.max_skipped)
         digest = PromptDigest()
         opened = {
-            "calibrate": job.calibration_prompts(skipped),
-            "held_out": job.held_out_prompts(),
+            "calibrate": self._job.calibration_prompts(skipped),
+            "held_out": self._job.held_out_prompts(),
         }
         if saved is not None and self._state.samples() is not None:
             for prompts in opened.values():
@@ -122,6 +121,20 @@ class LayerByLayer:
             raise_if_any(self._state.sample_faults(str(digest)))
             self._state.restore(saved, stores)
             return saved
+        kept = self._embed(stores, opened, digest)
+        gc.collect()  # the embedding modules refer to one another; the layers need the memory
+        raise_if_any(self._state.sample_faults(str(digest)))
+        kept["digest"] = str(digest)
+        kept["skipped"] = skipped.samples
+        self._state.keep_samples(kept)
+        self._save_if_due(stores, 0, drain=None)
+        return 0
+
+    def _embed(
+        self, stores: Stores, opened: Mapping[str, Iterator[Prompt]], digest: PromptDigest
+    ) -> dict[str, Any]:
+        """Embed the prompts of each store, and return what samples-R.json says about them."""
+        job = self._job
         model = load_model(job.checkpoint, job.device, layers=False)
         totals = {
             "calibrate": job.recipe.calibrate.samples,
@@ -153,14 +166,7 @@ class LayerByLayer:
                 "seen": seen if name == "held_out" else [],
                 "digests": digest.each[before:] if name == "calibrate" else [],
             }
-        del model
-        gc.collect()  # its modules refer to one another; the layers want the memory
-        raise_if_any(self._state.sample_faults(str(digest)))
-        kept["digest"] = str(digest)
-        kept["skipped"] = skipped.samples
-        self._state.keep_samples(kept)
-        self._save_if_due(stores, 0, drain=None)
-        return 0
+        return kept
 
     def _save_if_due(self, stores: Stores, layer: int, drain: Callable[[], None] | None) -> None:
         """Save the activations if enough time has passed; all layers before must be on the disk."""

@@ -1,8 +1,8 @@
 """What a run layer by layer keeps in its state directory, besides the output.
 
 samples-R.json      what process R embedded: lengths, counts, held-out tokens, prompts' digest
-calibrate-K-R       process R's calibration samples in front of layer K
-held_out-K-R        its held-out samples likewise
+calibrate-K-R       process R's calibration samples, as the input of layer K
+held_out-K-R        its held-out samples, as the input of layer K
 reference-R         BF16's final states of its held-out samples
 NAME.spillR         activations that host memory has no room for
 
@@ -93,12 +93,12 @@ class LayerState:
         return self._state.progress().get("layers", 0)
 
     def record_layers(self, count: int) -> None:
-        """Record that so many layers are on the disk."""
+        """Record that `count` layers are on the disk."""
         self._state.record(layers=count)
 
     @property
     def saved_layer(self) -> int | None:
-        """The layer that the saved activations stand in front of; None without any."""
+        """The layer whose input the saved activations are; None if none are saved."""
         return self._state.progress().get("saved")
 
     def keep_samples(self, samples: Mapping[str, Any]) -> None:

@@ -312,7 +312,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     )
     lengths = [prompt.length for prompt in prompts]
     mean = sum(lengths) / len(lengths)
-    # A backward pass costs two forward passes; the teacher has one of its own, and checkpointed
+    # A backward pass costs two forward passes; the teacher has its own, and checkpointed
     # layers run once more.
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
     row = settings.pack_length or mean

@@ -1,7 +1,7 @@
 """Runs a recipe: BF16 checkpoint in; quantized, verified and measured checkpoint out.
 
 Whole model or layer by layer, one process or many, with or without distillation: the steps are the
-same. How a way carries them out stands in pipeline/whole.py and pipeline/layer_by_layer.py.
+same. How a way carries them out is in pipeline/whole.py and pipeline/layer_by_layer.py.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ logger = get_logger(__name__)
 class WholeModel:
     """Quantizes the model in place.
 
-    BF16 answers the held-out prompts before it is quantized. After a kill behind the last step of
-    a distillation, or behind writing, BF16 is loaded and calibrated again.
+    BF16 answers the held-out prompts before it is quantized. A run that was killed after the last
+    step of a distillation, or after writing, loads and calibrates BF16 again.
     """
 
     def __init__(self, job: Job) -> None:

@@ -108,7 +108,7 @@ def modelopt_algorithm(name: str, policy: Policy, device: str, damping: float) -
         used = set(policy.quantized.values())
         settings["fp8_scale_sweep"] = any(FORMATS[format].has_block_scales for format in used)
     if name == "gptq":
-        # Layer by layer: each layer's Hessian is computed behind quantized layers, and only those
+        # Layer by layer: each layer's Hessian is computed after quantized layers, and only those
         # of one layer are in memory (20,480² float32 numbers for a down_proj of the 12B). The
         # fused kernel is Triton's.
         settings["layerwise"] = {"enable": True}

@@ -69,7 +69,7 @@ def quantize_layers(
 ) -> Iterator[FinishedLayer]:
     """Calibrate and pack layer by layer.
 
-    In several processes, each with samples of its own, ModelOpt takes the maximum of every range
+    In several processes, each with its own samples, ModelOpt takes the maximum of every range
     over all of them.
 
     Args:

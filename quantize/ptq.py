@@ -128,7 +128,7 @@ def calibration_faults(language_model: nn.Module, policy: Policy) -> list[Fault]
             if fault is None:
                 continue
             faults.append(fault)
-            if fault.what == _NAN:  # every quantizer behind it was given NaN as well
+            if fault.what == _NAN:  # every later quantizer was given NaN as well
                 return faults
     if policy.kv_cache:
         for name, scales in _kv_scales(language_model, policy).items():

@@ -144,7 +144,7 @@ def _recipe_faults(path: Path, errors: Sequence[Any]) -> list[Fault]:
     locations = [location for _, location, _ in unpacked]
     for error, location, fields in unpacked:
         if error["type"] == "too_short" and _is_above_another(location, locations):
-            continue  # pydantic does not count items that have errors of their own
+            continue  # pydantic does not count items that have errors themselves
         faults.append(_fault(path, error, location, fields))
     return faults
 

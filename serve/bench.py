@@ -7,7 +7,7 @@
     python -m serve.bench DIR -- --enforce-eager     # flags of vllm serve, for both servers
 
 A directory is served as `python -m serve` does and stopped at the end; a URL is a server that runs.
-With --against both answer the same requests, in turn, so that what else the machine does meets both
+With --against both answer the same requests, in turn, so that other work on the machine slows both
 alike. On one GPU each of them gets 45 % of its memory unless --gpu-memory-utilization says
 otherwise.
 

@@ -99,7 +99,7 @@ class BenchClient:
         output_tokens: int,
         ignore_eos: bool,
     ) -> Load:
-        """Send requests, at most so many at a time, and wait for all answers.
+        """Send requests, at most `concurrency` at a time, and wait for all answers.
 
         Args:
             target: The server.
@@ -107,7 +107,8 @@ class BenchClient:
             count: How many of its requests are sent, from the first on.
             concurrency: Most requests at a time.
             output_tokens: Most tokens of an answer.
-            ignore_eos: Whether each answer has so many tokens, whatever the model says.
+            ignore_eos: Whether each answer has exactly `output_tokens`, past the end that the model
+                gives it.
 
         Raises:
             BenchFailed: No request was answered, or vLLM's client failed.

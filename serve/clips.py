@@ -1,4 +1,4 @@
-"""Clips for measuring: a film cut and looped to a length, each with frames and bytes of its own."""
+"""Clips for measuring: a film cut and looped to a length, no two with the same frames or bytes."""
 
 from __future__ import annotations
 

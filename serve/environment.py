@@ -1,6 +1,6 @@
 """Finds the interpreter that has vLLM, and reads its versions and device without importing vLLM.
 
-vLLM has an environment of its own (its pins and ModelOpt's disagree), so it runs in a subprocess.
+vLLM has its own environment (its pins and ModelOpt's disagree), so it runs in a subprocess.
 Which interpreter, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the current
 interpreter if vLLM is installed there, `.venv-serve/bin/python` beside the rooms. The last exists
 in a repository only, not where hybridquant was installed from a wheel.
@@ -113,7 +113,7 @@ class Device:
         return min((gpu.free for gpu in self.gpus), default=0)
 
     def first(self, count: int) -> Device:
-        """Return the first `count` GPUs: those that so many ranks use."""
+        """Return the first `count` GPUs: those that `count` ranks use."""
         if not self.gpus or count >= len(self.gpus):
             return self
         return cuda_device(self.gpus[:count])
@@ -187,7 +187,7 @@ def _not_found() -> Fault:
         what = "is neither in this interpreter nor in .venv-serve"
         return Fault("vllm", what, f"run make setup, or set {VARIABLE} to a python that has it")
     remedy = (
-        "install vllm into an environment of its own, run hybridquant setup-serve PYTHON with its "
+        "install vllm into its own environment, run hybridquant setup-serve PYTHON with its "
         f"python, and set {VARIABLE}=PYTHON"
     )
     return Fault("vllm", "is not installed in this interpreter", remedy)

@@ -29,7 +29,7 @@ DEFAULT_UTILIZATION = 0.92
 
 DEFAULT_SEQUENCES = 256
 """Sequences that vLLM runs at once at most on a GPU below `LARGE_GPU`. The logits of a step are
-counted for so many."""
+counted for this number."""
 
 MOST_SEQUENCES = 1024
 """The same on larger GPUs (vllm/engine/arg_utils.py, 0.32 and 0.33)."""

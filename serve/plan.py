@@ -127,7 +127,7 @@ def serving_plan(
         ranks=settings.tensor_parallel_size,
         is_quantized=read_quantization(config) is not None,
         has_fast_video=fast_video == "on",
-        # ReplaySSM has a kernel of its own, which reads no file.
+        # ReplaySSM has its own kernel, which reads no file.
         is_tuned=settings.replayssm or (tuned is not None and tuned.is_there),
         flags=frozenset(named_flags(_switched_on(extra))),
     )

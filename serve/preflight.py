@@ -89,7 +89,7 @@ def checked_settings(
 
 
 def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int = 1) -> list[Fault]:
-    """Return all faults of a checkpoint directory, for this vLLM and the GPUs of so many ranks."""
+    """Return all faults of a checkpoint directory, for this vLLM and the GPUs of its ranks."""
     faults: list[Fault] = []
     try:
         config = read_config(directory)
@@ -204,7 +204,7 @@ def has_chat_template(directory: Path) -> bool:
 def precision_faults(
     config: CheckpointConfig, environment: ServeEnvironment, ranks: int = 1
 ) -> Iterator[Fault]:
-    """Yield faults of a precision that this vLLM, or a GPU of so many ranks, cannot run.
+    """Yield faults of a precision that this vLLM, or a GPU of one of its ranks, cannot run.
 
     Raises:
         BadInput: hf_quant_config.json cannot be read.

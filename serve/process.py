@@ -296,8 +296,8 @@ def full_command(
 ) -> list[str]:
     """Return `build_command`'s line for an environment's GPU.
 
-    The interpreter is in the place of `vllm`: the first line of the script `vllm` names a path that
-    may be wrong after its environment was moved.
+    The command calls the interpreter, not the script `vllm`, whose first line names a path that may
+    be wrong after its environment was moved.
     """
     limit = sequence_limit(read_config(directory), settings, environment, extra)
     if limit is not None:

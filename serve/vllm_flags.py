@@ -122,7 +122,7 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def samples_without_fps(arguments: Sequence[str]) -> bool:
-    """Return whether vLLM's own flag makes it take so many frames of every clip, however short."""
+    """Return whether vLLM's own flag fixes the number of frames, whatever a clip's length."""
     return MEDIA_OPTIONS in named_flags(arguments) and "video.fps" not in setting_values(arguments)
 
 
@@ -141,7 +141,7 @@ def _video_media_options(flag: str, text: str) -> dict[str, Any]:
     """Return what `--media-io-kwargs` says about videos.
 
     Args:
-        flag: `--media-io-kwargs`, or with a dotted key behind it.
+        flag: `--media-io-kwargs`, or the same followed by a dotted key.
         text: The JSON value.
 
     Raises:

@@ -1,7 +1,7 @@
 """Makes the requests of `serve.bench`: photographs, pages, clips and chats, no two alike.
 
-Every request has media of its own, because vLLM keeps what it has made of a picture or a clip, and
-a second request with the same one would be measured without its work. Request k of a workload
+Every request has different media, because vLLM caches what it has computed for a picture or a clip,
+and a second request with the same one would be measured without that work. Request k of a workload
 depends on k and on the files alone.
 """
 
@@ -186,7 +186,7 @@ class Workload:
         return _image_part("image/jpeg", encoded.getvalue())
 
     def _video(self, number: int) -> Part:
-        """A film from another keyframe on and of a length of its own, or a drawn clip."""
+        """A film that starts at another keyframe and has another length, or a drawn clip."""
         import numpy as np
 
         from calibrate.sources.synthetic.clips import FPS, video_event

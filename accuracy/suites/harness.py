@@ -103,7 +103,7 @@ class DataSource:
     Attributes:
         folder: VLMEvalKit's folder of tables; below it, `hub` may be a cache of the Hub.
         is_own: Whether data with another checksum than the published is taken.
-        tasks_folder: Task files for lm-eval of one's own.
+        tasks_folder: The user's own task files for lm-eval.
         limit: Items per task; None for all. lm-eval needs it to build no more prompts.
     """
 

@@ -1,7 +1,7 @@
 """How many requests a server is sent at a time: grown until it answers no faster, or has a queue.
 
 A server is busy when a request waits in it, or when more requests at a time bring no more answers
-in a second. Both are measured while a task is asked; what was measured stands in the result.
+in a second. Both are measured while a task is asked; the result has the figures.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_queue(client: OpenAI) -> Queue | None:
 
 
 class Load:
-    """Lets so many requests be under way as keep a server busy.
+    """Keeps as many requests under way as a server needs to be busy.
 
     The number is doubled as long as that brings more answers per second. Each number is held for
     three times as many answers: the first third is not counted, because requests of the smaller

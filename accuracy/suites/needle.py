@@ -1,4 +1,4 @@
-"""Finds a number in a long text, at several lengths up to the context: a task of our own."""
+"""Finds a number in a long text, at several lengths up to the context: our own task."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class NeedleTask:
         """There is nothing to release."""
 
     def _filler(self, seed: str, tokens: int) -> list[str]:
-        """Sentences of at most so many tokens together."""
+        """Sentences of at most `tokens` tokens together."""
         drawn = random.Random(f"filler {seed}")
         sentences: list[str] = []
         left = tokens

@@ -58,7 +58,7 @@ class CurvePoint:
         rate: The EVS rate.
         accuracy: Of the items that were answered.
         items: How many were.
-        published: The published figures at this rate, by precision; empty for data of one's own.
+        published: The published figures at this rate, by precision; empty for the user's own data.
     """
 
     task: str

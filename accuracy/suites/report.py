@@ -188,6 +188,6 @@ def _point(point: CurvePoint) -> dict[str, Any]:
 
 
 def _asked(asked: Asked) -> dict[str, Any]:
-    """How fast a task was answered; `steps` says why so many requests at a time."""
+    """How fast a task was answered; `steps` says how the number at a time was chosen."""
     steps = [vars(step) | {"answers_per_s": step.rate} for step in asked.steps]
     return vars(asked) | {"directory": asked.directory.name, "steps": steps}

@@ -4,10 +4,10 @@
 
 The card says what was quantized and what not, how it was calibrated, the accuracy beside BF16's
 with intervals, what the verifier found, how to serve it, and its limits. All numbers come from the
-manifest and the files; --accuracy FILE takes what hybridquant accuracy has written with --json or
---suite in the place of the gate's, and can be given for several files. Licence and base model are
-taken from the README.md that the export has from its source, or from a LICENSE file; what is not
-there has to be given. That README.md is replaced. Exit status: 0 written; 1 written, and the card
+manifest and the files. --accuracy FILE uses what hybridquant accuracy wrote with --json or --suite
+instead of the gate's numbers, and can be given several times. Licence and base model are taken from
+the README.md that the export has from its source, or from a LICENSE file; what is not there has to
+be given. That README.md is replaced. Exit status: 0 written; 1 written, and the card
 says that the gate, a benchmark or the verification failed; 2 bad input.
 """
 

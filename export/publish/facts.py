@@ -206,9 +206,9 @@ def read_facts(
     Args:
         directory: The exported directory.
         errors: Measured error of each quantized linear (`export.publish.errors`); without it the
-            format's own rounding error stands in its place.
-        tasks: Rows of a later measurement, in the place of the gate's.
-        benchmarks: Outcomes of a later measurement, in the place of the gate's.
+            format's own rounding error is used.
+        tasks: Rows of a later measurement, used instead of the gate's.
+        benchmarks: Outcomes of a later measurement, used instead of the gate's.
 
     Raises:
         BadInput: It is not a quantized checkpoint, or its manifest is not JSON.

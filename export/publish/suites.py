@@ -22,7 +22,7 @@ from export.publish.recorded import Task, mapping, mean_task, task_rows
 
 _REMEDY = "give the file that hybridquant accuracy --json, or --suite, has written"
 OWN_DATA = "hybridquant/own-data"
-"""Stands for the dataset of a benchmark that was asked on data of one's own."""
+"""Stands for the dataset of a benchmark that was asked on the user's own data."""
 
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Points = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]

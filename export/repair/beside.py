@@ -19,7 +19,7 @@ _OLD_RATE = "video_pruning_rate"
 """Key of `serve` in manifests of version 0.1."""
 
 _TRANSIENT = "README"
-"""Readmes may differ: an export has a card of its own."""
+"""Readmes may differ: an export has its own card."""
 
 
 def mended_config(
@@ -73,7 +73,7 @@ def restore_companions(source: Checkpoint, target: Path) -> Iterator[str]:
 def mend_manifest(target: Path) -> Iterator[str]:
     """Bring a manifest of version 0.1 into today's form; yield a line for what was changed.
 
-    There, `serve` held the EVS rate, which is now in a section of its own.
+    There, `serve` held the EVS rate, which now has its own section.
     """
     path = target / MANIFEST
     if not path.exists():

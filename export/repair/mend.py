@@ -135,7 +135,7 @@ def _readable(path: Path) -> dict[str, Any]:
 
 
 def _differences(directory: Path, copy: Path) -> tuple[set[str], set[str]]:
-    """Names of the files that a copy has of its own, and of those that it has no more."""
+    """Names of the files that a copy adds or changes, and of those that it lacks."""
     before = _files(directory)
     after = _files(copy)
     changed = set()
@@ -147,7 +147,7 @@ def _differences(directory: Path, copy: Path) -> tuple[set[str], set[str]]:
 
 
 def _bytes_differ(before: Path, after: Path) -> bool:
-    """Whether a file was really written anew; where there are no hard links, all are copies."""
+    """Whether a file was rewritten; where there are no hard links, all files are copies."""
     if not before.exists() or before.stat().st_size != after.stat().st_size:
         return True
     return before.stat().st_mtime_ns != after.stat().st_mtime_ns

@@ -126,7 +126,7 @@ def write_weights(
     source: Checkpoint | None,
     target: Path,
 ) -> None:
-    """Write the weight files and the index anew, a file a layer; nothing for sound ones.
+    """Rewrite the weight files and the index, one file per layer; sound ones are left alone.
 
     Args:
         weights: Where each tensor comes from.
@@ -162,7 +162,7 @@ def _right_name(name: str, family: Family) -> str:
 
     ModelOpt's exporter writes `backbone.…` and `lm_head.…` for the language model alone,
     `language_model.model.…` for transformers' class of the whole model, and with transformers 5.14
-    `embedding` in the place of `embeddings`.
+    `embedding` instead of `embeddings`.
     """
     if name.startswith(family.language_model):
         name = name.removeprefix(family.language_model)

@@ -93,5 +93,5 @@ def _reason(error: Exception) -> str:
 
 
 def register() -> None:
-    """Put the connector in the place of vLLM's own."""
+    """Replace vLLM's own connector with this one."""
     MEDIA_CONNECTOR_REGISTRY.register("http")(ReasonedConnector)

@@ -1,4 +1,4 @@
-"""Converts decoded frames to RGB of the wanted size, on threads of its own."""
+"""Converts decoded frames to RGB of the wanted size, on its own threads."""
 
 from __future__ import annotations
 

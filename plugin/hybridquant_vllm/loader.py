@@ -70,7 +70,7 @@ class FastVideoLoader(VideoLoader):
 def register_loader(frame_size: int | None) -> str:
     """Register the loader for a frame size, and return its name.
 
-    Each size has a name of its own: an option could be set by a request, to any size.
+    Each size has its own name: as an option, a request could set it to any size.
     """
     name = f"hybridquant_{frame_size or 'any'}"
     loader = type("FastVideoLoader", (FastVideoLoader,), {"frame_size": frame_size})

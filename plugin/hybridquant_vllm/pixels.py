@@ -1,4 +1,4 @@
-"""Resizes pictures and frames in uint8, on threads of its own.
+"""Resizes pictures and frames in uint8, on its own threads.
 
 The filter is Pillow's antialiased bicubic one, which the model was trained with: PyTorch's uint8
 kernel uses Pillow's fixed-point arithmetic and clamps to 0 … 255. It works on one picture in one

@@ -28,7 +28,7 @@ _PARALLEL_CODECS = {"av1", "h264", "hevc", "vp9"}
 _SMALL_FRAME_PIXELS = 1280 * 720
 
 _COUNTED_FORMATS = {"mpegts", "h264", "hevc"}
-"""Containers that may begin within a stretch, or have no time stamps of their own."""
+"""Containers that may begin within a stretch, or have no time stamps."""
 
 
 @dataclass(frozen=True)

@@ -282,8 +282,9 @@ class TrainingDataset(IterableDataset):
                 yield batch | {"position": position}
 
     def _check_any_usable(self, unusable: int) -> None:
-        """Raise when so many samples in a row were unusable that this process has tried all that
-        it ever gets: each comes once in as many passes as there are processes.
+        """Raise once this process has tried every sample that it ever gets, and none was usable.
+
+        It gets each sample once in as many passes as there are processes.
         """
         if unusable > len(self._bad) * self._processes.count:
             what = "hold no usable sample to train on"

@@ -2,7 +2,7 @@
 
 Norms, projections and the loss work token by token: they run over the whole row. The convolution,
 the scan and attention look back, so they run over the samples, those of similar length at once and
-padded behind their ends. All three are causal: what stands behind a sample changes nothing in it.
+padded at their ends. All three are causal: what follows a sample changes nothing in it.
 """
 
 from __future__ import annotations

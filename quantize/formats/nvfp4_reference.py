@@ -35,7 +35,7 @@ def register_backend() -> str:
     """Make ModelOpt quantize to NVFP4 on a CPU, and return the name of the backend.
 
     Upstream traps of ModelOpt 0.47 without CUDA: a quantizer with dynamic block scales raises
-    "amax must be a CUDA tensor for dynamic block quantization" unless it has a backend of its own.
+    "amax must be a CUDA tensor for dynamic block quantization" unless it has its own backend.
     A quantizer with static block scales, which `mse` and `gptq` set, never uses a backend and
     raises "static_blockwise_fp4_fake_quant requires triton"; that function is replaced here for
     tensors on a CPU.

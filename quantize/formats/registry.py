@@ -85,7 +85,7 @@ class Format:
 
     @property
     def has_block_scales(self) -> bool:
-        """Whether groups of weights have a scale of their own."""
+        """Whether each group of weights has its own scale."""
         return self.group_size is not None
 
     @property

@@ -63,7 +63,7 @@ _COMPRESSED = 0.25
 """Share of the clips that are encoded as MP4 and decoded, as all clips of the tests are."""
 
 # Batches have few different shapes, because each shape needs its own CUDA graph. An item is padded
-# to one of LENGTHS tokens; a batch has room for so many answer tokens per text or other item.
+# to one of LENGTHS tokens; the constants below give the answer tokens per text or other item.
 LENGTHS = (128, 224, 288, 384, 448, 512, 704, 896, 1152, 1408, 2048, 2944)
 QUESTIONS = 12
 """Questions per item at most."""

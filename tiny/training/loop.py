@@ -134,7 +134,7 @@ def _loader(trainer: Trainer, done: Any) -> DataLoader[Batch]:
 
 
 def _leave_process_group(_: int) -> None:
-    """Give a worker a process group of its own.
+    """Give a worker its own process group.
 
     A signal to the trainer's group, such as Ctrl-C, then leaves it running until the trainer has
     saved its state.

@@ -227,7 +227,7 @@ class Trainer:
         self.step += 1
 
     def _pruning_rate(self) -> float:
-        """Draw the pruning rate of this step from a seed of its own."""
+        """Draw the pruning rate of this step from its own seed."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
         place = torch.multinomial(torch.tensor(_RATE_SHARES), 1, generator=generator)
         return PRUNING_RATES[int(place)]
