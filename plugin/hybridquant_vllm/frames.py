@@ -98,12 +98,18 @@ def read_clip(
             limits above, or no frame of it can be decoded.
     """
     try:
-        # Titles in other encodings than UTF-8 would raise UnicodeDecodeError.
-        with av.open(io.BytesIO(data), "r", options=_OPTIONS, metadata_errors="ignore") as opened:
-            clip = _read_packets(opened, max_pixels)
+        with _opened(data, max_pixels) as container:
+            clip = _read_packets(container, max_pixels)
             return _sample(clip, fps, max_frames, size, max_pixels, parallel)
     except av.FFmpegError as error:
         raise ClipError(f"video cannot be read: {str(error)[:200]}", _REMEDY) from None
+
+
+def _opened(data: bytes, max_pixels: int) -> InputContainer:
+    # Opening decodes a few frames, so that it needs the limit on their size as well.
+    options = _OPTIONS | {"max_pixels": str(max_pixels)}
+    # Titles in other encodings than UTF-8 would raise UnicodeDecodeError.
+    return av.open(io.BytesIO(data), "r", options=options, metadata_errors="ignore")
 
 
 def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
@@ -121,13 +127,14 @@ def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
     if duration > MAX_SECONDS:
         what = f"video is {duration:.0f} seconds long, at most {MAX_SECONDS} are served"
         raise ClipError(what, "cut it")
+    if stream.frames > MAX_PACKETS:
+        raise _too_many_frames()
     packets = []
     for packet in container.demux(stream):
         if packet.size:
             packets.append(packet)
         if len(packets) > MAX_PACKETS:
-            what = f"video has more than {MAX_PACKETS} frames"
-            raise ClipError(what, "cut it, or write it at a lower rate")
+            raise _too_many_frames()
     shown = sum(not packet.is_discard for packet in packets)
     total = stream.frames or math.floor(duration * fps + 0.5)
     is_whole = len(packets) >= total - 1
@@ -142,6 +149,11 @@ def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
     return OpenedClip(container, stream, packets, fps, total, is_whole)
 
 
+def _too_many_frames() -> ClipError:
+    what = f"video has more than {MAX_PACKETS} frames"
+    return ClipError(what, "cut it, or write it at a lower rate")
+
+
 def _film(container: InputContainer) -> VideoStream:
     """Return the first stream with moving pictures."""
     name = container.format.name
@@ -150,9 +162,12 @@ def _film(container: InputContainer) -> VideoStream:
     streams = container.streams.video
     if not streams:
         raise ClipError("file has no video stream", _REMEDY)
-    for stream in streams:
-        if not stream.disposition & Disposition.attached_pic:
+    films = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+    for stream in films:
+        if stream.codec_context is not None:
             return stream
+    if films:
+        raise ClipError("video has a codec that FFmpeg does not know", _REMEDY)
     raise ClipError("file has no video stream, only a cover picture", _REMEDY)
 
 
@@ -171,7 +186,9 @@ def _sample(
         _decode_and_count(clip, wanted, converted)
     frames, positions = converted.result()
     if not positions:
-        raise ClipError("no frame of the video can be decoded", "write the file again")
+        # Of some formats, frames that are too large have no size until one is decoded.
+        remedy = f"write the file again, with at most {max_pixels} pixels a frame"
+        raise ClipError("no frame of the video can be decoded", remedy)
     indices = tuple(wanted[position] for position in positions)
     return Clip(frames, indices, clip.fps, clip.total)
 

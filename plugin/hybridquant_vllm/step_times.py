@@ -26,7 +26,7 @@ def timed(step: str, on_device: bool = False) -> Iterator[None]:
         on_device: Whether the block starts work on a GPU, whose end is then waited for.
     """
     path = os.environ.get(VARIABLE)
-    if not path or not os.path.exists(path):
+    if not path or not os.path.isfile(path):
         yield
         return
     if on_device:

@@ -27,8 +27,9 @@ _PARALLEL_CODECS = {"av1", "h264", "hevc", "vp9"}
 
 _SMALL_FRAME_PIXELS = 1280 * 720
 
-_COUNTED_FORMATS = {"mpegts", "h264", "hevc"}
-"""Containers that may begin within a stretch, or have no time stamps."""
+_TIMED_FORMATS = {"mov", "matroska", "flv", "ivf"}
+"""Containers whose time stamps are those at which frames are shown, and which begin with a
+keyframe. AVI has those of decoding; MPEG-TS may begin within a stretch."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def divide(clip: OpenedClip, wanted: list[int]) -> list[Stretch]:
     """
     if clip.stream.codec_context.name.removeprefix("lib") not in _PARALLEL_CODECS | {"dav1d"}:
         return []
-    if _COUNTED_FORMATS & set(clip.container.format.name.split(",")):
+    if not _TIMED_FORMATS & set(clip.container.format.name.split(",")):
         return []
     # OpenCV counts the frames that a damaged file still gives, whatever their time stamps are.
     if not clip.is_whole:

@@ -155,7 +155,9 @@ def test_what_cannot_be_served_is_refused_at_once(name, monkeypatch):
 
 
 def test_larger_frames_than_the_limit_are_refused():
-    with pytest.raises(ClipError, match="at most 1000 are served"):
+    with pytest.raises(ClipError, match="96x64 pixels, at most 1000 are served"):
+        read(CLIPS["hevc"], max_pixels=1000)
+    with pytest.raises(ClipError, match="at most 1000 pixels a frame"):
         read(CLIPS["gif"], max_pixels=1000)
 
 
@@ -211,3 +213,33 @@ def test_stretches_of_other_clips_count_until_they_are_decoded():
             assert third == 6
     with count.added(2) as last:
         assert last == 2
+
+
+def test_h264_in_avi_gives_the_frames_of_decoding_in_order():
+    """Trap: AVI's time stamps are those of decoding. B-frames came out in the place of others."""
+    data = clip(40, form="avi", options={"g": "8"})
+    parallel = read_clip(data, fps=2, max_frames=8)
+    in_order = read_clip(data, fps=2, max_frames=8, parallel=False)
+    assert parallel.indices == in_order.indices
+    assert np.array_equal(parallel.frames, in_order.frames)
+
+
+def test_an_unknown_codec_is_named():
+    data = clip(4).replace(b"avc1", b"zzz1")
+    with pytest.raises(ClipError, match="a codec that FFmpeg does not know"):
+        read_clip(data, fps=2, max_frames=8)
+
+
+def test_opening_a_file_has_the_limit_on_the_size_of_frames(monkeypatch):
+    """Trap: opening decodes the first frames, and 16,000 x 16,000 pixels took 739 MB there."""
+    given = []
+    opened = av.open
+
+    def recording(*arguments, **options):
+        given.append(options["options"])
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(av, "open", recording)
+    with pytest.raises(ClipError, match="96x64 pixels, at most 1000"):
+        read_clip(CLIPS["h264, short groups"], fps=2, max_frames=8, max_pixels=1000)
+    assert given == [{"protocol_whitelist": "none", "max_pixels": "1000"}]
