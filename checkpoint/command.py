@@ -13,9 +13,10 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
     Args:
         module: The module that is run, `export.verify`.
-        doc: Its docstring: the first line describes the command, the rest stands below the options.
+        doc: Its docstring: the first paragraph describes the command, the rest stands below the
+            options.
     """
-    first, _, rest = (doc or "").strip().partition("\n")
+    first, _, rest = (doc or "").strip().partition("\n\n")
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=first,

@@ -298,9 +298,12 @@ def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str
     tokens = f"{_step_tokens(config, settings, extra):,} tokens"
     if flag_value(extra, "--max-num-batched-tokens") is not None:
         return Choice("step", tokens, "given")
+    longest = settings.max_model_len or config.max_length
+    if batched_tokens(config, settings) >= longest:
+        return Choice("step", tokens, f"the longest sequence has {longest:,} tokens")
     video = settings.video
-    reason = f"it must hold a clip of {video.max_frames} frames, of which EVS drops "
-    return Choice("step", tokens, f"{reason}{video.pruning_rate:.0%}, and the question")
+    clip = f"a clip of {video.max_frames} frames at EVS rate {video.pruning_rate:g}"
+    return Choice("step", tokens, f"it holds {clip}, and the question")
 
 
 def _step_tokens(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> int:

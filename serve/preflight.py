@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,16 @@ from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
-from serve.settings import ServeSettings, settings_for
+from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""vLLM's variable that lets a context be longer than the model's."""
 
 OLDEST_PLUGIN = (0, 2, 0)
 """The first version of the plug-in that brings the model's configuration."""
@@ -58,6 +62,7 @@ def preflight(
     faults += access_faults(settings)
     raise_if_any(faults)
     config = read_config(directory)
+    raise_if_any(limit_faults(config, settings))
     raise_if_any(decoding_faults(config, settings, environment, extra))
     raise_if_any(memory_faults(config, settings, environment, extra))
     return config
@@ -263,6 +268,21 @@ def device_faults(settings: ServeSettings, environment: ServeEnvironment) -> Ite
         yield Fault("tensor_parallel_size", f"is {ranks}", f"there are {device.count} GPUs")
 
 
+def limit_faults(config: CheckpointConfig, settings: ServeSettings) -> Iterator[Fault]:
+    """Yield faults of a length or a number of ranks that vLLM refuses for this model."""
+    longest = settings.max_model_len
+    allows_longer = os.environ.get(LONGER_VARIABLE, "") not in ("", "0")
+    if longest is not None and longest > config.max_length and not allows_longer:
+        what = f"is {longest}, and the model has at most {config.max_length}"
+        yield Fault("max_model_len", what, f"give {config.max_length} or less")
+    ranks = settings.tensor_parallel_size
+    for heads in ("num_attention_heads", "mamba_num_heads"):
+        count = config.text[heads]
+        if count % ranks:
+            what = f"is {ranks}, which does not divide the {count} of {heads}"
+            yield Fault("tensor_parallel_size", what, "give a divisor")
+
+
 def port_faults(settings: ServeSettings) -> Iterator[Fault]:
     """Yield a fault for a host that is not this machine, or a port that is taken."""
     if settings.port == 0:
@@ -277,16 +297,46 @@ def port_faults(settings: ServeSettings) -> Iterator[Fault]:
 
 
 def access_faults(settings: ServeSettings) -> Iterator[Fault]:
-    """Yield faults of who may ask for what: an address that others can reach without a key, or a
-    media directory that is none.
+    """Yield faults of who may ask for what: an address that others can reach without a key, a key
+    that no request can carry, TLS files that are none, or a media directory that is none.
     """
-    has_key = bool(settings.api_key or os.environ.get(KEY_VARIABLE))
-    if not is_loopback(settings.host) and not has_key:
+    inherited = os.environ.get(KEY_VARIABLE, "")
+    if inherited and not settings.api_key and not is_key(inherited):
+        yield Fault(KEY_VARIABLE, "cannot be a key", f"allowed: {KEY_CHARACTERS}")
+    has_key = bool(settings.api_key or inherited)
+    if settings.host.startswith("["):
+        yield Fault(f"host {settings.host}", "is written as in a URL", "leave the brackets out")
+    elif not is_loopback(settings.host) and not has_key:
         what = "can be reached from other machines, and there is no key"
         yield Fault(f"host {settings.host or '(all)'}", what, f"set {KEY_VARIABLE}, or --api-key")
+    yield from _tls_faults(settings)
     media = settings.allowed_local_media_path
     if media is not None and not media.is_dir():
         yield Fault(f"allowed_local_media_path {media}", "is not a directory", "give another one")
+
+
+def _tls_faults(settings: ServeSettings) -> Iterator[Fault]:
+    """Yield faults of the TLS certificate and its private key."""
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    missing = False
+    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
+        if path is not None and not path.is_file():
+            yield Fault(f"{name} {path}", "is not a file", "give a file in PEM format")
+            missing = True
+    if missing:
+        return
+    if certificate is None:
+        if key is not None:
+            what = "is given without ssl_certfile, so the server would not use TLS"
+            yield Fault(f"ssl_keyfile {key}", what, "give --ssl-certfile as well")
+        return
+    try:
+        # Without a password given here, OpenSSL would ask for one at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        what = f"cannot be used: {shortened(error)}"
+        remedy = "give a certificate in PEM format, and the key that belongs to it"
+        yield Fault(f"ssl_certfile {certificate}", what, remedy)
 
 
 def free_port(host: str) -> int:

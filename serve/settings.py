@@ -28,7 +28,15 @@ _HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\]")
 _OLD_RATE = "video_pruning_rate"
 """Key of `serve` in manifests of version 0.1."""
 
+KEY_CHARACTERS = "letters, digits and signs of ASCII, without spaces"
+"""What a key may consist of: it is sent in an HTTP header."""
+
 SectionType = TypeVar("SectionType", bound=Section)
+
+
+def is_key(text: str) -> bool:
+    """Return whether a text can be the key of requests."""
+    return bool(text) and all("!" <= character <= "~" for character in text)
 
 
 def _split(value: Any) -> Any:
@@ -49,6 +57,22 @@ def _host_name(text: str) -> str:
     return host
 
 
+def _key(text: str) -> str:
+    if not is_key(text):
+        raise ValueError(KEY_CHARACTERS)
+    return text
+
+
+def _path_text(value: Any) -> Any:
+    """Refuse an empty text, which would mean the current directory."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("a path that is not empty")
+    return value
+
+
+GivenPath = Annotated[Path, BeforeValidator(_path_text)]
+"""A path; an empty one, as of a variable that is not set, is refused."""
+
 HostName = Annotated[str, AfterValidator(_host_name)]
 """Name or address of a host."""
 
@@ -61,8 +85,7 @@ class Serve(Section):
     max_images: Annotated[int, Field(ge=0)] = 16
     """Most images per prompt."""
     max_videos: Annotated[int, Field(ge=0)] = 1
-    """Most videos per prompt; by default one, because one prefill step must hold all clips of a
-    prompt."""
+    """Most videos per prompt; by default one, because a clip takes about a whole prefill step."""
 
 
 class ServeSettings(Serve):
@@ -78,13 +101,13 @@ class ServeSettings(Serve):
     """Share of the GPU's memory that vLLM may take; without it, vLLM's own default."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """Number of GPUs that the weights are split over."""
-    api_key: Annotated[str, Field(min_length=1)] | None = Field(default=None, repr=False)
+    api_key: Annotated[str, AfterValidator(_key)] | None = Field(default=None, repr=False)
     """Key that every request must carry; from VLLM_API_KEY when it is not given."""
-    ssl_certfile: Path | None = None
+    ssl_certfile: GivenPath | None = None
     """TLS certificate; with it the server speaks https."""
-    ssl_keyfile: Path | None = None
+    ssl_keyfile: GivenPath | None = None
     """Private key of the certificate."""
-    allowed_local_media_path: Path | None = None
+    allowed_local_media_path: GivenPath | None = None
     """Directory that requests may name with file:// URLs; without it, none."""
     allowed_media_domains: Annotated[tuple[HostName, ...], BeforeValidator(_split)] = ()
     """Hosts, with commas between them, that requests may name with http:// and https:// URLs;
@@ -196,7 +219,9 @@ def validation_faults(
             faults.append(Fault(name, "is not a setting", nearest(str(last), known)))
             continue
         allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        what = f"is {detail['input']!r:.80}"
+        # A key is a secret, and messages end up in logs.
+        is_secret = detail["loc"][-1:] == ("api_key",)
+        what = "cannot be used" if is_secret else f"is {detail['input']!r:.80}"
         faults.append(Fault(name, what, f"allowed: {allowed}"))
     return faults
 

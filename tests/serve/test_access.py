@@ -42,6 +42,35 @@ def test_an_empty_key_is_none(monkeypatch):
     assert len(faults(host="0.0.0.0")) == 1
 
 
+@pytest.mark.parametrize("key", [" ", "two words", "line\nbreak", "schlüssel"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, monkeypatch):
+    with pytest.raises(BadInput, match="api_key: cannot be used") as caught:
+        override(ServeSettings(), {"api_key": key})
+    assert key.strip() == "" or key not in str(caught.value)
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    (fault,) = faults(host="0.0.0.0")
+    assert f"{KEY_VARIABLE}: cannot be a key" in fault
+
+
+def test_a_host_in_brackets_is_told_to_lose_them():
+    (fault,) = faults(host="[::1]")
+    assert "leave the brackets out" in fault
+
+
+@pytest.mark.parametrize("name", ["allowed_local_media_path", "ssl_certfile", "ssl_keyfile"])
+def test_an_empty_path_is_not_the_current_directory(name):
+    with pytest.raises(BadInput, match=f"{name}: is '' .*not empty"):
+        override(ServeSettings(), {name: ""})
+
+
+def test_tls_files_are_checked(tmp_path):
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    assert "is not a file" in faults(ssl_certfile=tmp_path / "nothing")[0]
+    assert "ssl_certfile" in faults(ssl_keyfile=text)[0]
+    assert "cannot be used" in faults(ssl_certfile=text, ssl_keyfile=text)[0]
+
+
 def test_the_media_directory_is_one(tmp_path):
     assert faults(allowed_local_media_path=tmp_path) == []
     (tmp_path / "file").touch()

@@ -12,7 +12,7 @@ from editing import edit_json, truncate
 
 from checkpoint.faults import BadInput
 from serve.environment import CPU, Device, ServeEnvironment
-from serve.preflight import checked_settings, preflight
+from serve.preflight import LONGER_VARIABLE, checked_settings, limit_faults, preflight
 from serve.settings import ServeSettings
 
 ANY_PORT = ServeSettings(port=0)
@@ -233,3 +233,21 @@ def test_bad_input_ends_with_status_2_and_no_traceback(tiny_copy):
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
     assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_model_len": 10**9}, "max_model_len: is 1000000000, and the model has at most"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size: is 3, which does not divide"),
+    ],
+)
+def test_what_vllm_refuses_for_this_model_is_refused_first(settings, reason, tiny_config):
+    found = [str(fault) for fault in limit_faults(tiny_config, ServeSettings(**settings))]
+    assert found
+    assert reason in found[0]
+
+
+def test_a_longer_context_is_left_to_who_allows_it(tiny_config, monkeypatch):
+    monkeypatch.setenv(LONGER_VARIABLE, "1")
+    assert list(limit_faults(tiny_config, ServeSettings(max_model_len=10**9))) == []

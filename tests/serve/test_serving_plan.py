@@ -58,7 +58,7 @@ def test_memory_and_step_name_their_numbers(tiny):
     lines = plan(tiny, on("H100"))
     assert "for sequences (of 78.2 GB, weights take" in lines["memory"]
     assert "B a token of KV cache" in lines["sequences"]
-    assert "128 frames, of which EVS drops 75%" in lines["step"]
+    assert "a clip of 128 frames at EVS rate 0.75" in lines["step"]
     given = plan(tiny, on("H100"), ["--max-num-batched-tokens", "9000"])
     assert given["step"] == "step: 9,000 tokens (given)"
 
