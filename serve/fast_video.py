@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from hybridquant_vllm.switches import is_on
 from serve.environment import ServeEnvironment, parse_version
 
 SWITCH = "HYBRIDQUANT_FAST_VIDEO"
@@ -19,7 +18,7 @@ def fast_video_state(environment: ServeEnvironment) -> str:
     Args:
         environment: Where vLLM is.
     """
-    if os.environ.get(SWITCH, "1") == "0":
+    if not is_on(SWITCH, default=True):
         return f"off by {SWITCH}=0"
     if environment.plugin is None:
         return "off, the plug-in is not installed (hybridquant setup-serve PYTHON)"

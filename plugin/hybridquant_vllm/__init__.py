@@ -90,7 +90,9 @@ def _register_kernels() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        if os.environ.get(SWITCH, "1") == "0":
+        from hybridquant_vllm.switches import is_on
+
+        if not is_on(SWITCH, default=True):
             return
         from hybridquant_vllm import kernels
 

@@ -7,12 +7,15 @@ HYBRIDQUANT_CLIP_CACHE_MB, 512 by default; 128 frames of 512 pixels are 100 MB.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 from collections import OrderedDict
 from typing import Any
 
 from hybridquant_vllm.frames import Clip, read_clip
+
+_logger = logging.getLogger("vllm.hybridquant")
 
 LIMIT_VARIABLE = "HYBRIDQUANT_CLIP_CACHE_MB"
 DEFAULT_LIMIT_MB = 512
@@ -72,8 +75,11 @@ class ClipCache:
 def limit_bytes() -> int:
     """Return the limit that the environment gives, in bytes; 0 keeps nothing."""
     text = os.environ.get(LIMIT_VARIABLE, "")
-    megabytes = int(text) if text.isdecimal() else DEFAULT_LIMIT_MB
-    return megabytes * 10**6
+    if text and not text.isdecimal():
+        what = "is not a whole number of MB"
+        _logger.warning("%s=%.40s %s: %d applies", LIMIT_VARIABLE, text, what, DEFAULT_LIMIT_MB)
+        text = ""
+    return int(text or DEFAULT_LIMIT_MB) * 10**6
 
 
 KEPT_CLIPS = ClipCache(limit_bytes())

@@ -7,9 +7,10 @@ and what the model does with their pixels (`model`). Nothing here imports a mode
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 from pathlib import Path
+
+from hybridquant_vllm.switches import is_on
 
 SWITCH = "HYBRIDQUANT_FAST_VIDEO"
 
@@ -44,7 +45,7 @@ def reason_to_step_aside(version: str, vllm_folder: Path) -> str | None:
 
 def register() -> None:
     """Register the loader and the model, or say why not; a second call changes nothing."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if not is_on(SWITCH, default=True):
         return
     import vllm
     from vllm.logger import init_logger

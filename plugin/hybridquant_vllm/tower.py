@@ -8,13 +8,14 @@ by default, because it changes the features that EVS and the language model see.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from vllm.config.quantization import resolve_quantization_config
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.models.radio import RadioModel, RadioVisionEncoderLayer
+
+from hybridquant_vllm.switches import is_on
 
 SWITCH = "HYBRIDQUANT_FP8_TOWER"
 
@@ -49,7 +50,7 @@ def drop_layer_scales(tower: torch.nn.Module) -> None:
 
 def is_fp8() -> bool:
     """Return whether the tower's linears are to be quantized."""
-    return os.environ.get(SWITCH, "0") == "1"
+    return is_on(SWITCH, default=False)
 
 
 def fp8_tower(config: Any) -> RadioModel:

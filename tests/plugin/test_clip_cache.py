@@ -51,7 +51,11 @@ def test_a_bad_clip_is_refused_each_time():
             cache.read(FIRST[:900], **OPTIONS)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("20", 20_000_000), ("x", None)])
-def test_the_environment_sets_the_bound(monkeypatch, text, expected):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0", 0), ("20", 20_000_000), ("", None), ("x", None), ("-5", None), ("1e3", None)],
+)
+def test_the_environment_sets_the_bound(monkeypatch, caplog, text, expected):
     monkeypatch.setenv(LIMIT_VARIABLE, text)
     assert limit_bytes() == (DEFAULT_LIMIT_MB * 10**6 if expected is None else expected)
+    assert ("is not a whole number of MB" in caplog.text) == (expected is None and text != "")
