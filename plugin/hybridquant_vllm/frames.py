@@ -129,12 +129,7 @@ def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
         raise ClipError(what, "cut it")
     if stream.frames > MAX_PACKETS:
         raise _too_many_frames()
-    packets = []
-    for packet in container.demux(stream):
-        if packet.size:
-            packets.append(packet)
-        if len(packets) > MAX_PACKETS:
-            raise _too_many_frames()
+    packets = _packets(container, stream)
     shown = sum(not packet.is_discard for packet in packets)
     total = stream.frames or math.floor(duration * fps + 0.5)
     is_whole = len(packets) >= total - 1
@@ -147,6 +142,26 @@ def _read_packets(container: InputContainer, max_pixels: int) -> OpenedClip:
         what = f"video has {total} frames at {fps:g} per second"
         raise ClipError(what, "write it again with a constant frame rate")
     return OpenedClip(container, stream, packets, fps, total, is_whole)
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
+    """Return all packets; of a file that is damaged within, those before the damage.
+
+    Raises:
+        ClipError: There are too many.
+        FFmpegError: The first one cannot be read.
+    """
+    packets: list[Packet] = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                packets.append(packet)
+            if len(packets) > MAX_PACKETS:
+                raise _too_many_frames()
+    except av.FFmpegError:
+        if not packets:
+            raise
+    return packets
 
 
 def _too_many_frames() -> ClipError:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 
 import av
@@ -243,3 +244,13 @@ def test_opening_a_file_has_the_limit_on_the_size_of_frames(monkeypatch):
     with pytest.raises(ClipError, match="96x64 pixels, at most 1000"):
         read_clip(CLIPS["h264, short groups"], fps=2, max_frames=8, max_pixels=1000)
     assert given == [{"protocol_whitelist": "none", "max_pixels": "1000"}]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_frames_before_the_damage_of_a_file_are_kept(parallel):
+    """As vLLM's loader does; the seventh frame's header has a wrong length."""
+    data = bytearray(clip(12, form="apng", codec="apng", pixel_format="rgb24"))
+    headers = [found.start() for found in re.finditer(b"fcTL", data)]
+    data[headers[6] - 4 : headers[6]] = b"\x00\x00\x00\x05"
+    found = read_clip(bytes(data), fps=0, max_frames=0, parallel=parallel)
+    assert found.indices == (0, 1, 2, 3, 4, 5)
