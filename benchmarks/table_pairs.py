@@ -142,9 +142,39 @@ def plan_of(
     configs = {pair.ours.format: read_config(models / pair.ours.format) for pair in wanted}
     configs |= {pair.stock.format: read_config(models / pair.stock.format) for pair in wanted}
     room = USABLE * device.memory
+    _choose_lines(plan, lines, sizes, configs, device, room)
+    totals = {}
+    for name, served in _servers(wanted).items():
+        pool = _pool(served, _lines_of(plan, name), sizes, configs)
+        totals[name] = _server_bytes(served, pool, configs, device)
+        memory = memory_flags(device, totals[name], pool)
+        own = [*memory, "--max-num-seqs", str(sizes.at_once), *flags]
+        directory = models / served.format
+        if name.startswith("stock"):
+            plan.sides[name] = stock_side(name, directory, float(served.rate), media, own)
+        else:
+            chosen = {"video.pruning_rate": served.rate, **settings}
+            plan.sides[name] = Side(name, directory, tuple(own), chosen)
+    groups = [list(pair.servers.values()) for pair in wanted]
+    for stage in stages(groups, totals, room):
+        plan.stages.append([wanted[index] for index in stage])
+    return plan
+
+
+def _choose_lines(
+    plan: Plan,
+    lines: Sequence[Line],
+    sizes: Sizes,
+    configs: Mapping[str, CheckpointConfig],
+    device: Device,
+    room: float,
+) -> None:
+    """Fill in what each pair is asked: the lines for which both servers fit into `room` bytes.
+
+    Lines that do not depend on the rate are asked once for each format.
+    """
     seen: set[str] = set()
-    loads: dict[str, list[tuple[Line, str]]] = {}
-    for pair in wanted:
+    for pair in plan.pairs:
         asked = [line for line in lines if line.depends_on_rate]
         if pair.ours == pair.stock and pair.ours.format not in seen:
             seen.add(pair.ours.format)
@@ -162,26 +192,23 @@ def plan_of(
         plan.lines[pair.name] = fitting
         if any(line.key == "images" for line in fitting):
             plan.page_count += 2 * sizes.pages
-        for name, served in pair.served.items():
-            loads.setdefault(name, []).extend((line, served.rate) for line in fitting)
-    totals = {}
-    for pair in wanted:
-        for name, served in pair.served.items():
-            pool = _pool(served, [line for line, _ in loads[name]], sizes, configs)
-            size = _server_bytes(served, pool, configs, device)
-            totals[name] = size
-            own = [*memory_flags(device, size, pool), "--max-num-seqs", str(sizes.at_once), *flags]
-            if name.startswith("stock"):
-                plan.sides[name] = stock_side(
-                    name, models / served.format, float(served.rate), media, own
-                )
-            else:
-                chosen = {"video.pruning_rate": served.rate, **settings}
-                plan.sides[name] = Side(name, models / served.format, tuple(own), chosen)
-    groups = [list(pair.servers.values()) for pair in wanted]
-    for stage in stages(groups, totals, room):
-        plan.stages.append([wanted[index] for index in stage])
-    return plan
+
+
+def _servers(pairs: Sequence[Pair]) -> dict[str, Served]:
+    """Return all servers of the pairs by name; a server of several pairs is there once."""
+    found: dict[str, Served] = {}
+    for pair in pairs:
+        found |= pair.served
+    return found
+
+
+def _lines_of(plan: Plan, server: str) -> list[Line]:
+    """Return the lines that a server is asked, of all pairs that it belongs to."""
+    found: list[Line] = []
+    for pair in plan.pairs:
+        if server in pair.served:
+            found += plan.lines[pair.name]
+    return found
 
 
 def _pool(
