@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from calibrate.prompts import build_prompts
-from calibrate.samples import UNLIMITED, Skipped
+from calibrate.samples import Skipped
 from checkpoint.atomic import output_faults, space_faults
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layer_cost import LayerCost, measure_layer_cost
@@ -35,6 +35,9 @@ logger = get_logger(__name__)
 
 _PEEKED = 4
 """Prompts built to tell how long they are."""
+
+_SKIPPED_WHILE_PEEKING = 200
+"""Samples that the plan may find unusable before it gives up, if max_skipped is lower."""
 
 _PEEKED_TO_TRAIN = 32
 """The same for a training, whose hours depend on it."""
@@ -147,7 +150,8 @@ def make_plan(job: Job) -> Plan:
 def _measure_needs(job: Job) -> Needs:
     checkpoint = job.checkpoint
     recipe = job.recipe
-    prompts = job.calibration_prompts(Skipped(UNLIMITED))
+    limit = max(job.recipe.calibrate.max_skipped, _SKIPPED_WHILE_PEEKING)
+    prompts = job.calibration_prompts(Skipped(limit))
     lengths = [prompt.length for prompt in itertools.islice(prompts, _PEEKED)]
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
@@ -306,7 +310,8 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
         plan.checkpoint.tokenizer,
         video,
         count=_PEEKED_TO_TRAIN,
-        skipped=Skipped(UNLIMITED),
+        # Without a limit, a generator of samples that are all too long would be drawn from forever.
+        skipped=Skipped(max(settings.max_skipped, _SKIPPED_WHILE_PEEKING)),
         max_length=min(settings.max_length, config.max_length),
         name="distill.sources",
     )

@@ -120,8 +120,8 @@ def test_sources_that_are_all_held_out_are_refused_before_anything_is_loaded(dis
         run(with_distill(distilling, sources=sources, held_out=4))
 
 
-def test_training_samples_that_are_all_too_long_are_called_by_their_section(distilling):
-    message = r"distill\.sources: no sample can be used"
+def test_a_generator_of_samples_that_are_all_too_long_is_not_drawn_from_forever(distilling):
+    message = "samples cannot be used"
     with pytest.raises(BadInput, match=message):
         run(with_distill(distilling, max_length=16))
 
