@@ -15,7 +15,7 @@ from serve.own_server import OwnServer, own_server
 from serve.settings import ServeSettings
 
 MODELS = json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
-KEY = "a key"
+KEY = "a-key"
 
 
 class Handler(BaseHTTPRequestHandler):
