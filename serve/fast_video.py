@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hybridquant_vllm.switches import is_on
 from serve.environment import ServeEnvironment, parse_version
 
 SWITCH = "HYBRIDQUANT_FAST_VIDEO"
@@ -18,14 +17,15 @@ def fast_video_state(environment: ServeEnvironment) -> str:
     Args:
         environment: Where vLLM is.
     """
-    if not is_on(SWITCH, default=True):
-        return f"off by {SWITCH}=0"
     if environment.plugin is None:
         return "off, the plug-in is not installed (hybridquant setup-serve PYTHON)"
     if parse_version(environment.plugin) < FIRST_PLUGIN:
         return f"off, the plug-in {environment.plugin} is too old (hybridquant setup-serve PYTHON)"
     from hybridquant_vllm.fast_video import TESTED
+    from hybridquant_vllm.switches import is_on
 
+    if not is_on(SWITCH, default=True):
+        return f"off by {SWITCH}=0"
     if environment.vllm[:2] not in TESTED:
         version = environment.version
         return f"off, the plug-in is not tested with vLLM {version}"
