@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from calibrate.conversation import MEDIA, VIDEO_TOKEN, Medium, render, template_messages
 from calibrate.evs import retained_tokens
-from calibrate.samples import Sample, Skipped, faults_of_sample, media_bytes
+from calibrate.media_urls import media_bytes
+from calibrate.samples import Sample, Skipped, faults_of_sample
 from calibrate.tiles import frame_tiles, image_tiles, load_image
 from calibrate.video import decode
 from checkpoint.config import CheckpointConfig

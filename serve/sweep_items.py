@@ -98,7 +98,7 @@ def _with_media(sample: Sample) -> Sample:
 
 
 def _with_data(part: dict[str, Any], where: str) -> dict[str, Any]:
-    from calibrate.samples import media_bytes
+    from calibrate.media_urls import media_bytes
     from calibrate.sources.synthetic.drawing import data_url
 
     field = str(part.get("type"))
@@ -118,7 +118,7 @@ def count_frames(items: Mapping[str, Sequence[Sample]], video: Video) -> list[It
     Raises:
         BadInput: With every clip that cannot be decoded.
     """
-    from calibrate.samples import media_bytes
+    from calibrate.media_urls import media_bytes
     from calibrate.video import decode
     from checkpoint.faults import BadInput
 

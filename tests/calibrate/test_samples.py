@@ -7,7 +7,8 @@ import json
 import pytest
 from calibrate_media import data_url, image_bytes, image_part, picture, text, user
 
-from calibrate.samples import Sample, Skipped, media_bytes
+from calibrate.media_urls import media_bytes
+from calibrate.samples import Sample, Skipped
 from calibrate.sources.hub import read_hub
 from calibrate.sources.jsonl import read_jsonl
 from calibrate.sources.mixing import mixed, shuffled

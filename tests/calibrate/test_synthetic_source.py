@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibrate.samples import media_bytes
+from calibrate.media_urls import media_bytes
 from calibrate.sources.synthetic.clips import SIDE, video_event, video_static
 from calibrate.sources.synthetic.drawing import mp4_bytes, png_bytes, random_state
 from calibrate.sources.synthetic.kinds import KINDS, compose, draw, synthetic
