@@ -147,11 +147,18 @@ def make_plan(job: Job) -> Plan:
     return Plan(layer_by_layer, reason, tuple(lines), budget)
 
 
+def _skipped_while_peeking(max_skipped: int) -> Skipped:
+    """Return what takes unusable samples while the plan looks at the first ones.
+
+    Without a limit, a generator of samples that are all too long would be drawn from forever.
+    """
+    return Skipped(max(max_skipped, _SKIPPED_WHILE_PEEKING))
+
+
 def _measure_needs(job: Job) -> Needs:
     checkpoint = job.checkpoint
     recipe = job.recipe
-    limit = max(job.recipe.calibrate.max_skipped, _SKIPPED_WHILE_PEEKING)
-    prompts = job.calibration_prompts(Skipped(limit))
+    prompts = job.calibration_prompts(_skipped_while_peeking(recipe.calibrate.max_skipped))
     lengths = [prompt.length for prompt in itertools.islice(prompts, _PEEKED)]
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
@@ -310,8 +317,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
         plan.checkpoint.tokenizer,
         video,
         count=_PEEKED_TO_TRAIN,
-        # Without a limit, a generator of samples that are all too long would be drawn from forever.
-        skipped=Skipped(max(settings.max_skipped, _SKIPPED_WHILE_PEEKING)),
+        skipped=_skipped_while_peeking(settings.max_skipped),
         max_length=min(settings.max_length, config.max_length),
         name="distill.sources",
     )

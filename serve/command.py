@@ -123,6 +123,11 @@ def media_threads() -> int:
     return min(max(cores, 2), 16)
 
 
+def longest_sequence(config: CheckpointConfig, settings: ServeSettings) -> int:
+    """Return the tokens of the longest sequence that is served."""
+    return settings.max_model_len or config.max_length
+
+
 def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:
     """Return the tokens that one scheduler step must hold: one clip of the most frames, and the
     question about it.
@@ -139,8 +144,7 @@ def batched_tokens(config: CheckpointConfig, settings: ServeSettings) -> int:
     visual = max(per_frame, int(per_frame * frames * kept))
     tokens = visual + frames * FRAME_TEXT_TOKENS + PROMPT_TEXT_TOKENS
     rounded = -(-tokens // 1024) * 1024
-    longest = settings.max_model_len or config.max_length
-    return max(STEP_TOKENS, min(rounded, longest))
+    return max(STEP_TOKENS, min(rounded, longest_sequence(config, settings)))
 
 
 def _model_flags(

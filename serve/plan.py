@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault
-from serve.command import CPU_SPACE, batched_tokens, build_environment, media_threads
+from serve.command import (
+    CPU_SPACE,
+    batched_tokens,
+    build_environment,
+    longest_sequence,
+    media_threads,
+)
 from serve.decoding import RING_TOKENS
 from serve.environment import ServeEnvironment
 from serve.fast_video import fast_video_state
@@ -147,7 +153,7 @@ def room_for_sequences(
     device = environment.device.first(settings.tensor_parallel_size)
     if _changed_layout(extra) is not None:
         return None
-    length = settings.max_model_len or config.max_length
+    length = longest_sequence(config, settings)
     ranks = settings.tensor_parallel_size
     on_cpu = device.kind == "cpu"
     alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
@@ -298,7 +304,7 @@ def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str
     tokens = f"{_step_tokens(config, settings, extra):,} tokens"
     if flag_value(extra, "--max-num-batched-tokens") is not None:
         return Choice("step", tokens, "given")
-    longest = settings.max_model_len or config.max_length
+    longest = longest_sequence(config, settings)
     if batched_tokens(config, settings) >= longest:
         return Choice("step", tokens, f"the longest sequence has {longest:,} tokens")
     video = settings.video

@@ -62,8 +62,9 @@ def preflight(
     faults += access_faults(settings)
     raise_if_any(faults)
     config = read_config(directory)
-    raise_if_any(limit_faults(config, settings))
-    raise_if_any(decoding_faults(config, settings, environment, extra))
+    faults = [*limit_faults(config, settings)]
+    faults += decoding_faults(config, settings, environment, extra)
+    raise_if_any(faults)
     raise_if_any(memory_faults(config, settings, environment, extra))
     return config
 
