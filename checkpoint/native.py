@@ -100,6 +100,7 @@ def load_model(
     Raises:
         BadInput: Tensors that the model needs are missing, or some are left over.
     """
+    avoid_cudnn_attention()
     config = checkpoint.config
     family = config.family
     read = read or checkpoint.tensors.read
@@ -128,6 +129,17 @@ def load_model(
     # iterates over it.
     model.language_model.config.architectures = ["NemotronHForCausalLM"]
     return model.eval()
+
+
+def avoid_cudnn_attention() -> None:
+    """Let torch take its other attention kernels on a GPU, in the whole process.
+
+    Trap of torch 2.11 on Hopper: cuDNN comes first there, and plans every new length of a prompt
+    anew, which takes the CPU 55 ms forward and 71 ms backward
+    (benchmarks/results/training_profile_h100.json). Prompts differ in length, so the GPU waited for
+    nearly half of the training.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _check_report(report: dict[str, Any], checkpoint: Checkpoint) -> None:
