@@ -135,9 +135,8 @@ def avoid_cudnn_attention() -> None:
     """Let torch take its other attention kernels on a GPU, in the whole process.
 
     Trap of torch 2.11 on Hopper: cuDNN comes first there, and plans every new length of a prompt
-    anew, which takes the CPU 55 ms forward and 71 ms backward
-    (benchmarks/results/training_profile_h100.json). Prompts differ in length, so the GPU waited for
-    nearly half of the training.
+    anew, which takes the CPU 55 ms forward and 71 ms backward. Prompts differ in length, so the GPU
+    waited during nearly half of a training (benchmarks/results/training_attention_h200.json).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import Fault, main, raise_if_any, raise_on_termination
 from checkpoint.libraries import prepare_libraries
+from checkpoint.memory import let_segments_grow
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -45,6 +46,8 @@ def _run(
     recipe = load_recipe(path, arguments)
     raise_if_any(purpose_faults(recipe, module, formats, distils))
     raise_on_termination()
+    if recipe.distill is not None:
+        let_segments_grow()
     # torch and ModelOpt take seconds to import; a mistake in a recipe is reported before.
     prepare_libraries()
     from pipeline.run import run

@@ -45,6 +45,10 @@ _PEEKED_TO_TRAIN = 32
 _LARGEST_BUDGET = 22_000_000_000
 """Activations in host memory at most, so that the process stays under 32 GB with all it holds."""
 
+_TIGHT = 0.9
+"""Share of a device's memory from which the estimated peak of a training may be too much: one that
+was planned at 0.93 ran out of memory (benchmarks/results/training_12b_h200.json)."""
+
 _PROCESS_BYTES = 2_000_000_000
 """Host memory of Python, torch and ModelOpt themselves."""
 
@@ -142,6 +146,7 @@ def make_plan(job: Job) -> Plan:
     lines += kernel_lines(job.device)
     if job.distillation is not None:
         lines.append(_training_line(job.distillation, needs.cost.seconds))
+        lines += tight_lines(job.distillation.peak_bytes, available)
     if job.state.is_begun:
         lines.append(f"resumes from {job.state.directory}")
     return Plan(layer_by_layer, reason, tuple(lines), budget)
@@ -337,6 +342,20 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     duration = _duration(seconds * forwards * tokens)
     peak = f"{_gb(plan.peak_bytes)} a process at the peak, as estimated"
     return f"then {trained}, train for {steps}: about {duration}, {peak}"
+
+
+def tight_lines(peak: int, available: int) -> Iterable[str]:
+    """What to say about a training whose estimated peak nearly fills a device.
+
+    Args:
+        peak: The estimate, in bytes.
+        available: Bytes of memory of the device.
+    """
+    share = peak / available
+    if share <= _TIGHT:
+        return []
+    advice = "lower distill.pack_length or distill.max_length, or start more processes"
+    return [f"the peak is {share:.0%} of the memory, and may be more than there is: {advice}"]
 
 
 def _gb(size: float) -> str:

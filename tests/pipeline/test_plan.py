@@ -108,6 +108,18 @@ def test_training_beyond_the_devices_memory_is_refused_before_anything_is_loaded
         run(distilling)
 
 
+@pytest.mark.parametrize(("share", "is_said"), [(0.93, True), (0.85, False)])
+def test_a_peak_that_nearly_fills_the_memory_is_said(
+    distilling, caplog, monkeypatch, share, is_said
+):
+    peak = open_job(distilling, "cpu", ALONE).distillation.peak_bytes
+    monkeypatch.setattr(plan, "device_available", lambda device: int(peak / share))
+    with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
+        run(distilling)
+    assert ("the peak is 93% of the memory" in caplog.text) == is_said
+    assert ("may be more than there is" in caplog.text) == is_said
+
+
 def test_sources_that_are_all_held_out_are_refused_before_anything_is_loaded(distilling, tmp_path):
     samples = tmp_path / "five.jsonl"
     line = json.dumps({"messages": [{"role": "user", "content": "A question?"}]})
