@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "verify": Command("export.verify", "check an exported directory from its files"),
     "accuracy": Command("accuracy", "compare the answers of two checkpoints"),
-    "repair": Command("export.repair", "mend what needs no calibration"),
+    "repair": Command("export.repair", "repair what needs no calibration"),
     "report": Command("export.publish.report", "write an HTML page about an export"),
     "card": Command("export.publish.card", "write an export's model card"),
     "upload": Command("export.publish.upload", "send an export to the Hugging Face Hub"),

@@ -182,7 +182,7 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     for reason in reasons:
         logger.warning("%s: %s", parsed.directory, reason)
     if reasons and not parsed.anyway:
-        logger.error("not uploaded: mend it, or give --anyway, and the model card says so")
+        logger.error("not uploaded: repair it, or give --anyway, and the model card says so")
         return 1
     notice = f"Uploaded although {'; and '.join(reasons)}." if reasons else ""
     writes_card = _prepare_card(facts, verdict, parsed, notice)

@@ -1,14 +1,14 @@
-"""Mends an exported directory without calibration, says what it changed, and verifies it.
+"""Repairs an exported directory without calibration, says what it changed, and verifies it.
 
     python -m export.repair DIR [--source BF16_DIR]
 
-Mends a corrupted, too wide or too narrow exclude list; a quantization section or an
+Repairs a corrupted, too wide or too narrow exclude list; a quantization section or an
 hf_quant_config.json that is missing, or says other than the tensors; manifests of version 0.1. With
 --source also files beside the weights and tensors in BF16 that are missing or not the source's,
 keys of config.json, and the directories that ModelOpt's own exporter writes, with transformers'
 names and without the vision tower. Quantized weights and scales are never changed. The directory is
 replaced as a whole when the verifier finds no fault in the result; otherwise nothing is changed.
-Exit status: 0 mended, or there was nothing to mend; 1 it cannot be mended; 2 bad input.
+Exit status: 0 repaired, or there was nothing to repair; 1 it cannot be repaired; 2 bad input.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def _run(arguments: Sequence[str] | None = None) -> int:
         what = "has no config.json, so it is not a checkpoint"
         raise BadInput(Fault(str(parsed.directory), what, "give an exported directory"))
     prepare_libraries()
-    from export.repair.mend import CannotMend, repair
+    from export.repair.directory import CannotRepair, repair
     from export.verify import show_faults
 
     try:
         changes = repair(directory, parsed.source)
-    except CannotMend as error:
+    except CannotRepair as error:
         show_faults(directory, list(error.faults))
-        print(f"{parsed.directory}: cannot be mended, nothing was changed")
+        print(f"{parsed.directory}: cannot be repaired, nothing was changed")
         return 1
     for change in changes:
         print(change)
     if changes:
-        print(f"{parsed.directory}: mended and verified")
+        print(f"{parsed.directory}: repaired and verified")
     else:
-        print(f"{parsed.directory}: there is nothing to mend")
+        print(f"{parsed.directory}: there is nothing to repair")
     return 0
 
 

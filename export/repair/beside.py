@@ -22,7 +22,7 @@ _TRANSIENT = "README"
 """Readmes may differ: an export has its own card."""
 
 
-def mended_config(
+def repaired_config(
     raw: Mapping[str, Any] | None, source: Checkpoint | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return config.json with the source's keys, and what was changed.
@@ -36,17 +36,17 @@ def mended_config(
         return dict(raw), []
     if raw is None:
         return dict(source.config.raw), ["config.json: taken from the source"]
-    mended = dict(raw)
+    repaired = dict(raw)
     changes = []
     for key, value in source.config.raw.items():
         if key not in raw or raw[key] != value:
-            mended[key] = value
+            repaired[key] = value
             changes.append(f"config.json: {key} is the source's again")
     for key in raw:
         if key not in source.config.raw and key != _SECTION:
-            del mended[key]
+            del repaired[key]
             changes.append(f"config.json: {key} removed, which the source does not have")
-    return mended, changes
+    return repaired, changes
 
 
 def restore_companions(source: Checkpoint, target: Path) -> Iterator[str]:
@@ -70,7 +70,7 @@ def restore_companions(source: Checkpoint, target: Path) -> Iterator[str]:
         yield f"{name}: taken from the source (it {state})"
 
 
-def mend_manifest(target: Path) -> Iterator[str]:
+def repair_manifest(target: Path) -> Iterator[str]:
     """Bring a manifest of version 0.1 into today's form; yield a line for what was changed.
 
     There, `serve` held the EVS rate, which now has its own section.
@@ -92,13 +92,13 @@ def mend_manifest(target: Path) -> Iterator[str]:
 def update_hashes(
     target: Path, changed: set[str], removed: set[str], proven: set[str]
 ) -> Iterator[str]:
-    """Let the manifest record the hashes of mended files; yield a line if any is new.
+    """Let the manifest record the hashes of repaired files; yield a line if any is new.
 
     A file that has its recorded hash again needs none. A hash is replaced only for a file whose
     whole content is proven otherwise: it would vouch for damage that the repair did not look for.
 
     Args:
-        target: The mended directory.
+        target: The repaired directory.
         changed: Names of files that were written, or whose content was checked.
         removed: Names of files that are gone.
         proven: Names of those whose whole content follows from the source or the tensors.
@@ -124,7 +124,7 @@ def update_hashes(
         files[name] = digest
         new.append(name)
         if name not in proven:
-            what = f"is mended, but its SHA-256 is still not the one in {MANIFEST}"
+            what = f"is repaired, but its SHA-256 is still not the one in {MANIFEST}"
             faults.append(Fault(str(target / name), what, "give --source BF16_DIR"))
     raise_if_any(faults)
     if new or gone:

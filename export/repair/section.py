@@ -24,7 +24,7 @@ LEGACY = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Sections:
-    """The mended section of both files, and what was changed, a line each.
+    """The repaired section of both files, and what was changed, a line each.
 
     Attributes:
         section: `quantization_config` of config.json.
@@ -37,7 +37,7 @@ class Sections:
     changes: tuple[str, ...]
 
 
-def mend_sections(
+def repair_sections(
     config: CheckpointConfig,
     formats: Mapping[str, str],
     kv_scales: bool,
@@ -58,27 +58,27 @@ def mend_sections(
     right: dict[str, Any] = convert_hf_quant_config_format(right_legacy)
     if not section:
         changes = [f"{CONFIG}: quantization_config written anew from the tensors"]
-        mended = right
+        repaired = right
     else:
-        mended, changes = _mend_config(config, formats, section, right)
-    new_legacy, more = _mend_legacy(mended, legacy, right_legacy)
-    return Sections(mended, new_legacy, (*changes, *more))
+        repaired, changes = _repair_config(config, formats, section, right)
+    new_legacy, more = _repair_legacy(repaired, legacy, right_legacy)
+    return Sections(repaired, new_legacy, (*changes, *more))
 
 
-def _mend_config(
+def _repair_config(
     config: CheckpointConfig,
     formats: Mapping[str, str],
     section: Mapping[str, Any],
     right: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    mended = dict(section)
+    repaired = dict(section)
     changes = []
 
     def put_right(key: str, reason: str) -> None:
         if key in right:
-            mended[key] = right[key]
+            repaired[key] = right[key]
         else:
-            mended.pop(key, None)
+            repaired.pop(key, None)
         changes.append(f"{CONFIG}: {key} {reason}")
 
     if section.get("quant_method") != right["quant_method"]:
@@ -94,13 +94,13 @@ def _mend_config(
         put_right("kv_cache_scheme", "says whether there are KV cache scales")
     if not ignore_holds(config, formats, section.get("ignore"), right["quant_algo"]):
         put_right("ignore", "leaves out what has no scales, and nothing else")
-    return _ordered(mended, right), changes
+    return _ordered(repaired, right), changes
 
 
-def _ordered(mended: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys in the order in which an export writes them, so that a mended file has its bytes."""
-    known = {key: mended[key] for key in right if key in mended}
-    return {**known, **mended}
+def _ordered(repaired: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys in the order of an export, so that a repaired file has the same bytes."""
+    known = {key: repaired[key] for key in right if key in repaired}
+    return {**known, **repaired}
 
 
 def ignore_holds(
@@ -148,7 +148,7 @@ def _same_layers(table: object, right: Mapping[str, Any]) -> bool:
     return True
 
 
-def _mend_legacy(
+def _repair_legacy(
     section: Mapping[str, Any], legacy: Mapping[str, Any], right: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Let hf_quant_config.json say what config.json says."""
@@ -159,13 +159,13 @@ def _mend_legacy(
     if not isinstance(own, dict):
         written = {"producer": right["producer"], "quantization": wanted}
         return written, [f"{LEGACY}: written anew, as config.json says"]
-    mended = dict(own)
+    repaired = dict(own)
     changes = []
     for key, value in wanted.items():
         if key not in own or own[key] != value:
-            mended[key] = value
+            repaired[key] = value
             changes.append(f"{LEGACY}: {key} is as in config.json")
     if "group_size" in own and "group_size" not in wanted:
-        del mended["group_size"]
+        del repaired["group_size"]
         changes.append(f"{LEGACY}: group_size removed: the format has none")
-    return {**legacy, "quantization": _ordered(mended, wanted)}, changes
+    return {**legacy, "quantization": _ordered(repaired, wanted)}, changes

@@ -1,4 +1,4 @@
-"""A copy of a directory to mend, whose unchanged files are the same files by hard links."""
+"""A copy of a directory to repair, whose unchanged files are the same files by hard links."""
 
 from __future__ import annotations
 

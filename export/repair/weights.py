@@ -29,7 +29,7 @@ _GIVE_SOURCE = "give --source BF16_DIR"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where each tensor of a mended directory comes from.
+    """Where each tensor of a repaired directory comes from.
 
     Attributes:
         specs: Every tensor that the directory must hold.
@@ -82,7 +82,7 @@ def plan_weights(
     """Find every tensor that a directory must hold.
 
     Args:
-        config: What the mended directory's config.json says about the model.
+        config: What the repaired directory's config.json says about the model.
         tensors: The directory's weight files.
         declared: Format of linears by the directory's own config.json, for the case that two
             formats have the same tensors.
@@ -130,7 +130,7 @@ def write_weights(
 
     Args:
         weights: Where each tensor comes from.
-        config: The mended directory's.
+        config: The repaired directory's.
         tensors: The files that are read; not those of `target`.
         source: The BF16 checkpoint, if given.
         target: The directory whose files are replaced.

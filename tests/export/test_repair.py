@@ -1,4 +1,4 @@
-"""The repair mends what needs no calibration, says what it changed, and changes nothing else."""
+"""A repair corrects what needs no calibration, says what it changed, and changes nothing else."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from modelopt.torch.export import export_hf_checkpoint
 from checkpoint.faults import main
 from checkpoint.native import load_model
 from export.repair.__main__ import _run
-from export.repair.mend import CannotMend, repair
+from export.repair.directory import CannotRepair, repair
 from export.repair.staging import restore_interrupted
 from export.verify import verify
 from quantize.policy import Rule
@@ -143,7 +143,7 @@ def test_a_sound_directory_is_left_as_it_is(fp8_copy, tiny, capsys):
     before = identities(fp8_copy)
     assert _run([str(fp8_copy), "--source", str(tiny)]) == 0
     assert identities(fp8_copy) == before
-    assert capsys.readouterr().out == f"{fp8_copy}: there is nothing to mend\n"
+    assert capsys.readouterr().out == f"{fp8_copy}: there is nothing to repair\n"
     assert [path.name for path in fp8_copy.parent.iterdir()] == ["fp8"]
 
 
@@ -185,10 +185,10 @@ def test_files_beside_the_weights_come_from_the_source(fp8_copy, tiny, fp8):
         "configuration.py: taken from the source (it was missing)",
         "tokenizer.json: taken from the source (it was missing)",
     ]
-    mended, original = contents(fp8_copy), contents(fp8)
-    assert mended.pop("README.md") == b"my card"
-    assert json.loads(mended.pop(CONFIG)) == json.loads(original.pop(CONFIG))
-    assert mended == original
+    repaired, original = contents(fp8_copy), contents(fp8)
+    assert repaired.pop("README.md") == b"my card"
+    assert json.loads(repaired.pop(CONFIG)) == json.loads(original.pop(CONFIG))
+    assert repaired == original
 
 
 def test_a_missing_tensor_comes_from_the_source(fp8_copy, tiny):
@@ -236,7 +236,9 @@ def test_no_hash_vouches_for_what_the_repair_cannot_judge(fp8_copy, tiny):
     widen_list(fp8_copy)
     edit_json(fp8_copy / CONFIG, lambda raw: raw.update(norm_mean=[0.0, 0.0, 0.0]))
     before = contents(fp8_copy)
-    with pytest.raises(CannotMend, match=r"its SHA-256 is still not the one in hybridquant\.json"):
+    with pytest.raises(
+        CannotRepair, match=r"its SHA-256 is still not the one in hybridquant\.json"
+    ):
         repair(fp8_copy, None)
     assert contents(fp8_copy) == before
     repair(fp8_copy, tiny)
@@ -259,19 +261,19 @@ def flip_a_weight(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [break_weights, flip_a_weight])
-def test_what_cannot_be_mended_is_said_and_nothing_is_changed(fp8_copy, tiny, damage, capsys):
+def test_what_cannot_be_repaired_is_said_and_nothing_is_changed(fp8_copy, tiny, damage, capsys):
     damage(fp8_copy)
     corrupt_lists(fp8_copy)
     before = contents(fp8_copy)
     assert _run([str(fp8_copy), "--source", str(tiny)]) == 1
     assert contents(fp8_copy) == before
-    assert "cannot be mended, nothing was changed" in capsys.readouterr().out
+    assert "cannot be repaired, nothing was changed" in capsys.readouterr().out
     assert [path.name for path in fp8_copy.parent.iterdir()] == ["fp8"]
 
 
 def test_a_lost_scale_names_the_tensor_and_the_directory(fp8_copy):
     lose_a_scale(fp8_copy)
-    with pytest.raises(CannotMend) as caught:
+    with pytest.raises(CannotRepair) as caught:
         repair(fp8_copy, None)
     (fault,) = caught.value.faults
     assert fault.where == str(fp8_copy)
@@ -318,7 +320,7 @@ def modelopt_exports(tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
 def test_a_directory_of_modelopts_exporter(modelopt_exports, part, tiny, tmp_path):
     copy = Path(shutil.copytree(modelopt_exports[part], tmp_path / "copy"))
     before = contents(copy)
-    with pytest.raises(CannotMend, match="give --source BF16_DIR"):
+    with pytest.raises(CannotRepair, match="give --source BF16_DIR"):
         repair(copy, None)
     assert contents(copy) == before
     changes = repair(copy, tiny)

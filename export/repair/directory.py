@@ -13,19 +13,19 @@ from checkpoint.files import TensorFiles
 from checkpoint.opened import Checkpoint, open_bf16
 from export.layout import linear_formats, quantization_section
 from export.repair.beside import (
-    mend_manifest,
-    mended_config,
+    repair_manifest,
+    repaired_config,
     restore_companions,
     update_hashes,
 )
-from export.repair.section import CONFIG, LEGACY, mend_sections
+from export.repair.section import CONFIG, LEGACY, repair_sections
 from export.repair.staging import exchange, staged_copy
 from export.repair.weights import plan_weights, write_weights
 from export.verify import verify
 from quantize.formats.registry import UNQUANTIZED
 
 
-class CannotMend(Exception):
+class CannotRepair(Exception):
     """Raised when a directory stays faulty whatever is tried; it is unchanged then."""
 
     def __init__(self, *faults: Fault) -> None:
@@ -34,7 +34,7 @@ class CannotMend(Exception):
 
 
 def repair(directory: Path, source: Path | None) -> list[str]:
-    """Mend an exported directory.
+    """Repair an exported directory.
 
     Args:
         directory: Its absolute path.
@@ -44,27 +44,27 @@ def repair(directory: Path, source: Path | None) -> list[str]:
         What was changed, a line each; empty for a sound directory.
 
     Raises:
-        CannotMend: With the faults that would stay. Nothing is changed then.
+        CannotRepair: With the faults that would stay. Nothing is changed then.
         BadInput: The source is not a BF16 checkpoint.
     """
     original = None if source is None else open_bf16(source)
     with staged_copy(directory) as copy:
         try:
-            changes = _mend(directory, copy, original)
+            changes = _repair(directory, copy, original)
             faults = verify(copy, source)
         except BadInput as bad:
             faults = list(bad.faults)
         if faults:
-            raise CannotMend(*[_named(fault, copy, directory) for fault in faults])
+            raise CannotRepair(*[_named(fault, copy, directory) for fault in faults])
         if changes:
             exchange(copy, directory)
     return changes
 
 
-def _mend(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]:
-    """Mend a copy of a directory; the directory itself is only read."""
+def _repair(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]:
+    """Repair a copy of a directory; the directory itself is only read."""
     own = _own_config(directory, source)
-    raw, changes = mended_config(None if own is None else own.raw, source)
+    raw, changes = repaired_config(None if own is None else own.raw, source)
     section = _section(directory)
     raw["quantization_config"] = section
     config = CheckpointConfig(copy, raw)
@@ -77,7 +77,7 @@ def _mend(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]:
     changes += weights.changes()
     write_weights(weights, config, tensors, source, copy)
     legacy = _readable(directory / LEGACY)
-    sections = mend_sections(config, weights.formats, weights.kv_scales, section, legacy)
+    sections = repair_sections(config, weights.formats, weights.kv_scales, section, legacy)
     changes += sections.changes
     raw["quantization_config"] = sections.section
     if own is None or raw != own.raw:
@@ -86,7 +86,7 @@ def _mend(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]:
         write_json(copy / LEGACY, sections.legacy)
     if source is not None:
         changes += restore_companions(source, copy)
-    changes += mend_manifest(copy)
+    changes += repair_manifest(copy)
     changed, removed = _differences(directory, copy)
     checked = changed | {CONFIG, LEGACY}
     # With the source, the verifier compares every tensor and file of the copy with it.
