@@ -83,7 +83,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     fast_video = fast_video_state(environment)
     # In a dry run nothing will listen, so a port that is taken is no fault.
     checked = override(settings, {"port": 0}) if options.dry_run else settings
-    config = preflight(options.directory, checked, environment, extra)
+    config = preflight(options.directory, checked, environment, extra, options.log)
     for choice in serving_plan(config, settings, environment, extra):
         logger.info("%s", choice)
     if options.dry_run:

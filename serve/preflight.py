@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,16 @@ def preflight(
     settings: ServeSettings,
     environment: ServeEnvironment,
     extra: Sequence[str] = (),
+    log: Path | None = None,
 ) -> CheckpointConfig:
-    """Check directory, device, memory and port, and return the checkpoint's config.
+    """Check directory, device, memory, port and log, and return the checkpoint's config.
 
     Args:
         directory: A checkpoint.
         settings: How it will be served.
         environment: Where vLLM is.
         extra: Flags of vLLM that will be added.
+        log: Where vLLM's output will go; None for a file in the temporary directory.
 
     Raises:
         BadInput: With every fault found.
@@ -60,6 +63,8 @@ def preflight(
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
+    if log is not None:
+        faults += log_faults(log)
     raise_if_any(faults)
     config = read_config(directory)
     faults = [*limit_faults(config, settings)]
@@ -338,6 +343,22 @@ def _tls_faults(settings: ServeSettings) -> Iterator[Fault]:
         what = f"cannot be used: {shortened(error)}"
         remedy = "give a certificate in PEM format, and the key that belongs to it"
         yield Fault(f"ssl_certfile {certificate}", what, remedy)
+
+
+def log_faults(log: Path) -> Iterator[Fault]:
+    """Yield a fault of a log that cannot be written. What a file holds is left as it is."""
+    where = f"--log {shortened(log)}"
+    try:
+        if log.is_dir():
+            yield Fault(where, "is a directory", "give a file")
+        elif log.is_file():
+            log.open("ab").close()
+        elif not log.exists():
+            # A file without a name: a folder may let nobody write whatever its permissions say.
+            tempfile.TemporaryFile(dir=log.parent).close()
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+        yield Fault(where, what, "give a file in a folder that is there and can be written")
 
 
 def free_port(host: str) -> int:

@@ -244,7 +244,7 @@ def running_server(
     # The port to wait at is the one that vLLM will use.
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
-    config = preflight(Path(directory), settings, environment, extra)
+    config = preflight(Path(directory), settings, environment, extra, log)
     variables = build_environment(config, settings, environment.device, extra)
     variables |= dict(more_variables or {})
     for attempt in range(1, START_ATTEMPTS + 1):

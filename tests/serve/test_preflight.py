@@ -220,6 +220,34 @@ def test_quiet_and_verbose(tiny_copy):
     assert "--max-model-len 8k is left to vLLM" in done.stderr
 
 
+def test_a_log_that_can_be_written_is_left_as_it_is(tiny, tmp_path):
+    log = tmp_path / "log"
+    preflight(tiny, ANY_PORT, ON_CPU, log=log)
+    assert not log.exists()
+    log.write_text("of an earlier server")
+    preflight(tiny, ANY_PORT, ON_CPU, log=log)
+    assert log.read_text() == "of an earlier server"
+    preflight(tiny, ANY_PORT, ON_CPU, log=Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("nowhere/log", "cannot be written: No such file or directory"),
+        ("file/log", "cannot be written: Not a directory"),
+        ("", "is a directory"),
+        ("/proc/log", "cannot be written"),
+    ],
+)
+def test_a_log_that_cannot_be_written_ends_a_dry_run(tiny, tmp_path, log, message):
+    (tmp_path / "file").touch()
+    done = run_module("serve", tiny, "--dry-run", "--log", tmp_path / log)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --log {tmp_path / log}: {message}")
+
+
 def test_help_names_every_setting_once():
     done = run_module("serve", "--help")
     assert done.returncode == 0
