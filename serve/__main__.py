@@ -28,7 +28,7 @@ from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import main
 from checkpoint.log import get_logger
 from serve.command import build_environment
-from serve.environment import ServeEnvironment, find_environment
+from serve.environment import ServeEnvironment, environment_and_flags
 from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
 from serve.own_server import own_server
@@ -67,14 +67,16 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
 
     Args:
         arguments: The command line without the program's name.
-        environment: Where vLLM is; found when None.
+        environment: Where vLLM is; found when None, and then its vLLM is asked about its flags.
 
     Raises:
         BadInput: With every fault of the directory and the settings.
     """
-    ours, extra = split_extra(arguments)
+    ours, given = split_extra(arguments)
     options = parse_command(_parser(), ours)
-    environment = environment or find_environment()
+    extra: Sequence[str] = given
+    if environment is None:
+        environment, (extra,) = environment_and_flags(given)
     overrides = given_settings(options)
     settings = checked_settings(options.directory, overrides, extra, environment)
     warn_about_gate(options.directory)

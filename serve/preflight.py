@@ -23,6 +23,7 @@ from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
+from serve.vllm_flags import flag_faults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,7 +81,8 @@ def checked_settings(
     flags: Sequence[str],
     environment: ServeEnvironment,
 ) -> ServeSettings:
-    """Return `settings_for`; when it raises, the faults of the directory are reported with it.
+    """Return `settings_for`; when it raises, or vLLM refuses its flags, the faults of the directory
+    are reported as well.
 
     Args:
         directory: A checkpoint.
@@ -89,14 +91,19 @@ def checked_settings(
         environment: Where vLLM is.
 
     Raises:
-        BadInput: With every fault of the settings and of the directory.
+        BadInput: With every fault of the settings, of the flags and of the directory.
     """
+    faults = list(flag_faults(flags))
+    settings = ServeSettings()
     try:
-        return settings_for(directory, overrides, flags)
+        settings = settings_for(directory, overrides, flags)
     except BadInput as bad:
-        faults = directory_faults(directory, environment)
+        faults += bad.faults
+    if faults:
+        faults += directory_faults(directory, environment)
         faults += device_faults(ServeSettings(), environment)
-        raise BadInput(*bad.faults, *faults) from None
+    raise_if_any(faults)
+    return settings
 
 
 def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int = 1) -> list[Fault]:

@@ -26,7 +26,7 @@ from serve.own_server import OwnServer, own_server
 from serve.plan import sequence_limit
 from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings, override
-from serve.vllm_flags import setting_values
+from serve.vllm_flags import flags_after, setting_values
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -301,7 +301,7 @@ def full_command(
     """
     limit = sequence_limit(read_config(directory), settings, environment, extra)
     if limit is not None:
-        extra = ["--max-num-seqs", str(limit), *extra]
+        extra = flags_after(["--max-num-seqs", str(limit)], extra)
     command = build_command(directory, settings, environment.vllm, environment.device, extra)
     return [str(environment.python), "-m", "vllm.entrypoints.cli.main", *command[1:]]
 
