@@ -59,7 +59,7 @@ from serve.own_server import own_server
 from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, running_server
-from serve.vllm_flags import CheckedFlags, flag_faults
+from serve.vllm_flags import CheckedFlags, canonical, flag_faults
 from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
 
 logger = get_logger("serve.bench")
@@ -122,13 +122,19 @@ def without_key(arguments: Sequence[str]) -> list[str]:
     """Return arguments with the word KEY in place of the server's key."""
     shown: list[str] = []
     for part in arguments:
-        if shown and shown[-1] == "--api-key":
+        name, equals, _ = part.partition("=")
+        if shown and _gives_key(shown[-1]):
             shown.append("KEY")
-        elif part.startswith("--api-key="):
-            shown.append("--api-key=KEY")
+        elif equals and _gives_key(name):
+            shown.append(f"{name}=KEY")
         else:
             shown.append(part)
     return shown
+
+
+def _gives_key(flag: str) -> bool:
+    """Return whether a flag is --api-key, or the beginning of its name, which parsers take too."""
+    return flag.startswith("--ap") and "--api-key".startswith(canonical(flag))
 
 
 def concurrencies(text: str) -> list[int]:

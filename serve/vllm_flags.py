@@ -47,10 +47,19 @@ def _length(text: str) -> int:
     return length
 
 
+_DTYPES = {"auto": "bfloat16", "half": "float16", "float": "float32"}
+"""vLLM's other names of types. `auto` is the checkpoint's, which is BF16 beside what is
+quantized."""
+
+
+def _dtype(text: str) -> str:
+    return _DTYPES.get(text, text)
+
+
 _SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--host": ("host", str),
     "--port": ("port", int),
-    "--dtype": ("dtype", str),
+    "--dtype": ("dtype", _dtype),
     "--video-pruning-rate": ("video.pruning_rate", float),
     LENGTH_FLAG: ("max_model_len", _length),
     "--tensor-parallel-size": ("tensor_parallel_size", int),
