@@ -150,18 +150,18 @@ def flag_faults(arguments: Sequence[str]) -> Iterator[Fault]:
     if arguments.refused:
         # Python's names of types and functions: "<function loads at 0x7f63f2e1b1a0>".
         reason = re.sub(r"<(?:class|function) '?([\w.]+)[^>]*>", r"\1", arguments.refused)
-        yield Fault(
-            "flags after --", f"vLLM refuses them: {shortened(reason)}", _nearest(arguments)
-        )
+        yield Fault("flags after --", f"vLLM refuses them: {shortened(reason)}", _remedy(arguments))
     elif "--config" in named_flags(arguments.read):
         what = "is ignored by vLLM where its file follows a sign of equality or its name is cut"
         yield Fault("--config", what, "write --config FILE")
 
 
-def _nearest(flags: CheckedFlags) -> str:
+def _remedy(flags: CheckedFlags) -> str:
     """Return a remedy for flags that vLLM refuses."""
     if "--model" in named_flags(flags):
         return "DIR is the model, so leave --model out"
+    if not flags.refused.startswith("unrecognized arguments"):
+        return "correct it, or leave it out"
     for name in sorted(named_flags(flags) - set(flags.known)):
         near = difflib.get_close_matches(name, flags.known, n=1)
         if near:

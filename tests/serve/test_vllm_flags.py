@@ -49,7 +49,7 @@ READ = {
 
 REFUSED = {
     "--max-num-sequences 4": "--max-num-sequences 4 (did you mean --max-num-seqs?)",
-    "--max-num-seqs many": "argument --max-num-seqs: invalid int value: 'many'",
+    "--max-num-seqs many": "--max-num-seqs: invalid int value: 'many' (correct it, or leave it out)",
     "--max-num-seqs 0": "--max-num-seqs: 0: Input should be greater than or equal to 1",
     "--gpu-memory-utilization 1.5": "1.5: Input should be less than or equal to 1",
     "--max-model-len 8.5K": "Decimals are not allowed with binary suffixes",
@@ -62,7 +62,7 @@ REFUSED = {
     "--config=FILE": "is ignored by vLLM",
     "--model other": "DIR is the model, so leave --model out",
     "--help": "they print a text and end vLLM",
-    "stray": "unrecognized arguments: stray",
+    "stray": "unrecognized arguments: stray (vllm serve --help=all names every flag)",
 }
 """Flags, and what the fault says."""
 
