@@ -49,7 +49,7 @@ READ = {
 
 REFUSED = {
     "--max-num-sequences 4": "--max-num-sequences 4 (did you mean --max-num-seqs?)",
-    "--max-num-seqs many": "--max-num-seqs: invalid int value: 'many' (correct it, or leave it out)",
+    "--max-num-seqs many": "invalid int value: 'many' (correct it, or leave it out)",
     "--max-num-seqs 0": "--max-num-seqs: 0: Input should be greater than or equal to 1",
     "--gpu-memory-utilization 1.5": "1.5: Input should be less than or equal to 1",
     "--max-model-len 8.5K": "Decimals are not allowed with binary suffixes",
