@@ -5,10 +5,11 @@
     python -m serve DIR --dry-run                        # print the vllm command and start nothing
     python -m serve DIR -- --max-num-seqs 32             # any flag of vllm serve; it wins over ours
 
-It runs from either environment and finds vLLM's (see serve/environment.py), checks what vLLM would
-fail on, and runs the server until Ctrl-C. Where the manifest says how clips are seen, that is the
-default; serving them otherwise is logged as a warning. Exit status: 0 stopped by the user, 1 vLLM
-ended by itself, 2 bad input. On a CPU everything runs, quantized layers on slow reference kernels.
+It runs from either environment and finds vLLM's (see serve/environment.py), lets vLLM's own parser
+read its flags (about ten seconds, where there are any), checks what vLLM would fail on, and runs
+the server until Ctrl-C. Where the manifest says how clips are seen, that is the default; serving
+them otherwise is logged as a warning. Exit status: 0 stopped by the user, 1 vLLM ended by itself,
+2 bad input. On a CPU everything runs, quantized layers on slow reference kernels.
 """
 
 from __future__ import annotations
