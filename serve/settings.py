@@ -19,7 +19,12 @@ from checkpoint.faults import BadInput, Fault, nearest, raise_if_any
 from checkpoint.log import get_logger
 from checkpoint.settings import Section
 from checkpoint.video import Video
-from serve.vllm_flags import MEDIA_OPTIONS, samples_without_fps, setting_values
+from serve.vllm_flags import (
+    MEDIA_OPTIONS,
+    lets_vllm_choose_length,
+    samples_without_fps,
+    setting_values,
+)
 
 logger = get_logger(__name__)
 
@@ -142,10 +147,15 @@ def settings_for(
     if samples_without_fps(flags):
         consequence = "vLLM samples every clip alike, however short"
         logger.warning("%s gives no fps for videos: %s", MEDIA_OPTIONS, consequence)
+    chooses_length = lets_vllm_choose_length(flags)
+    if chooses_length:
+        values.pop("max_model_len", None)
     if manifest is None:
         return override(ServeSettings(), values)
     faults: list[Fault] = []
     recorded = _recorded_settings(manifest, str(directory / MANIFEST), faults)
+    if chooses_length:
+        recorded = recorded.model_copy(update={"max_model_len": None})
     try:
         settings = override(recorded, values)
     except BadInput as bad:

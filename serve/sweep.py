@@ -45,7 +45,7 @@ from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
 from serve.bench import concurrencies, shown_command
 from serve.bench_runs import BenchFailed
-from serve.environment import ServeEnvironment, find_environment
+from serve.environment import ServeEnvironment, environment_and_flags
 from serve.options import add_setting_options, given_settings
 from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults
@@ -156,10 +156,10 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the items.
     """
-    ours, flags = split_extra(arguments)
+    ours, given = split_extra(arguments)
     options = command_options(ours)
     check_packages((*NEEDED, "matplotlib"))
-    environment = find_environment()
+    environment, (flags,) = environment_and_flags(given)
     _check(options, flags, environment)
     rates = rates_with_none(options.rates)
     counts = concurrencies(options.concurrency)

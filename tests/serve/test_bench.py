@@ -165,7 +165,9 @@ def test_rows_of_nvidia_smi():
 
 
 def test_a_result_file_does_not_hold_the_key():
-    for arguments in (["DIR", "--api-key", "s3cret"], ["DIR", "--api-key=s3cret"]):
+    for key in (["--api-key", "s3cret"], ["--api-key=s3cret"], ["--api_k", "s3cret"]):
+        arguments = ["DIR", *key, "--", "--api-server-count", "2"]
+        assert "--api-server-count 2" in shown_command("serve.bench", arguments)
         assert "s3cret" not in shown_command("serve.bench", arguments)
         assert "DIR" in shown_command("serve.bench", arguments)
 
@@ -177,6 +179,15 @@ def test_upstream_trap_vllms_client_sends_the_users_own_key_to_any_server():
 
 
 # The servers
+
+
+def test_flags_of_the_second_server_are_read_with_its_own(probed, tiny):
+    refused = {"refused": "argument --max-num-seqs: invalid int value: 'x'"}
+    probed({"read": [["--seed", 7]]}, refused)
+    arguments = [str(tiny), "--against", str(tiny), "--against-flags=--max-num-seqs x"]
+    with pytest.raises(BadInput, match="invalid int value") as caught:
+        run([*arguments, "--", "--seed", "7"])
+    assert len(caught.value.faults) == 1
 
 
 @pytest.fixture

@@ -183,6 +183,8 @@ def test_settings_follow_what_vllm_is_told():
     ("flags", "values"),
     [
         (["-tp", "2", "--dtype=float16"], {"tensor_parallel_size": 2, "dtype": "float16"}),
+        (["--dtype", "half"], {"dtype": "float16"}),
+        (["--dtype=auto"], {"dtype": "bfloat16"}),
         (["--max-model-len", "-1"], {}),
         (["--port"], {}),
         (["--seed", "-1"], {}),

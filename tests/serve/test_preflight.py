@@ -182,7 +182,8 @@ def test_devices_that_are_not_there(tiny):
     assert "there are 1 GPUs" in faults(tiny, two, H100)
 
 
-def test_dry_run_prints_a_line_a_shell_can_run(tiny):
+def test_dry_run_prints_a_line_a_shell_can_run(tiny, probed):
+    probed({"read": [["--max-num-seqs", 4]]})
     options = ["--dry-run", "--video-pruning-rate", "0.5"]
     done = run_module("serve", tiny, *options, "--", "--max-num-seqs", "4")
     assert done.returncode == 0, done.stderr
@@ -199,12 +200,13 @@ def test_a_failed_gate_is_said_and_does_not_stop(tiny_copy):
     assert f"warning: {tiny_copy} failed its accuracy gate" in done.stderr
 
 
-def test_another_video_than_the_manifests_is_one_warning_line(tiny_copy):
+def test_another_video_than_the_manifests_is_one_warning_line(tiny_copy, probed):
     manifest = {"video": {"pruning_rate": 0.9}, "gate": {"passed": True}}
     (tiny_copy / "hybridquant.json").write_text(json.dumps(manifest))
     done = run_module("serve", tiny_copy, "--dry-run")
     assert "warning: " not in done.stderr
     assert "fast video: o" in done.stderr
+    probed({"read": [["--video-pruning-rate", 0.5]]})
     done = run_module("serve", tiny_copy, "--dry-run", "--", "--video-pruning-rate", "0.5")
     assert done.returncode == 0
     assert done.stdout.count("--video-pruning-rate") == 1
@@ -213,11 +215,40 @@ def test_another_video_than_the_manifests_is_one_warning_line(tiny_copy):
     assert "EVS rate 0.5" in line
 
 
-def test_quiet_and_verbose(tiny_copy):
+def test_quiet_and_verbose(tiny_copy, probed):
     (tiny_copy / "hybridquant.json").write_text(json.dumps({"gate": {"passed": False}}))
     assert run_module("serve", tiny_copy, "--dry-run", "-qq").stderr == ""
-    done = run_module("serve", tiny_copy, "--dry-run", "-v", "--", "--max-model-len", "8k")
-    assert "--max-model-len 8k is left to vLLM" in done.stderr
+    probed({"read": [["--max-model-len", -1]]})
+    done = run_module("serve", tiny_copy, "--dry-run", "-v", "--", "--max-model-len", "auto")
+    assert "--max-model-len -1 is left to vLLM" in done.stderr
+
+
+def test_a_log_that_can_be_written_is_left_as_it_is(tiny, tmp_path):
+    log = tmp_path / "log"
+    preflight(tiny, ANY_PORT, ON_CPU, log=log)
+    assert not log.exists()
+    log.write_text("of an earlier server")
+    preflight(tiny, ANY_PORT, ON_CPU, log=log)
+    assert log.read_text() == "of an earlier server"
+    preflight(tiny, ANY_PORT, ON_CPU, log=Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("nowhere/log", "cannot be written: No such file or directory"),
+        ("file/log", "cannot be written: Not a directory"),
+        ("", "is a directory"),
+        ("/proc/log", "cannot be written"),
+    ],
+)
+def test_a_log_that_cannot_be_written_ends_a_dry_run(tiny, tmp_path, log, message):
+    (tmp_path / "file").touch()
+    done = run_module("serve", tiny, "--dry-run", "--log", tmp_path / log)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --log {tmp_path / log}: {message}")
 
 
 def test_help_names_every_setting_once():

@@ -157,6 +157,13 @@ def test_flags_out_of_range_are_bad_input(tiny, stub):
             pass
 
 
+@pytest.mark.parametrize("flags", [["--uds", "socket"], ["--headless"], ["--grpc"]])
+def test_a_server_that_would_not_answer_at_its_port_is_not_waited_for(tiny, stub, flags):
+    with pytest.raises(BadInput, match=f"{flags[0]}: lets vLLM answer nowhere"):
+        with running_server(tiny, ANY_PORT, flags, environment=stub("silent")):
+            pass
+
+
 def test_a_message_without_a_log_is_what_happened_alone(tmp_path):
     (tmp_path / "log").touch()
     assert death_message(tmp_path / "log", "vLLM ended") == "vLLM ended"

@@ -196,13 +196,51 @@ def test_a_gpu_that_others_use_is_a_fault(checkpoint):
     assert memory_faults(checkpoint(FP8_SIZE), fitting, on(busy)) == []
 
 
-@pytest.mark.parametrize("flag", ["--block-size", "--kv-cache-dtype", "--cpu-offload-gb"])
+@pytest.mark.parametrize("flag", ["--block-size", "--num-gpu-blocks-override", "--cpu-offload-gb"])
 def test_what_divides_memory_otherwise_is_not_computed(checkpoint, flag):
     config = checkpoint(BF16_SIZE)
     extra = [flag, "8"]
     assert memory_faults(config, ServeSettings(), on(A10), extra) == []
     lines = "\n".join(map(str, serving_plan(config, ServeSettings(), on(A10), extra)))
     assert f"memory: not computed ({flag} divides it otherwise)" in lines
+
+
+@pytest.mark.parametrize(
+    ("key_type", "token_bytes"),
+    [("auto", 24_576), ("bfloat16", 24_576), ("fp8", 12_288), ("fp8_e5m2", 12_288)],
+)
+def test_the_type_of_the_cache_that_is_given_counts(checkpoint, key_type, token_bytes):
+    extra = ["--kv-cache-dtype", key_type]
+    room = room_for_sequences(checkpoint(FP8_SIZE), ServeSettings(), on(H100), extra)
+    assert room.cache.token_bytes == token_bytes
+
+
+def test_a_type_of_the_cache_with_scales_is_not_computed(checkpoint):
+    config = checkpoint(FP8_SIZE)
+    extra = ["--kv-cache-dtype", "nvfp4"]
+    lines = "\n".join(map(str, serving_plan(config, ServeSettings(), on(H100), extra)))
+    assert "memory: not computed (--kv-cache-dtype nvfp4 divides it otherwise)" in lines
+
+
+@pytest.mark.parametrize("length", ["auto", "-1"])
+def test_a_length_that_vllm_chooses_is_what_fits(checkpoint, length):
+    config = checkpoint(FP8_SIZE)
+    settings = override(ServeSettings(), {"gpu_memory_utilization": 0.27})
+    assert len(memory_faults(config, settings, on(H100))) == 1
+    extra = ["--max-model-len", length]
+    assert memory_faults(config, settings, on(H100), extra) == []
+    room = room_for_sequences(config, settings, on(H100), extra)
+    assert 0 < room.length < config.max_length
+    assert room.sequences >= 1
+    lines = "\n".join(map(str, serving_plan(config, settings, on(H100), extra)))
+    assert f"of {room.length:,} tokens at once, the longest that fit" in lines
+
+
+def test_sequences_that_are_given_are_named_beside_those_that_fit(checkpoint):
+    config = checkpoint(FP8_SIZE)
+    extra = ["--kv-cache-memory-bytes", "8000000000", "--max-num-seqs", "64"]
+    lines = "\n".join(map(str, serving_plan(config, ServeSettings(), on(H100), extra)))
+    assert "at once: at most 64 sequences (given; 41 of up to one block fit)" in lines
 
 
 def test_a_given_pool_is_taken(checkpoint):

@@ -189,13 +189,18 @@ def test_a_sweep_goes_on_where_it_stopped_and_recommends_a_rate(
         (["--tasks", "video_evnt"], "did you mean video_event?"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--concurrency", "0"], "--concurrency: is '0'"),
-        (["--", "--video-pruning-rate", "0.5"], "--video-pruning-rate: would fix the rate"),
     ],
 )
 def test_bad_options_of_a_sweep_are_named(arguments, message, tiny):
     with pytest.raises(BadInput) as caught:
         run([str(tiny), *arguments])
     assert message in str(caught.value)
+
+
+def test_a_flag_of_vllm_that_fixes_the_rate_is_named(probed, tiny):
+    probed({"read": [["--video-pruning-rate", 0.5]]})
+    with pytest.raises(BadInput, match="--video-pruning-rate: would fix the rate"):
+        run([str(tiny), "--", "--video-pruning", "0.5"])
 
 
 def test_a_directory_that_cannot_be_served_is_named(tmp_path):
