@@ -230,10 +230,14 @@ def memory_faults(
     environment: ServeEnvironment,
     extra: Sequence[str] = (),
 ) -> list[Fault]:
-    """Return faults of a GPU that cannot hold the model or one sequence, or that others use."""
+    """Return faults of a GPU that cannot hold the model or one sequence, or that others use, and of
+    a cache of a given size that cannot hold one sequence.
+    """
     room = room_for_sequences(config, settings, environment, extra)
-    if room is None or room.memory is None:
+    if room is None:
         return []
+    if room.memory is None:
+        return _pool_faults(room, extra)
     device = environment.device.first(settings.tensor_parallel_size)
     memory = room.memory
     where = f"memory of {device.name}"
@@ -252,6 +256,17 @@ def memory_faults(
         what = f"one sequence of {room.length:,} tokens does not fit beside the weights"
         return [Fault(where, what, f"--max-model-len {longest}")]
     return []
+
+
+def _pool_faults(room: Room, extra: Sequence[str]) -> list[Fault]:
+    """Return the fault of a cache of a given size that cannot hold one sequence."""
+    longest = room.cache.longest(room.pool)
+    if room.length <= longest:
+        return []
+    where = _POOL_FLAG if _POOL_FLAG in named_flags(extra) else CPU_SPACE
+    what = f"{room.pool / GB:.3g} GB hold no sequence of {room.length:,} tokens"
+    remedy = f"raise it, or --max-model-len {longest}" if longest else "raise it"
+    return [Fault(where, what, remedy)]
 
 
 def _precision(

@@ -196,6 +196,19 @@ def test_a_gpu_that_others_use_is_a_fault(checkpoint):
     assert memory_faults(checkpoint(FP8_SIZE), fitting, on(busy)) == []
 
 
+def test_a_given_cache_that_holds_no_sequence_is_refused(checkpoint):
+    config = checkpoint(FP8_SIZE)
+    small = ["--kv-cache-memory-bytes", "1000000000"]
+    (fault,) = memory_faults(config, ServeSettings(), on(H100), small)
+    assert fault.where == "--kv-cache-memory-bytes"
+    assert "1 GB hold no sequence of 131,072 tokens" in fault.what
+    longest = int(fault.remedy.rpartition(" ")[2])
+    assert memory_faults(config, ServeSettings(max_model_len=longest), on(H100), small) == []
+    assert (
+        len(memory_faults(config, ServeSettings(max_model_len=longest + 1), on(H100), small)) == 1
+    )
+
+
 @pytest.mark.parametrize("flag", ["--block-size", "--num-gpu-blocks-override", "--cpu-offload-gb"])
 def test_what_divides_memory_otherwise_is_not_computed(checkpoint, flag):
     config = checkpoint(BF16_SIZE)
