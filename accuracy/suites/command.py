@@ -79,29 +79,7 @@ def run_suite(
         BadInput: With everything that is wrong with the command line or the data.
     """
     raise_if_any(_faults(arguments))
-    names = [name for name in (arguments.tasks or "").split(",") if name]
-    if arguments.tasks is not None and not names:
-        choices = ", ".join(task.name for task in SUITES[arguments.suite])
-        raise BadInput(Fault("--tasks", "names no task", f"choose from {choices}"))
-    tasks = choose_tasks(arguments.suite, names)
-    find_python()
-    plan = SuitePlan(
-        tasks=tasks,
-        source=DataSource(
-            data_folder(arguments.data),
-            arguments.own_data,
-            arguments.tasks_folder,
-            arguments.limit,
-        ),
-        video=compared_video(arguments.directories[0], arguments.video_pruning_rate),
-        profile=_profile(arguments),
-        out=arguments.out,
-        max_loss=arguments.max_loss,
-        judge=_judge(arguments),
-        repeats=2 if arguments.noise_floor else 1,
-        concurrency=arguments.concurrency,
-        rates=_rates(arguments.evs_rates),
-    )
+    plan = _plan_of(arguments, compared_video)
     if arguments.json:
         check_output(arguments.json)
     reference = Model(arguments.reference, arguments.reference_endpoint, arguments.api_key)
@@ -128,6 +106,40 @@ def run_suite(
     if arguments.json:
         write_json(arguments.json, outcome)
     return 0 if outcome["passed"] else 1
+
+
+def _plan_of(
+    arguments: argparse.Namespace, compared_video: Callable[[Path, float | None], Video]
+) -> SuitePlan:
+    """Return what the command line asks for.
+
+    Raises:
+        BadInput: It names no task, or a task that the suite does not have; or the harnesses are not
+            installed.
+    """
+    names = [name for name in (arguments.tasks or "").split(",") if name]
+    if arguments.tasks is not None and not names:
+        choices = ", ".join(task.name for task in SUITES[arguments.suite])
+        raise BadInput(Fault("--tasks", "names no task", f"choose from {choices}"))
+    tasks = choose_tasks(arguments.suite, names)
+    find_python()
+    return SuitePlan(
+        tasks=tasks,
+        source=DataSource(
+            data_folder(arguments.data),
+            arguments.own_data,
+            arguments.tasks_folder,
+            arguments.limit,
+        ),
+        video=compared_video(arguments.directories[0], arguments.video_pruning_rate),
+        profile=_profile(arguments),
+        out=arguments.out,
+        max_loss=arguments.max_loss,
+        judge=_judge(arguments),
+        repeats=2 if arguments.noise_floor else 1,
+        concurrency=arguments.concurrency,
+        rates=_rates(arguments.evs_rates),
+    )
 
 
 def check_output(file: Path) -> None:
