@@ -149,21 +149,7 @@ def measure(
         # Nothing of serve/ is to hide a module of vLLM.
         variables |= {"PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1"}
         command = [str(environment.python), str(KERNEL), str(scratch / "request.json")]
-        ending = ""
-        with (scratch / "log").open("wb") as log:
-            try:
-                done = subprocess.run(
-                    command,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    timeout=seconds + IMPORT_SECONDS,
-                )
-                if done.returncode:
-                    ending = f"ended with status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                ending = f"did not end within {seconds + IMPORT_SECONDS:.0f} s"
+        ending = _run(command, variables, scratch / "log", seconds + IMPORT_SECONDS)
         found: dict[str, Any] = {}
         if result.exists():
             found = json.loads(result.read_text(encoding="utf-8"))
@@ -177,6 +163,30 @@ def measure(
     # What was measured before it ended is worth keeping.
     logger.warning("%s; what was found before is written", message)
     return found | {"error": message}
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str], log: Path, seconds: float) -> str:
+    """Run a command, and return why it failed; "" when it did not.
+
+    Args:
+        command: The command line.
+        variables: Its environment.
+        log: Takes what it prints.
+        seconds: Time after which it is ended.
+    """
+    with log.open("wb") as file:
+        try:
+            done = subprocess.run(
+                command,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return f"did not end within {seconds:.0f} s"
+    return f"ended with status {done.returncode}" if done.returncode else ""
 
 
 def _batches(found: Mapping[str, Any]) -> list[Any]:
