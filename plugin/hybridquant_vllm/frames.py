@@ -35,6 +35,7 @@ from av.video.stream import VideoStream
 
 from hybridquant_vllm.clip import Clip, ClipError, OpenedClip
 from hybridquant_vllm.conversion import ConvertedFrames
+from hybridquant_vllm.mp4_index import check_index
 from hybridquant_vllm.stretches import NotParallel, decode_stretches, divide, is_timed
 
 __all__ = ["MAX_FRAME_PIXELS", "Clip", "ClipError", "read_clip", "sample_indices"]
@@ -47,6 +48,13 @@ MAX_SECONDS = 4 * 3600
 
 MAX_PACKETS = 1_000_000
 """Most packets of a clip: four hours at 69 frames per second."""
+
+_MOST_READINGS = 4
+"""How often the packets of a file may hold its bytes. An edit list, or entries of an index that
+overlap, make a million packets of a small file, and reading those takes ten seconds."""
+
+_INDEX_BYTES = 4
+"""Bytes that a packet takes in a file beside its own; no format needs less for small packets."""
 
 # A playlist may name other files and addresses; the given file is the only one that is read.
 _OPTIONS = {"protocol_whitelist": "none"}
@@ -98,8 +106,9 @@ def read_clip(
 
     Raises:
         ClipError: It is not a video, its frame rate is unknown, it is longer or larger than the
-            limits above, or no frame of it can be decoded.
+            limits above, its index is out of proportion, or no frame of it can be decoded.
     """
+    check_index(data)
     sampling = (fps, max_frames, size, max_pixels)
     try:
         try:
@@ -177,14 +186,19 @@ def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
     """Return all packets; of a file that is damaged within, those before the damage.
 
     Raises:
-        ClipError: There are too many.
+        ClipError: There are too many, for a clip or for a file of this size.
         FFmpegError: The first one cannot be read.
     """
     packets: list[Packet] = []
+    bytes_left = _MOST_READINGS * container.size
     try:
         for packet in container.demux(stream):
             if packet.size:
                 packets.append(packet)
+            bytes_left -= packet.size + _INDEX_BYTES
+            if bytes_left < 0:
+                what = f"video's index shows the same frames more than {_MOST_READINGS} times"
+                raise ClipError(what, "write the file again")
             if len(packets) > MAX_PACKETS:
                 raise _too_many_frames()
     except av.FFmpegError:
