@@ -3,7 +3,7 @@
 Most tables of such an index are written out in the file. Four are not, and there a few bytes claim
 any number of entries: samples of one size (`stsz`), fragments with default sizes (`trun`), sound of
 equal samples in large chunks (`stsc`), and edits that show the same frames again (`elst`). FFmpeg
-writes all entries out while it opens the file: 10^8 of them took 12 seconds and 5 GB, and PyAV
+writes all entries out while it opens the file: 50 million take it seconds and gigabytes, and PyAV
 has no limit for it. So the counts are read here; the file is taken as FFmpeg takes it, which finds
 a table wherever it stands outside of `mdat` (libavformat/mov.c).
 """
@@ -49,8 +49,9 @@ def check_index(data: bytes) -> None:
         tracks = _places(data, b"trak", start, end)
         if len(tracks) > MAX_TRACKS:
             raise ClipError(f"video has more than {MAX_TRACKS} tracks", _REMEDY)
-        if tracks and data.find(b"cmov", start, end) >= 0:
-            raise ClipError("video's index is compressed", _REMEDY)
+        for place in _places(data, b"cmov", start, end):
+            if data[place + 8 : place + 12] == b"dcom":
+                raise ClipError("video's index is compressed", _REMEDY)
         for track, next_track in zip(tracks, [*tracks[1:], end]):
             entries += _entries_of_track(data, track, next_track)
     if entries > MAX_ENTRIES:
