@@ -204,6 +204,11 @@ def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
     except av.FFmpegError:
         if not packets:
             raise
+    except IndexError:
+        # Trap: PyAV 18.1 raises it behind the last packet if streams begin within the file that
+        # its head does not name, as in a damaged MPEG-TS file.
+        if not packets:
+            raise ClipError("video has no frames", _REMEDY) from None
     return packets
 
 
