@@ -137,7 +137,8 @@ def _table_length(data: bytes, place: int, row_bytes: int) -> int:
 
 
 def _places(data: bytes, kind: bytes, start: int, end: int) -> list[int]:
-    """Return where a name of a box stands.
+    """Return where a name of a box stands, or eight bytes later if a size of 64 bits follows it:
+    the fields of the box begin four bytes behind that place.
 
     Raises:
         ClipError: In too many places.
@@ -147,7 +148,8 @@ def _places(data: bytes, kind: bytes, start: int, end: int) -> list[int]:
     places = []
     place = data.find(kind, start, end)
     while place >= 0:
-        places.append(place)
+        has_long_size = _number(data, max(0, place - 4)) == 1
+        places.append(place + 8 if has_long_size else place)
         place = data.find(kind, place + 4, end)
     return places
 

@@ -27,6 +27,13 @@ def numbers(*values):
     return struct.pack(f">{1 + len(values)}I", 0, *values)
 
 
+def with_long_size(data, kind):
+    """A file in which the size of a box has 64 bits."""
+    start = data.index(kind) - 4
+    (size,) = struct.unpack(">I", data[start : start + 4])
+    return data[:start] + struct.pack(">I4sQ", 1, kind, size + 8) + data[start + 8 :]
+
+
 def film(sound=False, sizes=(0, 10), chunks=10, runs=((1, 1, 1),), edits=1):
     """An MP4 of which only the index is there."""
     handler = box(b"hdlr", numbers(0), b"soun" if sound else b"vide", bytes(12))
@@ -57,6 +64,10 @@ BOMBS = {
     "sound in large chunks": film(sound=True, sizes=(2, MANY), chunks=1000, runs=[(1, 2**31, 1)]),
     "many edits": film(sizes=(0, 50_000), edits=1000),
     "frames in a table": film(sizes=(0, MANY)),
+    "a size of 64 bits": with_long_size(film(sizes=(0, MANY)), b"stsz"),
+    "a fragment with a size of 64 bits": with_long_size(
+        patched(FRAGMENTS, b"trun", 4, 1, MANY), b"trun"
+    ),
     "behind the frames": box(b"free", bytes(8)) + box(b"mdat", bytes(99)) + film(sizes=(0, MANY)),
     "to the end": film(sizes=(0, MANY)).replace(
         struct.pack(">I4s", 8, b"moov"), bytes(4) + b"moov"
