@@ -6,6 +6,7 @@ vLLM calls `register` in each of its processes, in some more than once.
   checkpoint and needs no `--trust-remote-code`.
 - `fast_video` replaces how vLLM prepares clips and pictures for Nemotron Nano VL. Off by
   HYBRIDQUANT_FAST_VIDEO=0.
+- `media_options` checks and bounds what a request says about how its clips are sampled.
 - `connector` answers requests whose media cannot be had with 400 and the reason.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need

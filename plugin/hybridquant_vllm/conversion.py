@@ -52,6 +52,17 @@ class ConvertedFrames:
         with self._lock:
             self._tasks[position] = task
 
+    def add_now(self, position: int, frame: VideoFrame) -> None:
+        """Convert a frame on this thread."""
+        with self._lock:
+            self._prepare(frame)
+        with FRAME_SLOTS:
+            self._convert(position, frame)
+        done: Future[None] = Future()
+        done.set_result(None)
+        with self._lock:
+            self._tasks[position] = done
+
     def result(self) -> tuple[NDArray[np.uint8], list[int]]:
         """Wait for all frames.
 

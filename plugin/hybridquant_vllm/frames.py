@@ -7,10 +7,11 @@ loader (vllm/multimodal/video.py, VideoBackend; video_decoders/opencv.py).
 How a clip is decoded. Its packets are read once. A keyframe that no later frame precedes starts a
 stretch that needs nothing from before it, so stretches are decoded in parallel, only those with
 sampled frames, and only up to the last of them; of H.264, frames that no other frame refers to are
-skipped. Where the packets do not say which frame is which (no or equal time stamps, MPEG-TS, other
-codecs) or a stretch is damaged, the clip is decoded from its beginning and its frames are counted,
-as OpenCV does. Frames are converted and resized as they come, so no more than two for each core
-are held in full size.
+skipped. A stretch in which FFmpeg finds damage is decoded again, with what FFmpeg makes of the
+damage. Where the packets do not say which frame is which (no or equal time stamps, MPEG-TS, other
+codecs) or a stretch gives too few frames, the clip is decoded from its beginning and its frames are
+counted, as OpenCV does. Frames are converted and resized as they come, so no more than two for each
+core are held in full size.
 
 What the pixels are. YUV is converted to RGB of 8 bits with the matrix and range that the file
 states (BT.601 where it states none), chroma interpolated bicubically. HDR (10 bits, PQ or HLG,
@@ -20,8 +21,10 @@ two fields of interlaced video stay woven in one frame. Rotation is applied, as 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+from collections.abc import Callable
 
 import av
 import numpy as np
@@ -32,7 +35,8 @@ from av.video.stream import VideoStream
 
 from hybridquant_vllm.clip import Clip, ClipError, OpenedClip
 from hybridquant_vllm.conversion import ConvertedFrames
-from hybridquant_vllm.stretches import NotParallel, decode_in_parallel, divide
+from hybridquant_vllm.mp4_index import check_index
+from hybridquant_vllm.stretches import NotParallel, decode_stretches, divide, is_timed
 
 __all__ = ["MAX_FRAME_PIXELS", "Clip", "ClipError", "read_clip", "sample_indices"]
 
@@ -44,6 +48,13 @@ MAX_SECONDS = 4 * 3600
 
 MAX_PACKETS = 1_000_000
 """Most packets of a clip: four hours at 69 frames per second."""
+
+_MOST_READINGS = 4
+"""How often the packets of a file may hold its bytes. An edit list, or entries of an index that
+overlap, make a million packets of a small file, and reading those takes ten seconds."""
+
+_INDEX_BYTES = 4
+"""Bytes that a packet takes in a file beside its own; no format needs less for small packets."""
 
 # A playlist may name other files and addresses; the given file is the only one that is read.
 _OPTIONS = {"protocol_whitelist": "none"}
@@ -95,14 +106,41 @@ def read_clip(
 
     Raises:
         ClipError: It is not a video, its frame rate is unknown, it is longer or larger than the
-            limits above, or no frame of it can be decoded.
+            limits above, its index is out of proportion, or no frame of it can be decoded.
     """
+    check_index(data)
+    sampling = (fps, max_frames, size, max_pixels)
     try:
-        with _opened(data, max_pixels) as container:
-            clip = _read_packets(container, max_pixels)
-            return _sample(clip, fps, max_frames, size, max_pixels, parallel)
+        try:
+            return _read_once(data, *sampling, functools.partial(_decode, parallel=parallel))
+        except NotParallel:
+            # Opened again: a decoder that was used keeps its threads, and frames that FFmpeg
+            # would take for those that are lost.
+            return _read_once(data, *sampling, functools.partial(_count, is_damaged=True))
     except av.FFmpegError as error:
         raise ClipError(f"video cannot be read: {str(error)[:200]}", _REMEDY) from None
+
+
+def _read_once(
+    data: bytes,
+    fps: float,
+    max_frames: int,
+    size: tuple[int, int] | None,
+    max_pixels: int,
+    decode: Callable[[OpenedClip, list[int], ConvertedFrames], None],
+) -> Clip:
+    with _opened(data, max_pixels) as container:
+        clip = _read_packets(container, max_pixels)
+        wanted = sample_indices(clip.total, clip.fps, fps, max_frames)
+        converted = ConvertedFrames(len(wanted), size, max_pixels)
+        decode(clip, wanted, converted)
+        frames, positions = converted.result()
+    if not positions:
+        # Of some formats, frames that are too large have no size until one is decoded.
+        remedy = f"write the file again, with at most {max_pixels} pixels a frame"
+        raise ClipError("no frame of the video can be decoded", remedy)
+    indices = tuple(wanted[position] for position in positions)
+    return Clip(frames, indices, clip.fps, clip.total)
 
 
 def _opened(data: bytes, max_pixels: int) -> InputContainer:
@@ -148,19 +186,29 @@ def _packets(container: InputContainer, stream: VideoStream) -> list[Packet]:
     """Return all packets; of a file that is damaged within, those before the damage.
 
     Raises:
-        ClipError: There are too many.
+        ClipError: There are too many, for a clip or for a file of this size.
         FFmpegError: The first one cannot be read.
     """
     packets: list[Packet] = []
+    bytes_left = _MOST_READINGS * container.size
     try:
         for packet in container.demux(stream):
             if packet.size:
                 packets.append(packet)
+            bytes_left -= packet.size + _INDEX_BYTES
+            if bytes_left < 0:
+                what = f"video's index shows the same frames more than {_MOST_READINGS} times"
+                raise ClipError(what, "write the file again")
             if len(packets) > MAX_PACKETS:
                 raise _too_many_frames()
     except av.FFmpegError:
         if not packets:
             raise
+    except IndexError:
+        # Trap: PyAV 18.1 raises it behind the last packet if streams begin within the file that
+        # its head does not name, as in a damaged MPEG-TS file.
+        if not packets:
+            raise ClipError("video has no frames", _REMEDY) from None
     return packets
 
 
@@ -186,47 +234,38 @@ def _film(container: InputContainer) -> VideoStream:
     raise ClipError("file has no video stream, only a cover picture", _REMEDY)
 
 
-def _sample(
-    clip: OpenedClip,
-    fps: float,
-    max_frames: int,
-    size: tuple[int, int] | None,
-    max_pixels: int,
-    parallel: bool,
-) -> Clip:
-    wanted = sample_indices(clip.total, clip.fps, fps, max_frames)
-    converted = ConvertedFrames(len(wanted), size, max_pixels)
-    if not (parallel and _decoded_in_parallel(clip, wanted, converted)):
-        converted = ConvertedFrames(len(wanted), size, max_pixels)
-        _decode_and_count(clip, wanted, converted)
-    frames, positions = converted.result()
-    if not positions:
-        # Of some formats, frames that are too large have no size until one is decoded.
-        remedy = f"write the file again, with at most {max_pixels} pixels a frame"
-        raise ClipError("no frame of the video can be decoded", remedy)
-    indices = tuple(wanted[position] for position in positions)
-    return Clip(frames, indices, clip.fps, clip.total)
+def _decode(
+    clip: OpenedClip, wanted: list[int], converted: ConvertedFrames, parallel: bool
+) -> None:
+    """Decode by stretches if the clip allows it, otherwise count its frames.
 
-
-def _decoded_in_parallel(clip: OpenedClip, wanted: list[int], converted: ConvertedFrames) -> bool:
-    """Decode in parallel if the clip allows it, and return whether that gave all frames."""
+    Raises:
+        NotParallel: Stretches do not give the frames that they promise.
+    """
     stretches = divide(clip, wanted)
-    if not stretches:
-        return False
-    try:
-        decode_in_parallel(clip, stretches, converted)
-    except (NotParallel, av.FFmpegError):
-        clip.stream.codec_context.flush_buffers()
-        return False
-    return True
+    if stretches:
+        decode_stretches(clip, stretches, converted, parallel)
+    else:
+        _count(clip, wanted, converted, is_damaged=is_timed(clip))
 
 
-def _decode_and_count(clip: OpenedClip, wanted: list[int], converted: ConvertedFrames) -> None:
-    """Decode from the beginning and count the frames."""
+def _count(
+    clip: OpenedClip, wanted: list[int], converted: ConvertedFrames, is_damaged: bool
+) -> None:
+    """Decode from the beginning and count the frames.
+
+    Args:
+        clip: A clip that nothing is decoded of.
+        wanted: Indices of the sampled frames, ascending.
+        converted: Takes the sampled frames.
+        is_damaged: Whether to use one thread, and to convert each frame before the next packet is
+            decoded. FFmpeg paints over damage with what is in its buffers: with frames that other
+            threads are decoding, and with old frames that happen to be given back.
+    """
     positions = {index: position for position, index in enumerate(wanted)}
+    add = converted.add_now if is_damaged else converted.add
     context = clip.stream.codec_context
-    if not context.is_open:
-        context.thread_type = "AUTO"
+    context.thread_type = "NONE" if is_damaged else "AUTO"
     index = 0
     packets: list[Packet | None] = [*clip.packets, None]
     for packet in packets:
@@ -237,7 +276,7 @@ def _decode_and_count(clip: OpenedClip, wanted: list[int], converted: ConvertedF
         for frame in frames:
             if index in positions:
                 converted.rotation = frame.rotation
-                converted.add(positions[index], frame)
+                add(positions[index], frame)
             index += 1
         if index > wanted[-1]:
             break

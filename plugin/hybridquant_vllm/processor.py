@@ -27,7 +27,7 @@ from vllm.transformers_utils.processors.nano_nemotron_vl import (
     get_video_target_size_and_feature_size,
 )
 
-from hybridquant_vllm import fast_video, loader
+from hybridquant_vllm import fast_video, loader, media_options
 from hybridquant_vllm.pixels import PIXEL_POOL, cut_tiles, resize_all
 
 
@@ -105,7 +105,10 @@ class FastProcessingInfo(NanoNemotronVLProcessingInfo):
         # size once more, to count their tokens.
         is_fixed = processor.video_target_num_patches is None
         size = processor.image_size if is_fixed else None
-        loader.use_for(ctx.get_mm_config().media_io_kwargs, size)
+        options = ctx.get_mm_config().media_io_kwargs
+        loader.use_for(options, size)
+        context = ctx.model_config.max_model_len
+        media_options.bound(options, self.get_num_frames_with_most_features(context, {"video": 1}))
 
     def get_hf_processor(self, **kwargs: object) -> FastProcessor:
         """Return the processor; `kwargs` are those of `mm_processor_kwargs`."""

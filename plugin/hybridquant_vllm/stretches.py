@@ -25,6 +25,12 @@ DECODER_POOL = Pool("hybridquant-decoder")
 _PARALLEL_CODECS = {"av1", "h264", "hevc", "vp9"}
 """Codecs of which a packet holds exactly one frame, with the time stamp of that frame."""
 
+_STRICT = {"err_detect": "explode"}
+"""Option of a decoder that makes damage an error."""
+
+_TOLERANT: dict[str, str] = {}
+"""Left to itself, FFmpeg paints over the damaged parts of a frame from the frames around it."""
+
 _SMALL_FRAME_PIXELS = 1280 * 720
 
 _TIMED_FORMATS = {"mov", "matroska", "flv", "ivf"}
@@ -72,6 +78,17 @@ class NotParallel(Exception):
     """A stretch did not give the frames that its packets promised."""
 
 
+class _Damaged(Exception):
+    """A frame is damaged."""
+
+
+def is_timed(clip: OpenedClip) -> bool:
+    """Return whether packets of such a file say which frame is which, unless it is damaged."""
+    if clip.stream.codec_context.name.removeprefix("lib") not in _PARALLEL_CODECS | {"dav1d"}:
+        return False
+    return bool(_TIMED_FORMATS & set(clip.container.format.name.split(",")))
+
+
 def divide(clip: OpenedClip, wanted: list[int]) -> list[Stretch]:
     """Divide a clip.
 
@@ -82,9 +99,7 @@ def divide(clip: OpenedClip, wanted: list[int]) -> list[Stretch]:
     Returns:
         Those that hold sampled frames; none if the packets do not tell which frame is which.
     """
-    if clip.stream.codec_context.name.removeprefix("lib") not in _PARALLEL_CODECS | {"dav1d"}:
-        return []
-    if not _TIMED_FORMATS & set(clip.container.format.name.split(",")):
+    if not is_timed(clip):
         return []
     # OpenCV counts the frames that a damaged file still gives, whatever their time stamps are.
     if not clip.is_whole:
@@ -128,28 +143,33 @@ def _independent_ranges(packets: list[Packet], stamps: list[int]) -> Iterator[tu
     yield from zip(starts, [*starts[1:], end])
 
 
-def decode_in_parallel(
-    clip: OpenedClip, stretches: list[Stretch], converted: ConvertedFrames
+def decode_stretches(
+    clip: OpenedClip, stretches: list[Stretch], converted: ConvertedFrames, parallel: bool
 ) -> None:
-    """Decode stretches on `DECODER_POOL`.
+    """Decode stretches; the frames are the same in parallel and one stretch after the other.
 
     Args:
         clip: The clip that was divided.
         stretches: From `divide`.
-        converted: Takes the sampled frames.
+        converted: Takes the sampled frames; those that cannot be decoded are left out.
+        parallel: Whether to decode them in parallel, on `DECODER_POOL`.
 
     Raises:
-        NotParallel: A stretch does not give the frames that its packets promise.
-        FFmpegError: A stretch is damaged.
+        NotParallel: A stretch does not give the frames that its packets promise, though FFmpeg
+            finds no damage; or no stretch can be decoded.
     """
-    first = _first_frame(clip)
+    first = _first_frame(clip, stretches)
     converted.rotation = first.rotation
+    if not parallel:
+        for stretch in stretches:
+            _decode(clip.stream, first, 1, stretch, converted)
+        return
     futures: list[Future[None]] = []
     with _IN_DECODING.added(len(stretches)) as all_stretches:
         threads = _threads_of_a_stretch(first, all_stretches)
         for stretch in stretches:
-            context = _decoder(clip.stream, first, threads)
-            futures.append(DECODER_POOL.executor.submit(_decode, context, stretch, converted))
+            task = (clip.stream, first, threads, stretch, converted)
+            futures.append(DECODER_POOL.executor.submit(_decode, *task))
         # All are waited for, also after an error: they write into `converted`.
         errors = [future.exception() for future in futures]
     for error in errors:
@@ -174,21 +194,61 @@ def _threads_of_a_stretch(frame: VideoFrame, all_stretches: int) -> int:
     return math.ceil(share)
 
 
-def _first_frame(clip: OpenedClip) -> VideoFrame:
-    """Decode the first frame, which knows what only the container says: rotation and colours."""
+def _first_frame(clip: OpenedClip, stretches: list[Stretch]) -> VideoFrame:
+    """Decode the first frame that can be, for what only the container says: rotation and colours.
+
+    Raises:
+        NotParallel: There is none.
+    """
     context = clip.stream.codec_context
-    frames = [*context.decode(clip.packets[0]), *context.decode(None)]
-    context.flush_buffers()
-    if not frames:
-        raise NotParallel
-    return frames[0]
+    for packet in (clip.packets[0], *(stretch.packets[0] for stretch in stretches)):
+        try:
+            frames = [*context.decode(packet), *context.decode(None)]
+        except av.FFmpegError:
+            frames = []
+        context.flush_buffers()
+        if frames:
+            return frames[0]
+    raise NotParallel
 
 
-def _decoder(stream: VideoStream, first: VideoFrame, threads: int) -> VideoCodecContext:
+def _decode(
+    stream: VideoStream,
+    first: VideoFrame,
+    threads: int,
+    stretch: Stretch,
+    converted: ConvertedFrames,
+) -> None:
+    """Decode a stretch; if it is damaged, once more, keeping what FFmpeg makes of the damage.
+
+    That is done on one thread: frames that FFmpeg decodes at once take what is missing from each
+    other, and what they take depends on the number of threads and on which comes first.
+    """
+    missing = set(stretch.positions)
+    try:
+        strict = _decoder(stream, first, threads, _STRICT)
+        for stamp, frame in _frames(strict, stretch, missing):
+            if frame.is_corrupt:
+                raise _Damaged
+            missing.remove(stamp)
+            converted.add(stretch.positions[stamp], frame)
+    except (_Damaged, av.FFmpegError):
+        tolerant = _decoder(stream, first, 1, _TOLERANT)
+        for stamp, frame in _frames(tolerant, stretch, missing):
+            missing.remove(stamp)
+            converted.add_now(stretch.positions[stamp], frame)
+    else:
+        if missing:
+            raise NotParallel
+
+
+def _decoder(
+    stream: VideoStream, first: VideoFrame, threads: int, options: dict[str, str]
+) -> VideoCodecContext:
     context = av.CodecContext.create(stream.codec_context.codec, "r")
     assert isinstance(context, VideoCodecContext)
     context.extradata = stream.codec_context.extradata
-    context.options = dict(stream.codec_context.options)
+    context.options = stream.codec_context.options | options
     context.colorspace = first.colorspace
     context.color_range = first.color_range
     context.thread_count = threads
@@ -196,20 +256,28 @@ def _decoder(stream: VideoStream, first: VideoFrame, threads: int) -> VideoCodec
     return context
 
 
-def _decode(context: VideoCodecContext, stretch: Stretch, converted: ConvertedFrames) -> None:
+def _frames(
+    context: VideoCodecContext, stretch: Stretch, missing: set[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yield the frames of a stretch that are missing, with their time stamps.
+
+    Raises:
+        FFmpegError: A packet is damaged and the decoder is strict.
+    """
     # Only H.264 says of each frame whether any other refers to it: HEVC's flag leaves out frames
     # of higher temporal layers.
     may_skip = context.name == "h264"
-    missing = set(stretch.positions)
+    is_strict = context.options.items() >= _STRICT.items()
     packets: list[Packet | None] = [*stretch.packets, None]
     for packet in packets:
         if may_skip and packet is not None:
             context.skip_frame = "DEFAULT" if packet.pts in stretch.positions else "NONREF"
-        for frame in context.decode(packet):
-            if frame.pts in missing:
-                if frame.is_corrupt:
-                    raise NotParallel
-                missing.remove(frame.pts)
-                converted.add(stretch.positions[frame.pts], frame)
-    if missing:
-        raise NotParallel
+        try:
+            frames = context.decode(packet)
+        except av.FFmpegError:
+            if is_strict:
+                raise
+            continue  # a damaged packet loses its own frame, not the stretch
+        for frame in frames:
+            if frame.pts is not None and frame.pts in missing:
+                yield frame.pts, frame

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from decode_report import decode_report
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMClientError
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.model_executor.models import ModelRegistry, nano_nemotron_vl, radio
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -55,18 +55,20 @@ def media(renderer, options: dict, given: dict, pixels: dict[str, np.ndarray]) -
     """Token ids, hashes, seconds and errors of each case; its pixels go to `pixels`."""
     found = {}
     for name, case in given.items():
-        chosen = {**options, "video": {**options["video"], **case.get("video", {})}}
+        requested = {"video": case["video"]} if "video" in case else None
         template = {"add_generation_prompt": True, "tokenize": False}
-        params = ChatParams(chat_template_kwargs=template, media_io_kwargs=chosen)
+        params = ChatParams(chat_template_kwargs=template, media_io_kwargs=requested)
         started = time.process_time()
         try:
+            params = params.with_defaults(default_media_io_kwargs=options)
             _, (prompt,) = renderer.render_chat([case["messages"]], params)
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
-            found[name]["is_bad_request"] = isinstance(error, (ValueError, VLLMClientError))
+            found[name]["status"] = create_error_response(error).error.code
             found[name]["seconds"] = time.process_time() - started
             continue
         found[name] = {"ids": prompt["prompt_token_ids"], "hashes": dict(prompt["mm_hashes"])}
+        found[name]["seconds"] = time.process_time() - started
         for modality, items in prompt["mm_kwargs"].items():
             key = "pixel_values_flat" if modality == "image" else "pixel_values_flat_video"
             for number, item in enumerate(items):

@@ -93,14 +93,6 @@ def test_a_stretch_that_loses_frames_makes_the_clip_be_counted(monkeypatch):
     assert np.array_equal(counted.frames, whole.frames)
 
 
-def test_a_damaged_clip_is_counted_as_opencv_does(stretches):
-    data = bytearray(clip(form="matroska", options={"bf": "3", "g": "8"}))
-    middle = len(data) // 2
-    data[middle : middle + 200] = bytes(200)
-    damaged = read(bytes(data))
-    assert np.array_equal(damaged.frames, read(bytes(data), parallel=False).frames)
-
-
 def test_frames_come_in_the_size_that_is_asked_for():
     small = read(CLIPS["h264, short groups"], size=(32, 48))
     assert small.frames.shape[1:] == (32, 48, 3)

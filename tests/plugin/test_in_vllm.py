@@ -7,6 +7,7 @@ tests/calibrate/test_against_vllm.py compares the same prompts with stock vLLM's
 import base64
 import io
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -60,6 +61,44 @@ BAD = {
 }
 
 
+def jpegs(count):
+    """A clip that is sent as pictures."""
+    parts = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(picture(number, 32, 32)).save(buffer, "JPEG")
+        parts.append(base64.b64encode(buffer.getvalue()).decode())
+    url = f"data:video/jpeg;base64,{','.join(parts)}"
+    text = {"type": "text", "text": "What is it?"}
+    return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}, text]}]
+
+
+NUMBERS = [0, -2, -1.5, 1.5, math.nan, math.inf, -math.inf, 10**400, True, "8", None, [8], {}]
+BAD_OPTIONS = [("num_frames", value) for value in [*NUMBERS, 129, 10**8, 8.0]]
+BAD_OPTIONS += [("fps", value) for value in [*NUMBERS, 1e9, 1e300, 1e-300] if value != 1.5]
+BAD_OPTIONS += [("video_backend", value) for value in ["nothing", 3, ["opencv"]]]
+BAD_OPTIONS += [("frames_indices", value) for value in [3, [0, 1, 10**30], [0, 1, -1], ["a"] * 3]]
+BAD_OPTIONS += [("total_num_frames", value) for value in [0, -1, 10**30, "3", math.nan]]
+BAD_OPTIONS += [("duration", value) for value in [-1, math.nan, math.inf, "3"]]
+"""What a request may not say about its clips, by option: 400 for a file and for pictures."""
+
+LONG = messages("video", clip(200, 30, options={"g": "30"}))
+GOOD_OPTIONS = {
+    "any number": (LONG, {"num_frames": -1}, 128),
+    "any number and rate": (LONG, {"num_frames": -1, "fps": -1}, 128),
+    "most": (LONG, {"num_frames": 128}, 128),
+    "few": (LONG, {"num_frames": 5}, 5),
+    "rate": (LONG, {"fps": 3}, 20),
+    "any rate": (LONG, {"fps": -1}, 32),
+    "high rate": (LONG, {"fps": 1000}, 32),
+    "low rate": (LONG, {"fps": 0.0001}, 1),
+    "pictures": (jpegs(130), {"num_frames": -1, "fps": -1}, 128),
+    "pictures of a low rate": (jpegs(3), {"num_frames": -1, "fps": 0.0001}, 3),
+    "pictures of a high rate": (jpegs(3), {"fps": 1000}, 3),
+}
+"""What it may say, and the frames that it gets of a server with at most 128."""
+
+
 def tuned_files(folder):
     """A folder with what `hybridquant tune` writes for the 12B's heads."""
     entries = [
@@ -81,6 +120,11 @@ def report(tiny, tmp_path_factory):
     first = GOOD["h264, short groups"]
     cases["again"] = {"messages": first}
     cases["other rate"] = {"messages": first, "video": {"fps": 1}}
+    for name, (chat, options, _) in GOOD_OPTIONS.items():
+        cases[name] = {"messages": chat, "video": options}
+    for number, (option, value) in enumerate(BAD_OPTIONS):
+        for kind, chat in (("file", first), ("pictures", jpegs(3))):
+            cases[f"{kind} {number}"] = {"messages": chat, "video": {option: value}}
     (at / "cases.json").write_text(json.dumps(cases))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"PYTHONPATH": str(PLUGIN), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -122,8 +166,29 @@ def test_prompts_and_pixels_equal_those_of_calibration(name, report, tiny_checkp
 def test_bad_media_are_bad_requests_with_a_reason_at_once(name, report):
     answer = report["media"][name]
     assert BAD[name][1] in answer["error"]
-    assert answer["is_bad_request"]
+    assert answer["status"] == 400
     assert answer["seconds"] < 1
+
+
+def test_options_that_cannot_be_used_are_bad_requests_with_a_reason_at_once(report):
+    for number, (option, value) in enumerate(BAD_OPTIONS):
+        for kind in ("file", "pictures"):
+            answer = report["media"][f"{kind} {number}"]
+            assert answer.get("status") == 400, (kind, option, value)
+            assert f"media_io_kwargs: {option} of video is " in answer["error"]
+            assert len(answer["error"]) < 200
+            assert answer["seconds"] < 0.5
+
+
+@pytest.mark.parametrize("name", GOOD_OPTIONS)
+def test_no_request_gets_more_frames_than_the_server_allows(name, report):
+    answer = report["media"][name]
+    assert "error" not in answer, answer
+    # vLLM gives the pixels of equal clips once.
+    equal = [
+        other for other in GOOD_OPTIONS if report["media"][other]["hashes"] == answer["hashes"]
+    ]
+    assert len(report["pixels"][f"{equal[0]}/video/0"]) == GOOD_OPTIONS[name][2]
 
 
 def test_the_cache_key_follows_the_file_and_how_it_is_sampled(report):
