@@ -3,20 +3,35 @@ cannot be had.
 
 vLLM answers such a request with 500 or 501, as if the server were at fault: a local file that does
 not exist, a directory, a `data:` URL that is not base64, `file://` where no directory is allowed,
-a host that does not resolve, a picture of far too many pixels. Here it gets 400 and the reason.
+a host that does not resolve, a picture of far too many pixels, pictures of a clip that differ in
+size. Here it gets 400 and the reason.
 Which hosts and directories are allowed is decided by vLLM's own flags.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from vllm.exceptions import VLLMError, VLLMValidationError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaIO
+from vllm.multimodal.media import (
+    MEDIA_CONNECTOR_REGISTRY,
+    MediaConnector,
+    MediaIO,
+    VideoMediaIO,
+)
 
 _LONGEST_REASON = 200
+
+MOST_PICTURE_BYTES = 2**30
+"""Most bytes of the pictures of a clip, decoded: 128 of 1080p have 0.8 GB."""
+
+_PICTURES = "video/jpeg"
+"""Type of a clip that is sent as pictures, in base64 and separated by commas."""
 
 _KNOWN = (ValueError, TypeError, OverflowError, VLLMError, MemoryError)
 """Errors that vLLM answers with 4xx itself, and what is no request's fault. Whatever else is raised
@@ -34,7 +49,7 @@ class ReasonedConnector(MediaConnector):
             ValueError: It is not allowed, or cannot be decoded; the same.
         """
         try:
-            return super().load_from_url(url, RegularFiles(media_io), **options)
+            return super().load_from_url(url, CheckedReader(media_io), **options)
         except _KNOWN:
             raise
         except Exception as error:
@@ -43,17 +58,19 @@ class ReasonedConnector(MediaConnector):
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
         """Do the same in the event loop."""
         try:
-            return await super().load_from_url_async(url, RegularFiles(media_io), **options)
+            return await super().load_from_url_async(url, CheckedReader(media_io), **options)
         except _KNOWN:
             raise
         except Exception as error:
             raise VLLMValidationError(_reason(error)) from error
 
 
-class RegularFiles(MediaIO[Any]):
-    """A reader that takes local files only where they are regular ones.
+class CheckedReader(MediaIO[Any]):
+    """A reader that takes what vLLM can read in bounded time and memory.
 
-    A pipe would block one of vLLM's few media threads until somebody writes to it.
+    A local file must be a regular one: a pipe would block one of vLLM's few media threads until
+    somebody writes to it. The pictures of a clip are held in full size all at once, so their sizes
+    are read before any is decoded.
     """
 
     def __init__(self, reader: MediaIO[Any]) -> None:
@@ -69,7 +86,14 @@ class RegularFiles(MediaIO[Any]):
         return self._reader.load_bytes(data)
 
     def load_base64(self, media_type: str, data: str) -> Any:
-        """As the reader does."""
+        """As the reader does.
+
+        Raises:
+            VLLMValidationError: They are pictures that cannot be the frames of a clip.
+        """
+        if isinstance(self._reader, VideoMediaIO) and media_type.lower() == _PICTURES:
+            most = self._reader.num_frames
+            check_pictures(data.split(",", most)[:most] if most > 0 else data.split(","))
         return self._reader.load_base64(media_type, data)
 
     def load_file(self, filepath: Path) -> Any:
@@ -81,6 +105,33 @@ class RegularFiles(MediaIO[Any]):
         if filepath.exists() and not filepath.is_file():
             raise ValueError(f"{filepath.name} is not a regular file")
         return self._reader.load_file(filepath)
+
+
+def check_pictures(parts: Sequence[str]) -> None:
+    """Check the pictures of a clip by their heads.
+
+    Args:
+        parts: Pictures in base64.
+
+    Raises:
+        VLLMValidationError: They cannot be the frames of one clip.
+    """
+    sizes = set()
+    for number, part in enumerate(parts):
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(part, validate=True))) as picture:
+                sizes.add(picture.size)
+        except (OSError, ValueError) as error:
+            what = f"frame {number} of the clip is no picture: {str(error)[:80]}"
+            raise VLLMValidationError(what) from None
+        except Image.DecompressionBombError:
+            raise VLLMValidationError(f"frame {number} of the clip has too many pixels") from None
+    if len(sizes) > 1:
+        raise VLLMValidationError(f"frames of the clip have {len(sizes)} sizes, not one")
+    for width, height in sizes:
+        if 3 * width * height * len(parts) > MOST_PICTURE_BYTES:
+            what = f"{len(parts)} frames of {width} × {height} are too large for one clip"
+            raise VLLMValidationError(f"{what}; send fewer, or smaller ones")
 
 
 def _reason(error: Exception) -> str:

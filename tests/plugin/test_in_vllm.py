@@ -50,6 +50,25 @@ GOOD["two clips"] = messages("video", clip(20), clip(9, 3, size=(64, 64)))
 GOOD["page"] = messages("image", png(620, 877))
 GOOD["three pictures"] = messages("image", png(100, 100), png(256, 256), png(700, 300))
 
+
+def jpegs(count):
+    """A clip that is sent as pictures."""
+    parts = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(picture(number, 32, 32)).save(buffer, "JPEG")
+        parts.append(buffer.getvalue())
+    return pictures(parts)
+
+
+def pictures(files):
+    """The same of any files."""
+    parts = [base64.b64encode(file).decode() for file in files]
+    url = f"data:video/jpeg;base64,{','.join(parts)}"
+    text = {"type": "text", "text": "What is it?"}
+    return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}, text]}]
+
+
 BAD = {
     "truncated": (messages("video", clip()[:900]), "video cannot be read"),
     "sound": (messages("video", sound()), "no video stream"),
@@ -58,19 +77,11 @@ BAD = {
     "clip as a picture": (messages("image", clip()), "Failed to load image"),
     "bomb": (messages("image", empty_png(100_000, 100_000)), "make it smaller"),
     "bomb as a clip": (messages("video", empty_png(100_000, 100_000)), "file is a picture"),
+    "bomb of pictures": (pictures([empty_png(100_000, 100_000)]), "frame 0 of the clip has too"),
+    "many pictures": (pictures([empty_png(9000, 9000)] * 5), "are too large for one clip"),
+    "pictures of two sizes": (pictures([png(64, 64), png(64, 32)]), "have 2 sizes, not one"),
+    "pictures that are none": (pictures([b"abc", png(64, 64)]), "frame 0 of the clip is no"),
 }
-
-
-def jpegs(count):
-    """A clip that is sent as pictures."""
-    parts = []
-    for number in range(count):
-        buffer = io.BytesIO()
-        Image.fromarray(picture(number, 32, 32)).save(buffer, "JPEG")
-        parts.append(base64.b64encode(buffer.getvalue()).decode())
-    url = f"data:video/jpeg;base64,{','.join(parts)}"
-    text = {"type": "text", "text": "What is it?"}
-    return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}, text]}]
 
 
 NUMBERS = [0, -2, -1.5, 1.5, math.nan, math.inf, -math.inf, 10**400, True, "8", None, [8], {}]
