@@ -167,7 +167,9 @@ def sample_from_row(row: dict[str, Any], source: str, number: str, base: Path) -
         BadInput: A message, a part or a medium is not valid.
     """
     identifier = number if row.get("id") is None else str(row["id"])
-    answer = None if row.get("answer") is None else str(row["answer"])
+    answer = row.get("answer")
+    # Some datasets have lists of answers, of which none is the expected one.
+    answer = str(answer) if isinstance(answer, str | int | float) else None
     where = f"{source}: sample {shortened(identifier, 80)}"
     converter = _RowConverter(row, base, where)
     messages = row.get("messages")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.endpoint import connect, first_model
+from checkpoint.endpoint import connect, first_model, is_url
 from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
 from checkpoint.log import get_logger
 from serve.environment import find_environment
@@ -169,7 +169,7 @@ def _run() -> int:
         raise BadInput(Fault("--text", "there is nothing to ask", remedy))
     parts = content_parts(options.text, options.image, options.video)
     try:
-        if options.target.startswith(("http://", "https://")):
+        if is_url(options.target):
             print(_ask_server(options, parts))
         else:
             print(_serve_and_ask(options, parts))

@@ -284,6 +284,26 @@ def limit_faults(config: CheckpointConfig, settings: ServeSettings) -> Iterator[
             yield Fault("tensor_parallel_size", what, "give a divisor")
 
 
+def token_faults(
+    option: str, tokens: int, directory: Path, settings: ServeSettings
+) -> Iterator[Fault]:
+    """Yield a fault where answers of so many tokens leave no room for a prompt.
+
+    Args:
+        option: Names the number in the fault.
+        tokens: Most tokens of an answer.
+        directory: A checkpoint.
+        settings: How it will be served.
+
+    Raises:
+        BadInput: The checkpoint's config cannot be read.
+    """
+    longest = settings.max_model_len or read_config(directory).max_length
+    if tokens >= longest:
+        what = f"is {tokens}, and prompt and answer together have at most {longest} tokens"
+        yield Fault(option, what, "give fewer")
+
+
 def port_faults(settings: ServeSettings) -> Iterator[Fault]:
     """Yield a fault for a host that is not this machine, or a port that is taken."""
     if settings.port == 0:

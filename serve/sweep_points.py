@@ -30,6 +30,9 @@ WITHOUT_CACHE = ("--mm-processor-cache-gb", "0")
 """With prefix caching off too, as it is here, vLLM keeps nothing of a request's media
 (vllm/renderers/base.py, 0.32)."""
 
+MEASURED_FILE = "measured.json"
+"""The file of `--out` from which the command goes on."""
+
 MOST_FAILED = 0.02
 """Share of requests that may fail; their answers count as wrong."""
 
@@ -145,7 +148,7 @@ def open_kept(
         "flags": list(flags),
         "vllm": environment.vllm,
     }
-    return Kept(options.out / "measured.json", settings)
+    return Kept(options.out / MEASURED_FILE, settings)
 
 
 def point_name(directory: Path, rate: float) -> str:
