@@ -217,7 +217,8 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     directory = Path(directory)
     if not directory.is_dir():
         remedy = "give the directory of a checkpoint"
-        raise BadInput(Fault(str(directory), "no such directory", remedy))
+        what = "is a file, not a directory" if directory.is_file() else "no such directory"
+        raise BadInput(Fault(str(directory), what, remedy))
     path = directory / "config.json"
     raw = read_json(path)
     family = find_family(raw.get("architectures"))

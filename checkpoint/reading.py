@@ -21,6 +21,8 @@ from checkpoint.faults import BadInput, Fault, shortened
 LARGEST_TEXT = 256 * 2**20
 """Bytes of a JSON file or a template at most. The largest in use are tokenizers, of 35 MB."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 DEEPEST = 100
 """Levels of nesting of a JSON file at most. Configs have five."""
 
@@ -135,6 +137,20 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is only the pointer that Git LFS leaves where it fetched nothing."""
     with path.open("rb") as file:
         return file.read(len(_LFS)) == _LFS
+
+
+def tokenizer_faults(directory: Path) -> Iterator[Fault]:
+    """Yield faults of a tokenizer's files that are there: empty, cut, or not fetched by Git LFS."""
+    for name in TOKENIZER_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            json.loads(read_small_file(path, directory))
+        except BadInput as bad:
+            yield from bad.faults
+        except (ValueError, RecursionError) as error:
+            yield Fault(str(path), f"cannot be read as JSON: {shortened(error)}", _COPY)
 
 
 def parse_json(data: bytes, path: Path) -> Any:

@@ -16,7 +16,13 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import checkpoint_file_fault, safetensors_header
+from checkpoint.reading import (
+    TOKENIZER_FILES,
+    checkpoint_file_fault,
+    is_lfs_pointer,
+    safetensors_header,
+    tokenizer_faults,
+)
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -26,7 +32,6 @@ from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -143,6 +148,9 @@ def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
         yield fault
         return
     try:
+        if is_lfs_pointer(path):
+            yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
+            return
         expected = _expected_size(path)
         size = path.stat().st_size
     except FileNotFoundError:
@@ -173,6 +181,7 @@ def companion_faults(directory: Path) -> list[Fault]:
     for name in TOKENIZER_FILES:
         if not (directory / name).exists():
             faults.append(Fault(str(directory / name), "no such file", _COPY))
+    faults += tokenizer_faults(directory)
     faults += _auto_map_faults(directory)
     if not has_chat_template(directory):
         template = str(directory / TEMPLATE_FILES[0])

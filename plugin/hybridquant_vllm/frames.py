@@ -102,7 +102,9 @@ def read_clip(
             clip = _read_packets(container, max_pixels)
             return _sample(clip, fps, max_frames, size, max_pixels, parallel)
     except av.FFmpegError as error:
-        raise ClipError(f"video cannot be read: {str(error)[:200]}", _REMEDY) from None
+        raise ClipError(
+            f"video cannot be read: {str(error.strerror or error)[:200]}", _REMEDY
+        ) from None
 
 
 def _opened(data: bytes, max_pixels: int) -> InputContainer:

@@ -109,6 +109,21 @@ def test_a_missing_shard_is_named(tiny_copy):
     assert "model-00001" not in text
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tiny_copy, name):
+    (tiny_copy / name).unlink()
+    (tiny_copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "Git LFS pointer" in faults(tiny_copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_cut_is_named(tiny_copy, name):
+    content = (tiny_copy / name).read_bytes()
+    (tiny_copy / name).unlink()
+    (tiny_copy / name).write_bytes(content[:100])
+    assert f"{name}: cannot be read as JSON" in faults(tiny_copy)
+
+
 def test_the_template_may_stand_in_the_tokenizer_config(tiny_copy):
     (tiny_copy / "chat_template.jinja").unlink()
     preflight(tiny_copy, ANY_PORT, ON_CPU)
