@@ -59,6 +59,7 @@ from serve.sweep_items import (
     check_media,
     count_frames,
     data_items,
+    length_faults,
     short_clip_warning,
     still_warning,
     task_items,
@@ -239,6 +240,8 @@ def run(arguments: Sequence[str]) -> int:
     settings = _check_servers(options, flags, rates, environment)
     check_media(items, settings)
     clips = count_frames(items, settings.video)
+    first = options.directories[0]
+    raise_if_any(length_faults(items, clips, first, settings, options.max_tokens))
     found = [still_warning(items, clips)]
     found += [short_clip_warning(clips, rate) for rate in rates]
     warnings = [warning for warning in found if warning is not None]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.video import Video
 
@@ -164,6 +166,55 @@ def check_media(items: Mapping[str, Sequence[Sample]], settings: ServeSettings) 
             except BadInput as bad:
                 faults += bad.faults
     raise_if_any(faults)
+
+
+def length_faults(
+    items: Mapping[str, Sequence[Sample]],
+    clips: Sequence[ItemClip],
+    directory: Path,
+    settings: ServeSettings,
+    max_tokens: int,
+) -> Iterator[Fault]:
+    """Yield a fault for each item that is too long without EVS, which is always measured.
+
+    Only texts and the frames of clips are counted, so an item near the limit may still be refused
+    by the server.
+
+    Args:
+        items: By task.
+        clips: From `count_frames`.
+        directory: A checkpoint.
+        settings: How it will be served.
+        max_tokens: Most tokens of an answer.
+    """
+    from tokenizers import Tokenizer
+
+    config = read_config(directory)
+    longest = settings.max_model_len or config.max_length
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    visual: Counter[int] = Counter()
+    for clip in clips:
+        visual[clip.place] += clip.frames * config.tokens_per_tile
+    for place, sample in enumerate(_samples(items)):
+        least = visual[place]
+        for text in _texts(sample):
+            least += len(tokenizer.encode(text, add_special_tokens=False).ids)
+        if least + max_tokens > longest:
+            what = (
+                f"has at least {least} tokens, with the answer's {max_tokens} more than {longest}"
+            )
+            yield Fault(sample.where, what, "shorten it, or give another --max-model-len")
+
+
+def _texts(sample: Sample) -> Iterator[str]:
+    for message in sample.messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        elif isinstance(content, list):
+            for part in content:
+                if part.get("type") == "text":
+                    yield part["text"]
 
 
 def still_warning(items: Mapping[str, Sequence[Sample]], clips: Sequence[ItemClip]) -> str | None:

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from calibrate.evs import retained_tokens
+from calibrate.samples import Sample
 from checkpoint.faults import BadInput
 from checkpoint.video import Video
 from serve.bench_figures import rounded, summarize
@@ -21,6 +22,7 @@ from serve.sweep_items import (
     check_media,
     count_frames,
     data_items,
+    length_faults,
     short_clip_warning,
     still_warning,
     task_items,
@@ -240,6 +242,18 @@ def test_items_that_no_rate_changes_are_counted():
     assert still_warning({"clips": ["with a clip"]}, clips[:1]) is None
     with pytest.raises(BadInput, match="so a rate changes nothing"):
         still_warning(items, clips[1:])
+
+
+def test_an_item_that_is_too_long_is_named(tiny):
+    def of(text):
+        return Sample("a", [{"role": "user", "content": text}], "7")
+
+    items = {"clips": [of("word " * 300), of("word")]}
+    settings = ServeSettings(max_model_len=256)
+    (fault,) = length_faults(items, [], tiny, settings, 24)
+    assert "tokens, with the answer's 24 more than 256" in fault.what
+    clips = [ItemClip("a", 8, 1)]
+    assert len(list(length_faults(items, clips, tiny, settings, 24))) == 2
 
 
 def test_a_picture_that_a_server_would_refuse_is_named(tmp_path):
