@@ -344,8 +344,8 @@ class _RowConverter:
 
     def _next_medium(self, kind: str, medium: str) -> Any:
         if not self._columns[medium]:
-            what = f"an {medium} part names no file"
-            raise BadInput(Fault(self._where, what, f"give {kind} or an {medium}s column"))
+            what = f"a part of type {medium} names no file"
+            raise BadInput(Fault(self._where, what, f"give {kind}, or a column {medium}s"))
         return self._columns[medium].pop(0)
 
     def _media_url(self, value: object, medium: str) -> str:

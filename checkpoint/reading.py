@@ -8,6 +8,7 @@ Does not import torch, so the serve environment can use it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -41,7 +42,9 @@ _COPY = "copy the file again"
 
 
 def regular_file_fault(path: Path) -> Fault | None:
-    """Return the fault of a path that is not an existing file, a link to one included."""
+    """Return the fault of a path that is not an existing file, a link to one included, or that the
+    user may not read.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -50,6 +53,9 @@ def regular_file_fault(path: Path) -> Fault | None:
         reason = error.strerror if isinstance(error, OSError) else error
         return Fault(shortened(path), f"cannot be read: {reason}", "check the path")
     if stat.S_ISREG(mode):
+        if not os.access(path, os.R_OK):
+            what = f"cannot be read: {os.strerror(errno.EACCES)}"
+            return Fault(str(path), what, "change its permissions")
         return None
     kind = _KINDS.get(stat.S_IFMT(mode), "something else")
     return Fault(str(path), f"is {kind}, not a file", "give a file")
@@ -171,6 +177,17 @@ def parse_json(data: bytes, path: Path) -> Any:
     for fault in _extreme_faults(value, path):
         raise BadInput(fault)
     return value
+
+
+def json_kind(value: object) -> str:
+    """Return what JSON calls a value: list, string, number, true, false or null."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    return "list" if isinstance(value, list) else "object"
 
 
 def _extreme_faults(value: Any, path: Path) -> Iterator[Fault]:

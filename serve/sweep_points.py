@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import atomic
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from serve.bench import concurrencies
 from serve.bench_figures import rounded, summarize
@@ -39,6 +39,8 @@ MOST_FAILED = 0.02
 Point = dict[str, Any]
 """What was measured of a directory at a rate: `answers` by task, `load`, `prompt_tokens_mean`."""
 
+_POINT_KEYS = {"answers", "load", "prompt_tokens_mean"}
+
 
 class Kept:
     """What was measured, kept in a file from which the same command goes on.
@@ -59,9 +61,12 @@ class Kept:
             kept = json.loads(path.read_text(encoding="utf-8"))
             same = kept["settings"] == self._settings
             points = dict(kept["points"])
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"is not a file of a sweep: {shortened(error)}"
-            raise BadInput(Fault(str(path), what, "give another --out")) from None
+            if not all(point.keys() >= _POINT_KEYS for point in points.values()):
+                raise ValueError("a point is not whole")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(
+                Fault(str(path), "is not a file of a sweep", "give another --out")
+            ) from None
         if same:
             self._points = points
         else:

@@ -95,6 +95,12 @@ def test_a_file_that_is_no_safetensors_is_named(tiny_copy, content):
     assert "model.safetensors: is" in faults(tiny_copy)
 
 
+def test_weights_that_the_user_may_not_read_are_named(tiny_copy, monkeypatch):
+    # Tests may run as root, who may read everything.
+    monkeypatch.setattr("checkpoint.reading.os.access", lambda *_: False)
+    assert "model.safetensors: cannot be read: Permission denied" in faults(tiny_copy)
+
+
 def test_a_missing_shard_is_named(tiny_copy):
     index = {
         "weight_map": {

@@ -123,12 +123,14 @@ def test_rates_are_sorted_and_0_is_one_of_them():
 
 def test_figures_of_other_settings_are_dropped(tmp_path):
     path = tmp_path / "measured.json"
-    Kept(path, {"items": "a"}).put("tiny at 0", {"load": []})
-    assert Kept(path, {"items": "a"}).get("tiny at 0") == {"load": []}
+    point = {"load": [], "answers": {}, "prompt_tokens_mean": 5}
+    Kept(path, {"items": "a"}).put("tiny at 0", point)
+    assert Kept(path, {"items": "a"}).get("tiny at 0") == point
     assert Kept(path, {"items": "b"}).get("tiny at 0") is None
-    path.write_text("[]")
-    with pytest.raises(BadInput, match="is not a file of a sweep"):
-        Kept(path, {})
+    for damaged in ("[]", '{"settings": {}, "points": {"tiny at 0": {"load": []}}}'):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match="is not a file of a sweep"):
+            Kept(path, {})
 
 
 def test_each_directory_is_compared_with_its_own_rate_0(tmp_path):
