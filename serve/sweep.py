@@ -32,6 +32,7 @@ sweep.json is an object:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -247,11 +248,15 @@ def run(arguments: Sequence[str]) -> int:
     warnings = [warning for warning in found if warning is not None]
     for warning in warnings:
         logger.warning("%s", warning)
+    was_there = options.out.exists()
     _check_out(options.out)
     try:
         points = measure_all(options, flags, items, rates, environment)
     except (ServerDied, BenchFailed) as failed:
         logger.error("%s", failed)
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds what was measured before
+                options.out.rmdir()
         return 1
     precisions = {}
     for directory in options.directories:

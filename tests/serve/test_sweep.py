@@ -13,6 +13,7 @@ from serve.bench_figures import rounded, summarize
 from serve.bench_runs import Load, Target
 from serve.demo import draw_video
 from serve.environment import find_environment
+from serve.process import ServerDied
 from serve.settings import ServeSettings
 from serve.sweep import command_options, rates_with_none, run
 from serve.sweep_choice import Loss, choose
@@ -227,6 +228,16 @@ def test_where_the_results_go_is_checked_before_a_server_is_started(tiny, tmp_pa
     for out, message in ((tmp_path, "sweep.svg: is a directory"), (tiny, "is a checkpoint")):
         with pytest.raises(BadInput, match=message):
             run([str(tiny), "--tasks", "video_event", "--items", "1", "--out", str(out)])
+
+
+def test_a_server_that_dies_at_once_leaves_no_folder(tiny, tmp_path, monkeypatch):
+    def died(*_, **__):
+        raise ServerDied("not in this test")
+
+    monkeypatch.setattr("serve.sweep_points.running_server", died)
+    out = tmp_path / "sweep"
+    assert run([str(tiny), "--tasks", "video_event", "--items", "1", "--out", str(out)]) == 1
+    assert not out.exists()
 
 
 def test_the_same_directory_twice_and_a_circle_of_links_are_named(tiny, tmp_path):
