@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from accuracy.suites.command import add_options, options_without_suite, run_suite
-from checkpoint.atomic import write_text
+from checkpoint.atomic import check_result_file, write_text
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.libraries import prepare_libraries
@@ -94,6 +94,8 @@ def _run() -> int:
     if not names:
         raise BadInput(Fault("--tasks", "names no task", f"choose from {', '.join(TASKS)}"))
     raise_if_any(_item_faults(arguments.items))
+    if arguments.json:
+        check_result_file(arguments.json)
     samples = {name: items(name, count=arguments.items) for name in names}
     # torch and ModelOpt are imported only now, so that a misspelt task is reported at once.
     prepare_libraries()
@@ -114,7 +116,6 @@ def _run() -> int:
     shown = arguments.endpoint or directory.name
     Console().print(paired_table(rows, arguments.reference.name, shown))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         plain = [dataclasses.asdict(row) for row in rows]
         write_text(arguments.json, json.dumps(plain, indent=2) + "\n")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from calibrate.samples import Sample
 from calibrate.sources.synthetic.drawing import data_url, font
 from calibrate.video import decode
 from checkpoint.atomic import replaced_file
+from checkpoint.faults import BadInput, Fault
 from checkpoint.native import load_model
 from checkpoint.opened import Checkpoint
 from checkpoint.video import Video
@@ -32,6 +34,8 @@ _FACE = 1
 _INK = (30, 30, 30)
 _DIM_SHARE = 0.25
 _DIM_GREY = 60.0
+_MOST_PIXELS = 178_956_970
+"""Of a sheet: what Pillow, and so a model's server, refuses to read."""
 _COLORS = 256
 """Colours of the file: more would make it several times as large."""
 
@@ -76,7 +80,9 @@ class Kept:
 
 
 @torch.no_grad()
-def prune_clip(data: bytes, name: str, checkpoint: Checkpoint, video: Video) -> Kept:
+def prune_clip(
+    data: bytes, name: str, checkpoint: Checkpoint, video: Video, columns: int | None = None
+) -> Kept:
     """Prune a clip with a checkpoint's own vision tower, as calibration and serving do.
 
     The tower and the projector run, the layers of the language model are not loaded.
@@ -86,14 +92,21 @@ def prune_clip(data: bytes, name: str, checkpoint: Checkpoint, video: Video) -> 
         name: Names the clip.
         checkpoint: An opened directory, BF16 or quantized: the tower is never quantized.
         video: How the clip is sampled and pruned.
+        columns: As in `draw_sheet`.
 
     Raises:
-        BadInput: The clip cannot be decoded, or tensors of the tower are missing.
+        BadInput: The clip cannot be decoded, the sheet would be too large, or tensors of the tower
+            are missing.
     """
     config = checkpoint.config
     clip = decode(data, name, video, config.tile_size)
     # One frame in its own size says which shape the squares of the model had.
     height, width = decode(data, name, Video(max_frames=1), None).frames.shape[1:3]
+    count = len(clip.frames)
+    layout = sheet_layout(count, height, width, columns)
+    if layout.width * layout.height > _MOST_PIXELS:
+        what = f"a sheet of {count} frames would have {layout.width} x {layout.height} pixels"
+        raise BadInput(Fault(name, what, "lower --max-frames or --columns"))
     part = {"type": "video_url", "video_url": {"url": data_url("video/mp4", data)}}
     content = [part, {"type": "text", "text": QUESTION}]
     sample = Sample(name, [{"role": "user", "content": content}], name)
@@ -116,6 +129,36 @@ def prune_clip(data: bytes, name: str, checkpoint: Checkpoint, video: Video) -> 
     )
 
 
+class SheetLayout(NamedTuple):
+    """How a sheet is laid out; sizes in pixels."""
+
+    width: int
+    height: int
+    columns: int
+    cell_height: int
+
+
+def sheet_layout(
+    count: int, frame_height: int, frame_width: int, columns: int | None = None
+) -> SheetLayout:
+    """Lay out a sheet.
+
+    Args:
+        count: Number of frames.
+        frame_height: Of a frame of the file in pixels.
+        frame_width: Of a frame of the file.
+        columns: Frames in a row; chosen by their number when None.
+    """
+    columns = min(count, columns or max(4, math.ceil(math.sqrt(1.25 * count))))
+    rows = math.ceil(count / columns)
+    cell_height = max(1, round(CELL_WIDTH * frame_height / frame_width))
+    step_x = CELL_WIDTH + GAP
+    step_y = cell_height + LABEL_HEIGHT + GAP
+    # The header needs some width even where there are few frames.
+    width = max(columns * step_x + GAP, 4 * step_x)
+    return SheetLayout(width, HEADER_HEIGHT + rows * step_y, columns, cell_height)
+
+
 def draw_sheet(kept: Kept, columns: int | None = None) -> Image.Image:
     """Draw the frames in rows, each with its time stamp and the number of its kept patches.
 
@@ -124,21 +167,18 @@ def draw_sheet(kept: Kept, columns: int | None = None) -> Image.Image:
         columns: Frames in a row; chosen by their number when None.
     """
     count = len(kept.frames)
-    columns = min(count, columns or max(4, math.ceil(math.sqrt(1.25 * count))))
-    rows = math.ceil(count / columns)
-    cell_height = max(1, round(CELL_WIDTH * kept.height / kept.width))
+    layout = sheet_layout(count, kept.height, kept.width, columns)
+    cell_height = layout.cell_height
     step_x = CELL_WIDTH + GAP
     step_y = cell_height + LABEL_HEIGHT + GAP
-    # The header needs some width even where there are few frames.
-    width = max(columns * step_x + GAP, 4 * step_x)
-    sheet = Image.new("RGB", (width, HEADER_HEIGHT + rows * step_y), "white")
+    sheet = Image.new("RGB", (layout.width, layout.height), "white")
     pen = ImageDraw.Draw(sheet)
     title = f"{kept.name}: {count} frames, EVS rate {kept.video.pruning_rate:g}"
     pen.text((GAP, 8), title, fill=_INK, font=font(17, _FACE))
     pen.text((GAP, 32), kept.budget(), fill=_INK, font=font(14, _FACE))
     patches = kept.mask[0].size
     for number, frame in enumerate(kept.frames):
-        row, column = divmod(number, columns)
+        row, column = divmod(number, layout.columns)
         left = GAP + column * step_x
         top = HEADER_HEIGHT + row * step_y
         picture = Image.fromarray(dimmed(frame, kept.mask[number]))

@@ -17,11 +17,15 @@ from typing import cast
 
 import torch
 
+from checkpoint.atomic import check_result_file
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import Fault, main, raise_if_any
 from checkpoint.libraries import model_classes, prepare_libraries
+from checkpoint.log import get_logger
 from checkpoint.reading import regular_file_fault
 from checkpoint.video import Video
+
+logger = get_logger("calibrate.evs")
 
 
 def retained_tokens(frames: int, tokens_per_frame: int, rate: float) -> int:
@@ -112,6 +116,7 @@ def _check(options: argparse.Namespace) -> None:
     elif not options.out.absolute().parent.is_dir():
         faults.append(Fault(str(options.out.parent), "is not a folder", "create it"))
     raise_if_any(faults)
+    check_result_file(options.out)
 
 
 def _run() -> int:
@@ -123,9 +128,14 @@ def _run() -> int:
 
     checkpoint = open_checkpoint(options.model)
     video = Video(pruning_rate=options.rate, fps=options.fps, max_frames=options.max_frames)
-    kept = prune_clip(options.clip.read_bytes(), options.clip.name, checkpoint, video)
+    data = options.clip.read_bytes()
+    kept = prune_clip(data, options.clip.name, checkpoint, video, options.columns)
     write_sheet(draw_sheet(kept, options.columns), options.out)
-    print(f"{options.out}: {len(kept.frames)} frames, {kept.budget()}")
+    count = len(kept.frames)
+    print(f"{options.out}: {count} {'frame' if count == 1 else 'frames'}, {kept.budget()}")
+    if count > 1 and not kept.mask[1:].any():
+        # vLLM drops the rest without a word.
+        logger.warning("only the first frame survives: lower --rate, or sample more frames")
     return 0
 
 

@@ -167,7 +167,9 @@ def sample_from_row(row: dict[str, Any], source: str, number: str, base: Path) -
         BadInput: A message, a part or a medium is not valid.
     """
     identifier = number if row.get("id") is None else str(row["id"])
-    answer = None if row.get("answer") is None else str(row["answer"])
+    answer = row.get("answer")
+    # Some datasets have lists of answers, of which none is the expected one.
+    answer = str(answer) if isinstance(answer, str | int | float) else None
     where = f"{source}: sample {shortened(identifier, 80)}"
     converter = _RowConverter(row, base, where)
     messages = row.get("messages")
@@ -342,8 +344,8 @@ class _RowConverter:
 
     def _next_medium(self, kind: str, medium: str) -> Any:
         if not self._columns[medium]:
-            what = f"an {medium} part names no file"
-            raise BadInput(Fault(self._where, what, f"give {kind} or an {medium}s column"))
+            what = f"a part of type {medium} names no file"
+            raise BadInput(Fault(self._where, what, f"give {kind}, or a column {medium}s"))
         return self._columns[medium].pop(0)
 
     def _media_url(self, value: object, medium: str) -> str:

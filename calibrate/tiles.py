@@ -17,7 +17,7 @@ import warnings
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault, shortened
@@ -79,6 +79,9 @@ def _open_image(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:  # Pillow's own limit, twice the same number
         what = f"at most {MAX_PIXELS} pixels are served: {error}"
         raise BadInput(Fault(where, what, _SMALLER)) from None
+    except UnidentifiedImageError:  # its text is the address of the bytes in memory
+        what = "image cannot be read: it is in no format of pictures"
+        raise BadInput(Fault(where, what, "give PNG, JPEG or WebP")) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         what = f"image cannot be read: {shortened(error)}"
         raise BadInput(Fault(where, what, "give PNG, JPEG or WebP")) from None

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 
 if TYPE_CHECKING:
     import torch
 
 _SPARE = 2**20
 """Bytes left for directories and small files when space is checked."""
+
+_PROBE = 2**16
+"""Bytes written to find out whether a folder takes files."""
 
 
 @contextlib.contextmanager
@@ -169,11 +172,34 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE))  # a full disk still makes empty files
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
-        raise BadInput(Fault(str(folder), what, "give another one")) from None
+        raise BadInput(Fault(shortened(folder), what, "give another one")) from None
+
+
+def check_result_file(file: Path) -> None:
+    """Check that a file of results can be written, before they are measured for minutes.
+
+    Its folder is made where there is none. A file of results that is there already will be
+    replaced, but no file of a checkpoint.
+
+    Raises:
+        BadInput: It cannot be written.
+    """
+    where = shortened(file)
+    try:
+        if file.is_dir():
+            raise BadInput(Fault(where, "is a directory", "give a file"))
+        if file.exists() and not file.is_file():
+            raise BadInput(Fault(where, "is not a regular file", "give another one"))
+        if file.exists() and (file.parent / "config.json").exists():
+            raise BadInput(Fault(where, "is a file of a checkpoint", "give another one"))
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        raise BadInput(Fault(where, what, "give another one")) from None
+    check_writable(file.absolute().parent)
 
 
 def check_output(output: Path, needed: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint.family import NEMOTRON_NANO_VL_V2, Family, find_family, known_architectures
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import parse_json, read_small_file
+from checkpoint.reading import json_kind, parse_json, read_small_file
 
 # Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. vLLM's
 # RadioConfig has the same numbers (vllm/transformers_utils/configs/radio.py, VIT_TIMM_DIM_BY_NAME).
@@ -202,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadInput(Fault(str(path), "no such file", "is this a checkpoint directory?"))
     value = parse_json(read_small_file(path), path)
     if not isinstance(value, dict):
-        what = f"is a JSON {type(value).__name__}, not a JSON object"
+        what = f"is a JSON {json_kind(value)}, not a JSON object"
         raise BadInput(Fault(str(path), what, "copy the file again"))
     return value
 
@@ -217,7 +217,8 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     directory = Path(directory)
     if not directory.is_dir():
         remedy = "give the directory of a checkpoint"
-        raise BadInput(Fault(str(directory), "no such directory", remedy))
+        what = "is a file, not a directory" if directory.is_file() else "no such directory"
+        raise BadInput(Fault(str(directory), what, remedy))
     path = directory / "config.json"
     raw = read_json(path)
     family = find_family(raw.get("architectures"))

@@ -75,6 +75,11 @@ def _host_of(url: str) -> str:
     return host
 
 
+def is_url(target: str) -> bool:
+    """Return whether a target is the URL of a running server and not a directory."""
+    return target.lower().startswith(("http://", "https://"))
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address means this machine."""
     try:

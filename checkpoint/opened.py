@@ -16,6 +16,7 @@ from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.files import MERGE, TensorFiles, layout_faults
 from checkpoint.hashing import digests_of_finite
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
+from checkpoint.reading import tokenizer_faults
 
 _ADAPTER = re.compile(
     r"\.(lora_\w+|base_layer|modules_to_save|ia3_\w+|vera_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)"
@@ -179,13 +180,19 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     """Load tokenizer.json and the chat template of the directory.
 
     Raises:
-        BadInput: There is no tokenizer, or it lacks the special tokens that prompts consist of.
+        BadInput: There is no tokenizer, its files cannot be read, or it lacks the special tokens
+            that prompts consist of.
     """
     path = config.directory / "tokenizer.json"
     if not path.exists():
         raise BadInput(Fault(str(path), "no such file", "copy the tokenizer files"))
+    raise_if_any(tokenizer_faults(config.directory))
     # AutoTokenizer would import the directory's Python files to find the config class.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.directory, local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(config.directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        what = f"is not a tokenizer: {shortened(error)}"
+        raise BadInput(Fault(str(path), what, "copy the tokenizer files")) from None
     token = config.raw["img_context_token"]
     expected = config.image_token_id
     found = tokenizer.convert_tokens_to_ids(token)

@@ -8,6 +8,7 @@ Does not import torch, so the serve environment can use it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -20,6 +21,8 @@ from checkpoint.faults import BadInput, Fault, shortened
 
 LARGEST_TEXT = 256 * 2**20
 """Bytes of a JSON file or a template at most. The largest in use are tokenizers, of 35 MB."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 DEEPEST = 100
 """Levels of nesting of a JSON file at most. Configs have five."""
@@ -39,7 +42,9 @@ _COPY = "copy the file again"
 
 
 def regular_file_fault(path: Path) -> Fault | None:
-    """Return the fault of a path that is not an existing file, a link to one included."""
+    """Return the fault of a path that is not an existing file, a link to one included, or that the
+    user may not read.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -48,6 +53,9 @@ def regular_file_fault(path: Path) -> Fault | None:
         reason = error.strerror if isinstance(error, OSError) else error
         return Fault(shortened(path), f"cannot be read: {reason}", "check the path")
     if stat.S_ISREG(mode):
+        if not os.access(path, os.R_OK):
+            what = f"cannot be read: {os.strerror(errno.EACCES)}"
+            return Fault(str(path), what, "change its permissions")
         return None
     kind = _KINDS.get(stat.S_IFMT(mode), "something else")
     return Fault(str(path), f"is {kind}, not a file", "give a file")
@@ -137,6 +145,20 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(_LFS)) == _LFS
 
 
+def tokenizer_faults(directory: Path) -> Iterator[Fault]:
+    """Yield faults of a tokenizer's files that are there: empty, cut, or not fetched by Git LFS."""
+    for name in TOKENIZER_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            json.loads(read_small_file(path, directory))
+        except BadInput as bad:
+            yield from bad.faults
+        except (ValueError, RecursionError) as error:
+            yield Fault(str(path), f"cannot be read as JSON: {shortened(error)}", _COPY)
+
+
 def parse_json(data: bytes, path: Path) -> Any:
     """Parse the content of a JSON file.
 
@@ -155,6 +177,17 @@ def parse_json(data: bytes, path: Path) -> Any:
     for fault in _extreme_faults(value, path):
         raise BadInput(fault)
     return value
+
+
+def json_kind(value: object) -> str:
+    """Return what JSON calls a value: list, string, number, true, false or null."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    return "list" if isinstance(value, list) else "object"
 
 
 def _extreme_faults(value: Any, path: Path) -> Iterator[Fault]:

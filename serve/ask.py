@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.endpoint import connect, first_model
+from checkpoint.endpoint import connect, first_model, is_url
 from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
 from checkpoint.log import get_logger
 from serve.environment import find_environment
-from serve.media import media_url
+from serve.media import decoding_faults, media_url
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
-from serve.preflight import checked_settings
+from serve.preflight import checked_settings, token_faults
 from serve.process import ServerDied, running_server
+from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -164,12 +165,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run() -> int:
     options = parse_command(_parser())
-    if not (options.text or options.image or options.video):
-        remedy = "give --text, --image or --video"
-        raise BadInput(Fault("--text", "there is nothing to ask", remedy))
+    raise_if_any(_option_faults(options))
     parts = content_parts(options.text, options.image, options.video)
     try:
-        if options.target.startswith(("http://", "https://")):
+        if is_url(options.target):
             print(_ask_server(options, parts))
         else:
             print(_serve_and_ask(options, parts))
@@ -177,6 +176,31 @@ def _run() -> int:
         logger.error("%s", failed)
         return 1
     return 0
+
+
+def _option_faults(options: argparse.Namespace) -> Iterator[Fault]:
+    """Yield faults of the options that argparse does not find."""
+    asks = any(text.strip() for text in options.text)
+    if not (asks or options.image or options.video):
+        yield Fault("--text", "there is nothing to ask", "give --text, --image or --video")
+    for text in options.text:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            yield Fault("--text", "is not UTF-8", "set the terminal's character set to UTF-8")
+    if options.max_tokens < 1:
+        yield Fault("--max-tokens", f"is {options.max_tokens}", "give 1 or more")
+    if not 0 <= options.temperature < float("inf"):
+        yield Fault("--temperature", f"is {options.temperature}", "give 0 or more, such as 0.6")
+    if is_url(options.target):
+        return
+    if options.model is not None:
+        what = "chooses a model of a running server, and one is started here"
+        yield Fault("--model", what, "leave it out")
+    for source in (*options.image, *options.video):
+        if source.lower().startswith(("http://", "https://", "file://")):
+            what = "is a URL, and the server that is started here fetches none"
+            yield Fault(shortened(source), what, "give the path of a file")
 
 
 def _ask_server(options: argparse.Namespace, parts: list[dict[str, Any]]) -> Answer:
@@ -195,7 +219,14 @@ def _serve_and_ask(options: argparse.Namespace, parts: list[dict[str, Any]]) -> 
     directory = Path(options.target)
     environment = find_environment()
     overrides = given_settings(options) | {"port": 0}
+    # The prompt is known, so the server takes as many media as it has.
+    for kind, sources in (("max_images", options.image), ("max_videos", options.video)):
+        if len(sources) > getattr(ServeSettings(), kind):
+            overrides[kind] = len(sources)
+    sources = [*options.image, *options.video]
+    raise_if_any(decoding_faults(sources, parts[: len(sources)]))
     settings = checked_settings(directory, overrides, (), environment)
+    raise_if_any(token_faults("--max-tokens", options.max_tokens, directory, settings))
     with running_server(directory, settings, environment=environment) as server:
         client = server.client(TIMEOUT_SECONDS)
         return ask(

@@ -46,7 +46,7 @@ from urllib.parse import urlsplit
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.endpoint import KEY_VARIABLE, connect, first_model
+from checkpoint.endpoint import KEY_VARIABLE, connect, first_model, is_url
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.log import get_logger
 from serve.__main__ import split_extra
@@ -57,15 +57,22 @@ from serve.gpu_memory import GpuMemory
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
 from serve.own_server import own_server
 from serve.precision import precision_name
-from serve.preflight import checked_settings, directory_faults
+from serve.preflight import checked_settings, preflight, token_faults
 from serve.process import ServerDied, running_server
-from serve.vllm_flags import CheckedFlags, canonical, flag_faults
+from serve.settings import ServeSettings
+from serve.vllm_flags import CheckedFlags, canonical
 from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
 
 logger = get_logger("serve.bench")
 
 SHARED_MEMORY = 0.45
 """Share of the GPU's memory for each of two servers."""
+
+MOST_AT_A_TIME = 4096
+"""Requests at a time at most; vLLM runs 1,024 sequences at a time unless told otherwise."""
+
+MOST = {"requests": 100_000, "repeats": 1_000, "output_tokens": 2**20, "clip_seconds": 14_400}
+"""Largest value of an option. A server refuses clips longer than four hours."""
 
 SETTINGS = (
     *VIDEO_SETTINGS,
@@ -87,6 +94,23 @@ class Running:
     target: Target
     described: dict[str, Any]
     leader: int | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A server that will be started.
+
+    Attributes:
+        name: What its rows are called.
+        directory: The checkpoint.
+        settings: How it is served.
+        flags: Further flags of vLLM.
+    """
+
+    name: str
+    directory: Path
+    settings: ServeSettings
+    flags: Sequence[str]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,18 +162,20 @@ def _gives_key(flag: str) -> bool:
 
 
 def concurrencies(text: str) -> list[int]:
-    """Parse `1,8,32`.
+    """Parse `1,8,32`, and return each number once.
 
     Raises:
-        BadInput: A part is not a number of 1 or more.
+        BadInput: A part is not a number of 1 to `MOST_AT_A_TIME`.
     """
     found = []
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < 1:
-            remedy = "numbers of 1 or more, such as 1,8,32"
+        digits = part.strip()
+        is_number = digits.isdecimal() and len(digits) < 9
+        if not is_number or not 1 <= int(digits) <= MOST_AT_A_TIME:
+            remedy = f"give numbers of 1 to {MOST_AT_A_TIME:,}, such as 1,8,32"
             raise BadInput(Fault("--concurrency", f"is {text!r:.80}", remedy))
-        found.append(int(part))
-    return found
+        found.append(int(digits))
+    return list(dict.fromkeys(found))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -159,26 +185,28 @@ def _check(options: argparse.Namespace) -> None:
         BadInput: With every fault.
     """
     faults = []
-    for name in ("requests", "repeats", "output_tokens", "clip_seconds"):
+    for name, most in MOST.items():
         value = getattr(options, name)
-        if value is not None and not 1 <= value < float("inf"):
+        if value is not None and not 1 <= value <= most:
             option = "--" + name.replace("_", "-")
-            faults.append(Fault(option, f"is {value}", "give 1 or more"))
+            faults.append(Fault(option, f"is {value}", f"give 1 to {most:,}"))
     if options.media is not None and not options.media.is_dir():
         faults.append(Fault(str(options.media), "is not a folder", "give --media DIR"))
-    if options.against_flags and (not options.against or is_url(options.against)):
+    if options.against == "":
+        faults.append(Fault("--against", "is empty", "give a directory or a URL"))
+    elif options.against_flags and (not options.against or is_url(options.against)):
         remedy = "give --against DIR"
         faults.append(Fault("--against-flags", "has no server to start", remedy))
+    try:
+        shlex.split(options.against_flags)
+    except ValueError as error:
+        what = f"cannot be split into words: {error}"
+        faults.append(Fault("--against-flags", what, "close the quotation marks"))
     if is_url(options.target) and _root(options.target) == _root(options.against or ""):
         # It would answer each request twice, the second time from its cache.
         faults.append(Fault("--against", "is the same server", "give another URL"))
     raise_if_any(faults)
     concurrencies(options.concurrency)
-
-
-def is_url(target: str) -> bool:
-    """Return whether a target is the URL of a running server and not a directory."""
-    return target.startswith(("http://", "https://"))
 
 
 def _root(url: str) -> str:
@@ -188,67 +216,113 @@ def _root(url: str) -> str:
 
 @contextlib.contextmanager
 def _servers(
-    options: argparse.Namespace, flags: Sequence[CheckedFlags], environment: ServeEnvironment
+    planned: Sequence[Planned | Running], environment: ServeEnvironment
 ) -> Iterator[list[Running]]:
-    """Start or find the one or two servers; `flags` are those of each."""
-    targets = [options.target]
-    if options.against:
-        targets.append(options.against)
-    directories = [target for target in targets if not is_url(target)]
-    overrides = given_settings(options)
-    if len(directories) == 2 and environment.device.kind == "cuda":
-        overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
-    # Faults of both come before the first is started.
-    faults: list[Fault] = []
-    for of_server in flags:
-        faults += flag_faults(of_server)
-    faults = list(dict.fromkeys(faults))
-    for directory in directories:
-        faults += directory_faults(Path(directory), environment)
-    raise_if_any(faults)
+    """Start those of the one or two servers that do not run yet."""
     with contextlib.ExitStack() as stack:
-        running: list[Running] = []
-        for target, of_server in zip(targets, flags, strict=True):
-            name = _free_name(target, [other.target.name for other in running])
-            if is_url(target):
-                server = _found(name, target, options)
+        running = []
+        for server in planned:
+            if isinstance(server, Planned):
+                running.append(stack.enter_context(_started(server, environment)))
             else:
-                served = _started(name, target, of_server, overrides, environment)
-                server = stack.enter_context(served)
-            running.append(server)
+                running.append(server)
         yield running
 
 
-@contextlib.contextmanager
-def _started(
-    name: str,
-    directory: str,
+def _plan(
+    options: argparse.Namespace, flags: Sequence[CheckedFlags], environment: ServeEnvironment
+) -> list[Planned | Running]:
+    """Check both servers before the first is started.
+
+    Args:
+        options: The command's.
+        flags: Flags of vLLM of each server.
+        environment: Where vLLM is.
+
+    Raises:
+        BadInput: With every fault of the directories, their settings and the servers that run.
+    """
+    targets = [options.target]
+    if options.against:
+        targets.append(options.against)
+    overrides = given_settings(options) | {"port": 0}
+    directories = [target for target in targets if not is_url(target)]
+    if len(directories) == 2 and environment.device.kind == "cuda":
+        overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
+    faults: list[Fault] = []
+    planned: list[Planned | Running] = []
+    names: list[str] = []
+    for target, of_server in zip(targets, flags, strict=True):
+        try:
+            if is_url(target):
+                found = _found(target, names, options)
+                names.append(found.target.name)
+                planned.append(found)
+                continue
+            server = _checked(target, names, of_server, overrides, environment)
+            names.append(server.name)
+            planned.append(server)
+            tokens = options.output_tokens
+            faults += token_faults("--output-tokens", tokens, server.directory, server.settings)
+        except BadInput as bad:
+            faults += bad.faults
+    # Flags and settings of both servers have the same faults.
+    raise_if_any(list(dict.fromkeys(faults)))
+    _warn_of_the_same(planned)
+    return planned
+
+
+def _checked(
+    target: str,
+    names: Sequence[str],
     flags: Sequence[str],
     overrides: Mapping[str, Any],
     environment: ServeEnvironment,
-) -> Iterator[Running]:
+) -> Planned:
+    """Check a directory and how it will be served.
+
+    Raises:
+        BadInput: With every fault.
+    """
+    directory = Path(target)
+    settings = checked_settings(directory, overrides, flags, environment)
+    preflight(directory, settings, environment, flags)
+    return Planned(_free_name(directory.resolve().name, names), directory, settings, flags)
+
+
+def _warn_of_the_same(planned: Sequence[Planned | Running]) -> None:
+    """Warn where two servers differ in nothing."""
+    compared = []
+    for server in planned:
+        if isinstance(server, Planned):
+            compared.append((server.directory.resolve(), server.settings, list(server.flags)))
+    if len(compared) == 2 and compared[0] == compared[1]:
+        what = "is the same directory with the same flags"
+        logger.warning("--against %s: the ratios will show how far times vary by themselves", what)
+
+
+@contextlib.contextmanager
+def _started(planned: Planned, environment: ServeEnvironment) -> Iterator[Running]:
     """Serve a directory for the length of a `with` block."""
-    path = Path(directory)
-    settings = checked_settings(path, {**overrides, "port": 0}, flags, environment)
-    with running_server(path, settings, flags, environment=environment) as server:
+    path, flags = planned.directory, planned.flags
+    with running_server(path, planned.settings, flags, environment=environment) as server:
         reached = own_server(server.settings)
         described = {
-            "name": name,
+            "name": planned.name,
             "target": path.name,
             "precision": precision_name(read_config(path)),
             "video_pruning_rate": server.settings.video.pruning_rate,
             "flags": shlex.join(without_key(flags)),
         }
-        target = Target(name, reached.url, server.model, reached.api_key)
+        target = Target(planned.name, reached.url, server.model, reached.api_key)
         yield Running(target, described, server.process.pid)
 
 
-def _free_name(target: str, taken: Sequence[str]) -> str:
-    name = urlsplit(target).netloc if is_url(target) else Path(target).resolve().name
+def _free_name(name: str, taken: Sequence[str]) -> str:
     return f"{name} (2)" if name in taken else name
 
 
-def _found(name: str, url: str, options: argparse.Namespace) -> Running:
+def _found(url: str, names: Sequence[str], options: argparse.Namespace) -> Running:
     """A server that runs already.
 
     Raises:
@@ -257,6 +331,7 @@ def _found(name: str, url: str, options: argparse.Namespace) -> Running:
     root = _root(url)
     key = options.api_key or os.environ.get(KEY_VARIABLE)
     model = first_model(connect(root, key))
+    name = _free_name(urlsplit(root).netloc, names)
     described: dict[str, Any] = {"name": name, "target": root}
     for unknown in ("precision", "video_pruning_rate", "flags"):
         described[unknown] = None
@@ -331,12 +406,15 @@ def run(arguments: Sequence[str]) -> int:
     if options.against:
         asked.append([*given, *shlex.split(options.against_flags)])
     environment, flags = environment_and_flags(*asked)
+    planned = _plan(options, flags, environment)
+    if options.json:
+        atomic.check_result_file(options.json)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         workload = Workload(options.workload, options.clip_seconds, options.media, scratch)
         try:
             with (
-                _servers(options, flags, environment) as running,
+                _servers(planned, environment) as running,
                 bench_client(environment) as client,
             ):
                 rows, compared = measure(running, client, workload, options, scratch)
@@ -364,7 +442,6 @@ def run(arguments: Sequence[str]) -> int:
             "measured": [rounded(row) for row in rows],
             "ratios": [rounded(row) for row in compared],
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(options.json, result)
     return 1 if any(row.failed for row in rows) else 0
 

@@ -87,6 +87,19 @@ def scaled(
         target.mux(encoded.encode())
 
 
+def is_picture(film: Path) -> bool:
+    """Return whether a file holds a picture, whatever it is called.
+
+    Raises:
+        av.FFmpegError: FFmpeg reads no medium in it.
+    """
+    import av
+
+    with av.open(str(film)) as source:
+        name = source.format.name
+    return name == "image2" or name.endswith("_pipe")
+
+
 def frame_size(film: Path) -> tuple[int, int]:
     """Return width and height of a film's frames in pixels, both rounded down to even numbers.
 

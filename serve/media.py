@@ -11,8 +11,9 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.reading import deep_pixels_fault, regular_file_fault
@@ -102,6 +103,53 @@ def _data_of_url(url: str) -> bytes | None:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         return None
+
+
+def decoding_faults(sources: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> Iterator[Fault]:
+    """Yield the faults of pictures and clips that no decoder reads.
+
+    A running server says that itself; before one is started for a question, it saves its start.
+    Clips are looked at where PyAV is installed.
+
+    Args:
+        sources: Files and URLs, which faults name.
+        parts: An OpenAI content part of each.
+    """
+    for source, part in zip(sources, parts, strict=True):
+        data = _data_of_url(part[part["type"]]["url"])
+        if data is None:
+            continue
+        try:
+            if part["type"] == "image_url":
+                _decode_picture(data)
+            else:
+                _open_clip(data)
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            reason = getattr(error, "strerror", None) or _reason(error)
+            what = f"cannot be read: {shortened(reason)}"
+            yield Fault(shortened(source), what, "copy the file again, or give another one")
+
+
+def _decode_picture(data: bytes) -> None:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+
+
+def _open_clip(data: bytes) -> None:
+    try:
+        import av
+    except ImportError:
+        return
+    with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+
+
+def _reason(error: Exception) -> str:
+    # Pillow's text for what it does not know is the address of the bytes in memory.
+    return "it is in no known format" if "cannot identify" in str(error) else str(error)
 
 
 def _check_kind(data: bytes, kind: str, where: str) -> None:

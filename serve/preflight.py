@@ -17,7 +17,13 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import checkpoint_file_fault, safetensors_header
+from checkpoint.reading import (
+    TOKENIZER_FILES,
+    checkpoint_file_fault,
+    is_lfs_pointer,
+    safetensors_header,
+    tokenizer_faults,
+)
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -28,7 +34,6 @@ from serve.vllm_flags import flag_faults
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -156,6 +161,9 @@ def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
         yield fault
         return
     try:
+        if is_lfs_pointer(path):
+            yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
+            return
         expected = _expected_size(path)
         size = path.stat().st_size
     except FileNotFoundError:
@@ -186,6 +194,7 @@ def companion_faults(directory: Path) -> list[Fault]:
     for name in TOKENIZER_FILES:
         if not (directory / name).exists():
             faults.append(Fault(str(directory / name), "no such file", _COPY))
+    faults += tokenizer_faults(directory)
     faults += _auto_map_faults(directory)
     if not has_chat_template(directory):
         template = str(directory / TEMPLATE_FILES[0])
@@ -295,6 +304,26 @@ def limit_faults(config: CheckpointConfig, settings: ServeSettings) -> Iterator[
         if count % ranks:
             what = f"is {ranks}, which does not divide the {count} of {heads}"
             yield Fault("tensor_parallel_size", what, "give a divisor")
+
+
+def token_faults(
+    option: str, tokens: int, directory: Path, settings: ServeSettings
+) -> Iterator[Fault]:
+    """Yield a fault where answers of so many tokens leave no room for a prompt.
+
+    Args:
+        option: Names the number in the fault.
+        tokens: Most tokens of an answer.
+        directory: A checkpoint.
+        settings: How it will be served.
+
+    Raises:
+        BadInput: The checkpoint's config cannot be read.
+    """
+    longest = settings.max_model_len or read_config(directory).max_length
+    if tokens >= longest:
+        what = f"is {tokens}, and prompt and answer together have at most {longest} tokens"
+        yield Fault(option, what, "give fewer")
 
 
 def port_faults(settings: ServeSettings) -> Iterator[Fault]:

@@ -32,6 +32,8 @@ sweep.json is an object:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +41,7 @@ from pathlib import Path
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
 from checkpoint.log import get_logger
 from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
@@ -48,23 +50,35 @@ from serve.bench_runs import BenchFailed
 from serve.environment import ServeEnvironment, environment_and_flags
 from serve.options import add_setting_options, given_settings
 from serve.precision import precision_name
-from serve.preflight import checked_settings, directory_faults
+from serve.preflight import checked_settings, directory_faults, preflight, token_faults
 from serve.process import ServerDied
+from serve.settings import ServeSettings, override
 from serve.sweep_figure import draw
 from serve.sweep_items import (
     VIDEO_TASKS,
     Items,
+    check_media,
     count_frames,
     data_items,
+    length_faults,
     short_clip_warning,
+    still_warning,
     task_items,
 )
-from serve.sweep_points import measure_all
+from serve.sweep_points import MEASURED_FILE, WITHOUT_CACHE, measure_all
 from serve.sweep_result import result_of, tables
 from serve.vllm_flags import setting_values
 from serve.workloads import NEEDED, check_packages
 
 logger = get_logger("serve.sweep")
+
+ITEMS = 150
+"""Items of each task where --items is not given."""
+
+MOST_ITEMS = 10_000
+"""Items of a task at most: all are drawn and encoded before the first server starts."""
+
+RESULT_FILES = ("sweep.json", "sweep.svg", "sweep.png", MEASURED_FILE)
 
 SETTINGS = (
     *("video.fps", "video.max_frames", "max_model_len", "max_images", "max_videos"),
@@ -82,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     data_help = "JSON Lines file of clips with answers, instead of tiny's tasks"
     parser.add_argument("--data", type=Path, metavar="FILE", help=data_help)
     tasks_help = f"tiny's tasks, separated by commas (default: {','.join(VIDEO_TASKS)})"
-    parser.add_argument("--tasks", default=",".join(VIDEO_TASKS), metavar="NAME,…", help=tasks_help)
-    items_help = "items of each of tiny's tasks (default: 150)"
-    parser.add_argument("--items", type=int, default=150, metavar="N", help=items_help)
+    parser.add_argument("--tasks", metavar="NAME,…", help=tasks_help)
+    items_help = f"items of each of tiny's tasks (default: {ITEMS})"
+    parser.add_argument("--items", type=int, metavar="N", help=items_help)
     tolerance_help = "largest loss of accuracy in points (default: 2)"
     parser.add_argument("--tolerance", type=float, default=2.0, metavar="P", help=tolerance_help)
     concurrency_help = "requests at a time, separated by commas (default: 1,8)"
@@ -106,9 +120,13 @@ def rates_with_none(text: str) -> list[float]:
     """Parse `0.5,0.75`; 0, which drops nothing, is added if it is not there.
 
     Raises:
-        BadInput: A part is not a rate.
+        BadInput: A part is not a rate, or has more digits than the results show.
     """
     rates = parse_rates(text, "--rates")
+    for rate in rates:
+        if float(f"{rate:g}") != rate:
+            what = f"has {rate!r}, of more than six digits"
+            raise BadInput(Fault("--rates", what, "give a rounded rate"))
     return sorted({0.0, *rates})
 
 
@@ -121,16 +139,23 @@ def _check(
         BadInput: With every fault.
     """
     faults = []
-    for name in ("items", "max_tokens"):
-        if getattr(options, name) < 1:
-            option = "--" + name.replace("_", "-")
-            faults.append(Fault(option, f"is {getattr(options, name)}", "give 1 or more"))
+    if options.items is not None and not 1 <= options.items <= MOST_ITEMS:
+        faults.append(Fault("--items", f"is {options.items}", f"give 1 to {MOST_ITEMS:,}"))
+    if options.max_tokens < 1:
+        faults.append(Fault("--max-tokens", f"is {options.max_tokens}", "give 1 or more"))
     if not 0 < options.tolerance <= 100:
         what = f"is {options.tolerance}"
-        faults.append(Fault("--tolerance", what, "give points of accuracy, above 0"))
+        faults.append(Fault("--tolerance", what, "give points of accuracy, above 0, at most 100"))
+    for name in ("tasks", "items"):
+        if options.data is not None and getattr(options, name) is not None:
+            faults.append(Fault(f"--{name}", "does nothing with --data", "leave one of them out"))
     if "video.pruning_rate" in setting_values(flags):
         faults.append(Fault("--video-pruning-rate", "would fix the rate", "give --rates"))
-    names = [directory.resolve().name for directory in options.directories]
+    # Unlike resolve(), realpath() leaves a circle of links to the faults of the directory.
+    paths = [Path(os.path.realpath(directory)) for directory in options.directories]
+    names = [path.name for path in sorted(set(paths))]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        faults.append(Fault(str(path), "is given more than once", "give it once"))
     for name in sorted({name for name in names if names.count(name) > 1}):
         faults.append(Fault(name, "is the name of two directories", "rename one"))
     for directory in options.directories:
@@ -141,10 +166,59 @@ def _check(
 def _items(options: argparse.Namespace) -> Items:
     if options.data is not None:
         return data_items(options.data)
-    names = [name for name in options.tasks.split(",") if name]
+    if options.tasks is None:
+        names = list(VIDEO_TASKS)
+    else:
+        names = [name for name in options.tasks.split(",") if name]
     if not names:
         raise BadInput(Fault("--tasks", "names no task", f"such as {','.join(VIDEO_TASKS)}"))
-    return task_items(names, options.items)
+    return task_items(names, options.items or ITEMS)
+
+
+def _check_servers(
+    options: argparse.Namespace,
+    flags: Sequence[str],
+    rates: Sequence[float],
+    environment: ServeEnvironment,
+) -> ServeSettings:
+    """Check every directory at every rate, before the first is served.
+
+    Returns:
+        How the first directory is served.
+
+    Raises:
+        BadInput: With every fault of a directory.
+    """
+    overrides = given_settings(options) | {"port": 0}
+    faults: list[Fault] = []
+    found = []
+    for directory in options.directories:
+        try:
+            settings = checked_settings(directory, overrides, flags, environment)
+            for rate in rates:
+                at_rate = override(settings, {"video.pruning_rate": rate})
+                preflight(directory, at_rate, environment, [*WITHOUT_CACHE, *flags])
+            faults += token_faults("--max-tokens", options.max_tokens, directory, settings)
+            found.append(settings)
+        except BadInput as bad:
+            faults += bad.faults
+    raise_if_any(faults)
+    return found[0]
+
+
+def _check_out(out: Path) -> None:
+    """Check that the results can be written.
+
+    Raises:
+        BadInput: They cannot, or the folder is a checkpoint.
+    """
+    if (out / "config.json").exists():
+        # Its own files would count as files of the checkpoint.
+        raise BadInput(Fault(shortened(out), "is a checkpoint", "give another --out"))
+    for name in RESULT_FILES:
+        if (out / name).is_dir():
+            raise BadInput(Fault(shortened(out / name), "is a directory", "give another --out"))
+    atomic.check_writable(out)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -164,20 +238,25 @@ def run(arguments: Sequence[str]) -> int:
     rates = rates_with_none(options.rates)
     counts = concurrencies(options.concurrency)
     items = _items(options)
-    overrides = given_settings(options)
-    video = checked_settings(options.directories[0], overrides, flags, environment).video
-    warnings = []
-    clips = count_frames(items, video)
-    for rate in rates:
-        warning = short_clip_warning(clips, rate)
-        if warning:
-            logger.warning("%s", warning)
-            warnings.append(warning)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = _check_servers(options, flags, rates, environment)
+    check_media(items, settings)
+    clips = count_frames(items, settings.video)
+    first = options.directories[0]
+    raise_if_any(length_faults(items, clips, first, settings, options.max_tokens))
+    found = [still_warning(items, clips)]
+    found += [short_clip_warning(clips, rate) for rate in rates]
+    warnings = [warning for warning in found if warning is not None]
+    for warning in warnings:
+        logger.warning("%s", warning)
+    was_there = options.out.exists()
+    _check_out(options.out)
     try:
         points = measure_all(options, flags, items, rates, environment)
     except (ServerDied, BenchFailed) as failed:
         logger.error("%s", failed)
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds what was measured before
+                options.out.rmdir()
         return 1
     precisions = {}
     for directory in options.directories:

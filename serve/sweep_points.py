@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import atomic
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from serve.bench import concurrencies
 from serve.bench_figures import rounded, summarize
@@ -31,11 +31,16 @@ WITHOUT_CACHE = ("--mm-processor-cache-gb", "0")
 """With prefix caching off too, as it is here, vLLM keeps nothing of a request's media
 (vllm/renderers/base.py, 0.32)."""
 
+MEASURED_FILE = "measured.json"
+"""The file of `--out` from which the command goes on."""
+
 MOST_FAILED = 0.02
 """Share of requests that may fail; their answers count as wrong."""
 
 Point = dict[str, Any]
 """What was measured of a directory at a rate: `answers` by task, `load`, `prompt_tokens_mean`."""
+
+_POINT_KEYS = {"answers", "load", "prompt_tokens_mean"}
 
 
 class Kept:
@@ -57,9 +62,12 @@ class Kept:
             kept = json.loads(path.read_text(encoding="utf-8"))
             same = kept["settings"] == self._settings
             points = dict(kept["points"])
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"is not a file of a sweep: {shortened(error)}"
-            raise BadInput(Fault(str(path), what, "give another --out")) from None
+            if not all(point.keys() >= _POINT_KEYS for point in points.values()):
+                raise ValueError("a point is not whole")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(
+                Fault(str(path), "is not a file of a sweep", "give another --out")
+            ) from None
         if same:
             self._points = points
         else:
@@ -146,7 +154,7 @@ def open_kept(
         "flags": list(flags),
         "vllm": environment.vllm,
     }
-    return Kept(options.out / "measured.json", settings)
+    return Kept(options.out / MEASURED_FILE, settings)
 
 
 def point_name(directory: Path, rate: float) -> str:

@@ -272,7 +272,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     folder = options.out or own_folder()
     atomic.check_writable(folder)
     if options.json:
-        atomic.check_writable(options.json.absolute().parent)
+        atomic.check_result_file(options.json)
     device = environment.device
     if device.gpus and device.gpus[0].free < FREE_SHARE * device.gpus[0].memory:
         logger.warning("%s is in use: the times may be of other programs", device.gpus[0].name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.log import get_logger
+from checkpoint.reading import regular_file_fault
 from serve.bench_runs import Messages
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ LEAST_SHARE = 0.85
 
 MOST_FILMS = 8
 """Films of a folder that are used, the first by name: each is encoded before it is sent."""
+
+MOST_PHOTOGRAPHS = 200
+"""Pictures of a folder that are used, the first by name: each is decoded before a server starts."""
 
 FILM_FRAMES = 1800
 """Frames of a film that are used, a minute at 30 frames per second."""
@@ -110,6 +114,8 @@ class Workload:
         kinds = self._kinds()
         if "image" in kinds:
             self._photographs = self._files(folder, IMAGE_SUFFIXES, "skimage/data", PHOTOGRAPHS)
+            for path in self._photographs:
+                _open_photograph(path)
         if "document" in kinds:
             self.media.append("drawn pages")
         if "video" in kinds:
@@ -149,13 +155,14 @@ class Workload:
         """
         if folder is not None:
             files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+            faults = [regular_file_fault(path) for path in files]
+            raise_if_any(fault for fault in faults if fault is not None)
             if not files:
                 what = f"has no file for the workload {self.name}"
                 raise BadInput(Fault(str(folder), what, f"one of {', '.join(suffixes)}"))
         else:
             files = _package_files(package, names)
-        if suffixes == CLIP_SUFFIXES:
-            files = files[:MOST_FILMS]
+        files = files[: MOST_FILMS if suffixes == CLIP_SUFFIXES else MOST_PHOTOGRAPHS]
         if files:
             self.media += [path.name for path in files]
         else:
@@ -221,9 +228,11 @@ def _encoded(film: Path, out: Path) -> Path:
     """Write a film as `serve.clips.looped` needs it, with a keyframe every second or so."""
     from av import FFmpegError
 
-    from serve.clips import frame_size, scaled
+    from serve.clips import frame_size, is_picture, scaled
 
     try:
+        if is_picture(film):
+            raise BadInput(Fault(str(film), "is a picture, not a film", "give it a picture's name"))
         width, height = frame_size(film)
         scaled(film, width, height, out, keyframe_every=25, most_frames=FILM_FRAMES)
     except (FFmpegError, IndexError):
@@ -237,7 +246,7 @@ def _open_photograph(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
         raise BadInput(Fault(str(path), "is not a picture that can be read", "remove it")) from None
 
 

@@ -14,7 +14,7 @@ from accuracy.suites.harness import DataSource, HarnessFailed, Judge, find_pytho
 from accuracy.suites.report import as_dict, show, show_curve, show_noise
 from accuracy.suites.run import SuitePlan, open_suite
 from accuracy.suites.serving import Model
-from checkpoint.atomic import check_writable, write_json
+from checkpoint.atomic import check_result_file, write_json
 from checkpoint.endpoint import connect, first_model
 from checkpoint.faults import BadInput, Fault, nearest, raise_if_any, shortened
 from checkpoint.lock import locked_directory
@@ -81,7 +81,7 @@ def run_suite(
     raise_if_any(_faults(arguments))
     plan = _plan_of(arguments, compared_video)
     if arguments.json:
-        check_output(arguments.json)
+        check_result_file(arguments.json)
     reference = Model(arguments.reference, arguments.reference_endpoint, arguments.api_key)
     variants = []
     for directory in arguments.directories:
@@ -140,17 +140,6 @@ def _plan_of(
         concurrency=arguments.concurrency,
         rates=_rates(arguments.evs_rates),
     )
-
-
-def check_output(file: Path) -> None:
-    """Make sure that a file can be written, before what goes into it is measured for hours.
-
-    Raises:
-        BadInput: It cannot.
-    """
-    if file.is_dir():
-        raise BadInput(Fault(shortened(file), "is a directory", "give a file"))
-    check_writable(file.parent)
 
 
 def options_without_suite(arguments: argparse.Namespace) -> Iterator[Fault]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.source import Source, register_source
 from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.reading import regular_file_fault
+from checkpoint.reading import json_kind, regular_file_fault
 
 _EXPECTED = "give a JSON Lines file"
 
@@ -92,7 +92,7 @@ def row_object(row: Any, path: Path, number: int) -> dict[str, Any]:
     if isinstance(row, str):
         return _json_object(row, f"{path}: line {number}")
     if not isinstance(row, dict):
-        what = f"is a JSON {type(row).__name__}, not an object"
+        what = f"is a JSON {json_kind(row)}, not an object"
         raise BadInput(Fault(f"{path}: element {number}", what, "one object per element"))
     return row
 
@@ -133,6 +133,6 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         what = f"is not JSON: {shortened(error)}"
         raise BadInput(Fault(where, what, "one object per line")) from None
     if not isinstance(value, dict):
-        what = f"is a JSON {type(value).__name__}, not an object"
+        what = f"is a JSON {json_kind(value)}, not an object"
         raise BadInput(Fault(where, what, "one object per line"))
     return value

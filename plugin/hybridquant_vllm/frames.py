@@ -118,7 +118,9 @@ def read_clip(
             # would take for those that are lost.
             return _read_once(data, *sampling, functools.partial(_count, is_damaged=True))
     except av.FFmpegError as error:
-        raise ClipError(f"video cannot be read: {str(error)[:200]}", _REMEDY) from None
+        raise ClipError(
+            f"video cannot be read: {str(error.strerror or error)[:200]}", _REMEDY
+        ) from None
 
 
 def _read_once(

@@ -11,6 +11,7 @@ from PIL import Image
 import calibrate
 from calibrate.contact_sheet import dimmed, draw_sheet, prune_clip
 from calibrate.evs import retained_tokens
+from checkpoint.faults import BadInput
 from checkpoint.video import Video
 from serve.demo import draw_video
 
@@ -71,9 +72,26 @@ def test_the_command_writes_a_png(clip, tiny, tmp_path):
     done = run(clip, "--model", tiny, "--rate", 0.9, "--fps", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{out}: 8 frames, 64 of 512 visual tokens kept")
+    assert "only the first frame survives" in done.stderr
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert image.width > image.height
+
+
+def test_a_sheet_that_no_program_would_open_is_refused_before_the_tower_runs(
+    clip, tiny_checkpoint, monkeypatch
+):
+    monkeypatch.setattr("calibrate.contact_sheet._MOST_PIXELS", 10_000)
+    monkeypatch.delattr("calibrate.contact_sheet.load_model")
+    with pytest.raises(BadInput, match="a sheet of 16 frames would have"):
+        prune_clip(clip.read_bytes(), "clip.mp4", tiny_checkpoint, Video())
+
+
+def test_a_png_that_cannot_be_written_is_refused_first(clip, tmp_path):
+    (tmp_path / "sheet.png").mkdir()
+    done = run(clip, "--model", tmp_path, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 2
+    assert "sheet.png: is a directory" in done.stderr
 
 
 def test_all_that_is_wrong_is_named_at_once(tmp_path):

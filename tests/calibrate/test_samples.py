@@ -79,6 +79,8 @@ BAD_ROWS = {
     "not JSON": ('{"messages": ', "is not JSON"),
     "nested too deeply": ("[" * 100_000, "is not JSON"),
     "not an object": ("[1]", "is a JSON list, not an object"),
+    "null": ("null", "is a JSON null, not an object"),
+    "a number": ("5", "is a JSON number, not an object"),
     "no messages": ({"text": "x"}, "messages is None"),
     "empty messages": ({"messages": []}, "messages is []"),
     "no role": ({"messages": [{"content": "x"}]}, "role None"),

@@ -12,6 +12,8 @@ import torch
 import checkpoint
 from checkpoint.atomic import (
     check_output,
+    check_result_file,
+    check_writable,
     remove_directory,
     rename_directory,
     replaced_directory,
@@ -218,3 +220,30 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     assert "needs 1000000000.00 GB" in message
     assert "GB are free" in message
     assert names(tmp_path) == []
+
+
+def test_a_file_of_results_is_checked_without_leaving_one(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "old.json").write_text("{}")
+    for path, message in (
+        (tmp_path, "is a directory"),
+        (Path("/dev/null"), "is not a regular file"),
+        (tmp_path / "checkpoint" / "config.json", "is a file of a checkpoint"),
+        (tmp_path / "old.json" / "new.json", "cannot be written"),
+        (tmp_path / ("a" * 300), "cannot be written: File name too long"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            check_result_file(path)
+    for name in ("old.json", "folder/new.json"):
+        check_result_file(tmp_path / name)
+    assert not (tmp_path / "folder" / "new.json").exists()
+
+
+def test_a_full_disk_takes_no_results(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.atomic.tempfile.TemporaryFile", full)
+    with pytest.raises(BadInput, match="No space left on device"):
+        check_writable(tmp_path)

@@ -17,6 +17,7 @@ from checkpoint.opened import load_tokenizer
 from serve import demo
 from serve.ask import ask, content_parts, first_model
 from serve.demo import demonstrate, draw_page, draw_square, draw_video, questions
+from serve.media import decoding_faults
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,16 @@ def test_missing_files_and_pictures_of_16_bits_are_all_named(tmp_path):
         (["http://127.0.0.1:9", "--text", "x", "--fps", "1"], "video.fps: cannot be changed"),
         (["nowhere", "--text", "x", "--fps", "0"], "video.fps: is '0'"),
         (["nowhere", "--text", "x"], "no such directory"),
+        (["nowhere", "--text", " "], "nothing to ask"),
+        (["nowhere", "--text", "x", "--max-tokens", "0"], "--max-tokens: is 0"),
+        (["nowhere", "--text", "x", "--temperature", "nan"], "--temperature: is nan"),
+        (["nowhere", "--text", "x", "--model", "x"], "--model: chooses a model of a running"),
+        (["nowhere", "--image", "https://a/b.png"], "the server that is started here fetches none"),
+        (["http://127.0.0.1:9", "--text", "\udcff"], "--text: is not UTF-8"),
+        (
+            ["nowhere", "--image", "data:image/png;base64,AAAA"],
+            "data:image/png;base64,AAAA: cannot be read",
+        ),
     ],
 )
 def test_bad_questions_end_with_status_2(arguments, message):
@@ -256,3 +267,16 @@ def test_the_demo_asks_all_and_shows_when_evs_saved_nothing(
     for title in ("list", "page", "two images", "video"):
         assert f"\n{title}: W" in printed
     assert "(0% fewer)" in printed
+
+
+def test_media_that_no_decoder_reads_are_named(tmp_path):
+    draw_square(tmp_path / "whole.png", "red")
+    draw_video(tmp_path / "whole.mp4", seconds=1)
+    for kind in ("png", "mp4"):
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    images = [str(tmp_path / name) for name in ("whole.png", "cut.png")]
+    videos = [str(tmp_path / name) for name in ("cut.mp4", "whole.mp4")]
+    parts = content_parts(images=images, videos=videos)
+    faults = [fault.where for fault in decoding_faults([*images, *videos], parts)]
+    assert faults == [images[1], videos[0]]

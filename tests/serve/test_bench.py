@@ -13,12 +13,13 @@ from PIL import Image
 
 from checkpoint.faults import BadInput
 from hybridquant_vllm.frames import read_clip
-from serve.bench import run, shown_command
+from serve.bench import concurrencies, run, shown_command
 from serve.bench_figures import percentile, ratios, summarize
 from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
 from serve.demo import draw_square, draw_video
 from serve.environment import find_python
 from serve.gpu_memory import GpuMemory, parse_rows
+from serve.process import ServerDied
 from serve.workloads import Workload
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -237,6 +238,13 @@ def test_the_command_measures_a_running_server(target, media, tmp_path, capsys):
         (["DIR", "--media", "nowhere"], "nowhere: is not a folder"),
         (["DIR", "--against-flags=--enforce-eager"], "--against-flags: has no server to start"),
         (["http://a:1", "--against", "http://a:1/v1"], "--against: is the same server"),
+        (["DIR", "--concurrency", "99999999"], "--concurrency: is '99999999'"),
+        (["DIR", "--requests", "99999999"], "--requests: is 99999999"),
+        (["DIR", "--clip-seconds", "1e9"], "--clip-seconds: is 1000000000.0"),
+        (["DIR", "--against", ""], "--against: is empty"),
+        (["DIR", "--against", "DIR", '--against-flags="'], "--against-flags: cannot be split"),
+        (["http://[::1"], "is not a URL"),
+        (["HTTP://127.0.0.1:9"], "no server answers"),
         (["http://127.0.0.1:9", "--workload", "chat"], "no server answers"),
         (["nowhere", "--workload", "chat"], "nowhere"),
     ],
@@ -245,6 +253,57 @@ def test_bad_options_are_named(arguments, message):
     with pytest.raises(BadInput) as caught:
         run(arguments)
     assert message in str(caught.value)
+
+
+def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch):
+    monkeypatch.setattr("serve.bench.running_server", _no_server)
+    for second, message in (
+        ("http://127.0.0.1:9", "no server answers"),
+        ("nowhere", "no such directory"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            run([str(tiny), "--against", second])
+    with pytest.raises(BadInput, match="max_model_len: is 99999999"):
+        run([str(tiny), "--against", str(tiny), "--against-flags=--max-model-len 99999999"])
+    with pytest.raises(BadInput, match="--output-tokens: is 1000000"):
+        run([str(tiny), "--output-tokens", "1000000"])
+
+
+def test_the_file_of_the_figures_is_checked_before_a_server_is_started(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.bench.running_server", _no_server)
+    with pytest.raises(BadInput, match="is a directory"):
+        run([str(tiny), "--workload", "chat", "--json", str(tmp_path)])
+
+
+def _no_server(*_, **__):
+    raise AssertionError("a server was started")
+
+
+def test_the_same_server_twice_is_said(tiny, monkeypatch, capsys):
+    def died(*_, **__):
+        raise ServerDied("not in this test")
+
+    monkeypatch.setattr("serve.bench.running_server", died)
+    assert run([str(tiny), "--workload", "chat", "--against", str(tiny)]) == 1
+    assert "is the same directory with the same flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["text.png", "cut.png", "picture.mp4", "link.mp4"])
+def test_media_that_a_server_would_refuse_are_named(media, tmp_path, name):
+    picture = (media / "red.png").read_bytes()
+    if name == "link.mp4":
+        (tmp_path / name).symlink_to("nowhere.mp4")
+    elif name == "text.png":
+        (tmp_path / name).write_text("no picture")
+    else:
+        (tmp_path / name).write_bytes(picture if name == "picture.mp4" else picture[:60])
+    kind = "image" if name.endswith(".png") else "video"
+    with pytest.raises(BadInput, match=name):
+        Workload(kind, 1, tmp_path, tmp_path)
+
+
+def test_a_number_at_a_time_is_measured_once():
+    assert concurrencies("8, 1,8") == [8, 1]
 
 
 def test_the_environment_of_vllm_lacks_what_media_are_drawn_with():

@@ -95,6 +95,12 @@ def test_a_file_that_is_no_safetensors_is_named(tiny_copy, content):
     assert "model.safetensors: is" in faults(tiny_copy)
 
 
+def test_weights_that_the_user_may_not_read_are_named(tiny_copy, monkeypatch):
+    # Tests may run as root, who may read everything.
+    monkeypatch.setattr("checkpoint.reading.os.access", lambda *_: False)
+    assert "model.safetensors: cannot be read: Permission denied" in faults(tiny_copy)
+
+
 def test_a_missing_shard_is_named(tiny_copy):
     index = {
         "weight_map": {
@@ -107,6 +113,21 @@ def test_a_missing_shard_is_named(tiny_copy):
     text = faults(tiny_copy)
     assert "model-00002-of-00002.safetensors: no such file" in text
     assert "model-00001" not in text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tiny_copy, name):
+    (tiny_copy / name).unlink()
+    (tiny_copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "Git LFS pointer" in faults(tiny_copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_cut_is_named(tiny_copy, name):
+    content = (tiny_copy / name).read_bytes()
+    (tiny_copy / name).unlink()
+    (tiny_copy / name).write_bytes(content[:100])
+    assert f"{name}: cannot be read as JSON" in faults(tiny_copy)
 
 
 def test_the_template_may_stand_in_the_tokenizer_config(tiny_copy):

@@ -6,16 +6,28 @@ import pytest
 from PIL import Image
 
 from calibrate.evs import retained_tokens
+from calibrate.samples import Sample
 from checkpoint.faults import BadInput
 from checkpoint.video import Video
 from serve.bench_figures import rounded, summarize
 from serve.bench_runs import Load, Target
 from serve.demo import draw_video
 from serve.environment import find_environment
+from serve.process import ServerDied
+from serve.settings import ServeSettings
 from serve.sweep import command_options, rates_with_none, run
 from serve.sweep_choice import Loss, choose
 from serve.sweep_figure import draw
-from serve.sweep_items import ItemClip, count_frames, data_items, short_clip_warning, task_items
+from serve.sweep_items import (
+    ItemClip,
+    check_media,
+    count_frames,
+    data_items,
+    length_faults,
+    short_clip_warning,
+    still_warning,
+    task_items,
+)
 from serve.sweep_points import Kept, measure_target, open_kept, point_name
 from serve.sweep_result import result_of
 
@@ -89,12 +101,13 @@ def test_clips_of_a_file_are_read_with_their_answers(tmp_path):
 
 
 def test_every_item_without_an_answer_is_named(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "What?"}]}] * 2
+    asked = {"messages": [{"role": "user", "content": "What?"}]}
+    rows = [asked, asked | {"answer": ["7"]}, asked | {"answer": " "}]
     path = tmp_path / "clips.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(BadInput) as caught:
         data_items(path)
-    assert [fault.what for fault in caught.value.faults] == ["has no answer"] * 2
+    assert [fault.what for fault in caught.value.faults] == ["has no answer"] * 3
 
 
 def test_rates_are_sorted_and_0_is_one_of_them():
@@ -102,6 +115,8 @@ def test_rates_are_sorted_and_0_is_one_of_them():
     for text in ("1", "-0.1", "nan", "a", "", "0.5,,0.9"):
         with pytest.raises(BadInput, match="--rates: is"):
             rates_with_none(text)
+    with pytest.raises(BadInput, match="of more than six digits"):
+        rates_with_none("0.5,0.50000001")
 
 
 # What was measured
@@ -109,12 +124,14 @@ def test_rates_are_sorted_and_0_is_one_of_them():
 
 def test_figures_of_other_settings_are_dropped(tmp_path):
     path = tmp_path / "measured.json"
-    Kept(path, {"items": "a"}).put("tiny at 0", {"load": []})
-    assert Kept(path, {"items": "a"}).get("tiny at 0") == {"load": []}
+    point = {"load": [], "answers": {}, "prompt_tokens_mean": 5}
+    Kept(path, {"items": "a"}).put("tiny at 0", point)
+    assert Kept(path, {"items": "a"}).get("tiny at 0") == point
     assert Kept(path, {"items": "b"}).get("tiny at 0") is None
-    path.write_text("[]")
-    with pytest.raises(BadInput, match="is not a file of a sweep"):
-        Kept(path, {})
+    for damaged in ("[]", '{"settings": {}, "points": {"tiny at 0": {"load": []}}}'):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match="is not a file of a sweep"):
+            Kept(path, {})
 
 
 def test_each_directory_is_compared_with_its_own_rate_0(tmp_path):
@@ -189,6 +206,14 @@ def test_a_sweep_goes_on_where_it_stopped_and_recommends_a_rate(
         (["--tasks", "video_evnt"], "did you mean video_event?"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--concurrency", "0"], "--concurrency: is '0'"),
+        (["--items", "99999999"], "--items: is 99999999"),
+        (["--data", "x.jsonl", "--tasks", "text"], "--tasks: does nothing with --data"),
+        (["--tasks", "text", "--items", "1"], "so a rate changes nothing"),
+        (
+            ["--tasks", "video_event", "--items", "1", "--max-videos", "0"],
+            "has 1 videos of at most",
+        ),
+        (["--items", "1", "--max-tokens", "9999999"], "--max-tokens: is 9999999"),
     ],
 )
 def test_bad_options_of_a_sweep_are_named(arguments, message, tiny):
@@ -201,6 +226,62 @@ def test_a_flag_of_vllm_that_fixes_the_rate_is_named(probed, tiny):
     probed({"read": [["--video-pruning-rate", 0.5]]})
     with pytest.raises(BadInput, match="--video-pruning-rate: would fix the rate"):
         run([str(tiny), "--", "--video-pruning", "0.5"])
+
+
+def test_where_the_results_go_is_checked_before_a_server_is_started(tiny, tmp_path):
+    (tmp_path / "sweep.svg").mkdir()
+    for out, message in ((tmp_path, "sweep.svg: is a directory"), (tiny, "is a checkpoint")):
+        with pytest.raises(BadInput, match=message):
+            run([str(tiny), "--tasks", "video_event", "--items", "1", "--out", str(out)])
+
+
+def test_a_server_that_dies_at_once_leaves_no_folder(tiny, tmp_path, monkeypatch):
+    def died(*_, **__):
+        raise ServerDied("not in this test")
+
+    monkeypatch.setattr("serve.sweep_points.running_server", died)
+    out = tmp_path / "sweep"
+    assert run([str(tiny), "--tasks", "video_event", "--items", "1", "--out", str(out)]) == 1
+    assert not out.exists()
+
+
+def test_the_same_directory_twice_and_a_circle_of_links_are_named(tiny, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(BadInput) as caught:
+        run([str(tiny), str(tiny), str(tmp_path / "circle")])
+    assert "is given more than once" in str(caught.value)
+    assert "circle: no such directory" in str(caught.value)
+
+
+def test_items_that_no_rate_changes_are_counted():
+    items = {"clips": ["with a clip", "with one of a frame", "without"]}
+    clips = [ItemClip("1", 8, 0), ItemClip("2", 1, 1)]
+    assert still_warning(items, clips).startswith("2 of 3 items have no clip")
+    assert still_warning({"clips": ["with a clip"]}, clips[:1]) is None
+    with pytest.raises(BadInput, match="so a rate changes nothing"):
+        still_warning(items, clips[1:])
+
+
+def test_an_item_that_is_too_long_is_named(tiny):
+    def of(text):
+        return Sample("a", [{"role": "user", "content": text}], "7")
+
+    items = {"clips": [of("word " * 300), of("word")]}
+    settings = ServeSettings(max_model_len=256)
+    (fault,) = length_faults(items, [], tiny, settings, 24)
+    assert "tokens, with the answer's 24 more than 256" in fault.what
+    clips = [ItemClip("a", 8, 1)]
+    assert len(list(length_faults(items, clips, tiny, settings, 24))) == 2
+
+
+def test_a_picture_that_a_server_would_refuse_is_named(tmp_path):
+    (tmp_path / "page.png").write_text("no picture")
+    picture = {"type": "image_url", "image_url": {"url": "page.png"}}
+    row = {"messages": [{"role": "user", "content": [picture]}], "answer": "7"}
+    path = tmp_path / "clips.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(BadInput, match="sample 1: image cannot be read"):
+        check_media(data_items(path), ServeSettings())
 
 
 def test_a_directory_that_cannot_be_served_is_named(tmp_path):
