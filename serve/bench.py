@@ -32,41 +32,29 @@ The file of --json holds an object:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
-from checkpoint.config import read_config
-from checkpoint.endpoint import KEY_VARIABLE, connect, first_model, is_url
+from checkpoint.endpoint import is_url
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.log import get_logger
 from serve.__main__ import split_extra
 from serve.bench_figures import Measured, Ratio, ratio_table, ratios, rounded, summarize, table
-from serve.bench_runs import BenchClient, BenchFailed, Load, Target, bench_client, write_requests
-from serve.environment import ServeEnvironment, environment_and_flags
+from serve.bench_runs import BenchClient, BenchFailed, Load, bench_client, write_requests
+from serve.bench_servers import Running, planned_servers, root_of, started_servers
+from serve.environment import environment_and_flags
 from serve.gpu_memory import GpuMemory
-from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
-from serve.own_server import own_server
-from serve.precision import precision_name
-from serve.preflight import checked_settings, preflight, token_faults
-from serve.process import ServerDied, running_server
-from serve.settings import ServeSettings
-from serve.vllm_flags import CheckedFlags, canonical
+from serve.options import VIDEO_SETTINGS, add_setting_options
+from serve.process import ServerDied
+from serve.recorded_command import shown_command
 from serve.workloads import NEEDED, WORKLOADS, Workload, check_packages
 
 logger = get_logger("serve.bench")
-
-SHARED_MEMORY = 0.45
-"""Share of the GPU's memory for each of two servers."""
 
 MOST_AT_A_TIME = 4096
 """Requests at a time at most; vLLM runs 1,024 sequences at a time unless told otherwise."""
@@ -79,38 +67,6 @@ SETTINGS = (
     *("max_images", "max_model_len", "gpu_memory_utilization", "tensor_parallel_size", "api_key"),
 )
 """Settings of the servers that the command line may change."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server that is measured, and what the file says about it.
-
-    Attributes:
-        target: How it is reached.
-        described: An entry of `servers`.
-        leader: The process that leads its session; None for a URL.
-    """
-
-    target: Target
-    described: dict[str, Any]
-    leader: int | None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A server that will be started.
-
-    Attributes:
-        name: What its rows are called.
-        directory: The checkpoint.
-        settings: How it is served.
-        flags: Further flags of vLLM.
-    """
-
-    name: str
-    directory: Path
-    settings: ServeSettings
-    flags: Sequence[str]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,30 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     add_setting_options(parser, SETTINGS)
     return parser
-
-
-def shown_command(module: str, arguments: Sequence[str]) -> str:
-    """Return a command line for a result file, without the server's key."""
-    return shlex.join(["python", "-m", module, *without_key(arguments)])
-
-
-def without_key(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with the word KEY in place of the server's key."""
-    shown: list[str] = []
-    for part in arguments:
-        name, equals, _ = part.partition("=")
-        if shown and _gives_key(shown[-1]):
-            shown.append("KEY")
-        elif equals and _gives_key(name):
-            shown.append(f"{name}=KEY")
-        else:
-            shown.append(part)
-    return shown
-
-
-def _gives_key(flag: str) -> bool:
-    """Return whether a flag is --api-key, or the beginning of its name, which parsers take too."""
-    return flag.startswith("--ap") and "--api-key".startswith(canonical(flag))
 
 
 def concurrencies(text: str) -> list[int]:
@@ -202,140 +134,11 @@ def _check(options: argparse.Namespace) -> None:
     except ValueError as error:
         what = f"cannot be split into words: {error}"
         faults.append(Fault("--against-flags", what, "close the quotation marks"))
-    if is_url(options.target) and _root(options.target) == _root(options.against or ""):
+    if is_url(options.target) and root_of(options.target) == root_of(options.against or ""):
         # It would answer each request twice, the second time from its cache.
         faults.append(Fault("--against", "is the same server", "give another URL"))
     raise_if_any(faults)
     concurrencies(options.concurrency)
-
-
-def _root(url: str) -> str:
-    """Return a URL without `/v1`."""
-    return url.rstrip("/").removesuffix("/v1")
-
-
-@contextlib.contextmanager
-def _servers(
-    planned: Sequence[Planned | Running], environment: ServeEnvironment
-) -> Iterator[list[Running]]:
-    """Start those of the one or two servers that do not run yet."""
-    with contextlib.ExitStack() as stack:
-        running = []
-        for server in planned:
-            if isinstance(server, Planned):
-                running.append(stack.enter_context(_started(server, environment)))
-            else:
-                running.append(server)
-        yield running
-
-
-def _plan(
-    options: argparse.Namespace, flags: Sequence[CheckedFlags], environment: ServeEnvironment
-) -> list[Planned | Running]:
-    """Check both servers before the first is started.
-
-    Args:
-        options: The command's.
-        flags: Flags of vLLM of each server.
-        environment: Where vLLM is.
-
-    Raises:
-        BadInput: With every fault of the directories, their settings and the servers that run.
-    """
-    targets = [options.target]
-    if options.against:
-        targets.append(options.against)
-    overrides = given_settings(options) | {"port": 0}
-    directories = [target for target in targets if not is_url(target)]
-    if len(directories) == 2 and environment.device.kind == "cuda":
-        overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
-    faults: list[Fault] = []
-    planned: list[Planned | Running] = []
-    names: list[str] = []
-    for target, of_server in zip(targets, flags, strict=True):
-        try:
-            if is_url(target):
-                found = _found(target, names, options)
-                names.append(found.target.name)
-                planned.append(found)
-                continue
-            server = _checked(target, names, of_server, overrides, environment)
-            names.append(server.name)
-            planned.append(server)
-            tokens = options.output_tokens
-            faults += token_faults("--output-tokens", tokens, server.directory, server.settings)
-        except BadInput as bad:
-            faults += bad.faults
-    # Flags and settings of both servers have the same faults.
-    raise_if_any(list(dict.fromkeys(faults)))
-    _warn_of_the_same(planned)
-    return planned
-
-
-def _checked(
-    target: str,
-    names: Sequence[str],
-    flags: Sequence[str],
-    overrides: Mapping[str, Any],
-    environment: ServeEnvironment,
-) -> Planned:
-    """Check a directory and how it will be served.
-
-    Raises:
-        BadInput: With every fault.
-    """
-    directory = Path(target)
-    settings = checked_settings(directory, overrides, flags, environment)
-    preflight(directory, settings, environment, flags)
-    return Planned(_free_name(directory.resolve().name, names), directory, settings, flags)
-
-
-def _warn_of_the_same(planned: Sequence[Planned | Running]) -> None:
-    """Warn where two servers differ in nothing."""
-    compared = []
-    for server in planned:
-        if isinstance(server, Planned):
-            compared.append((server.directory.resolve(), server.settings, list(server.flags)))
-    if len(compared) == 2 and compared[0] == compared[1]:
-        what = "is the same directory with the same flags"
-        logger.warning("--against %s: the ratios will show how far times vary by themselves", what)
-
-
-@contextlib.contextmanager
-def _started(planned: Planned, environment: ServeEnvironment) -> Iterator[Running]:
-    """Serve a directory for the length of a `with` block."""
-    path, flags = planned.directory, planned.flags
-    with running_server(path, planned.settings, flags, environment=environment) as server:
-        reached = own_server(server.settings)
-        described = {
-            "name": planned.name,
-            "target": path.name,
-            "precision": precision_name(read_config(path)),
-            "video_pruning_rate": server.settings.video.pruning_rate,
-            "flags": shlex.join(without_key(flags)),
-        }
-        target = Target(planned.name, reached.url, server.model, reached.api_key)
-        yield Running(target, described, server.process.pid)
-
-
-def _free_name(name: str, taken: Sequence[str]) -> str:
-    return f"{name} (2)" if name in taken else name
-
-
-def _found(url: str, names: Sequence[str], options: argparse.Namespace) -> Running:
-    """A server that runs already.
-
-    Raises:
-        BadInput: None answers there.
-    """
-    root = _root(url)
-    key = options.api_key or os.environ.get(KEY_VARIABLE)
-    model = first_model(connect(root, key))
-    name = _free_name(urlsplit(root).netloc, names)
-    described: dict[str, Any] = {"name": name, "target": root}
-    for unknown in ("precision", "video_pruning_rate", "flags"):
-        described[unknown] = None
-    return Running(Target(name, root, model, key, is_own=False), described, None)
 
 
 def measure(
@@ -406,7 +209,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.against:
         asked.append([*given, *shlex.split(options.against_flags)])
     environment, flags = environment_and_flags(*asked)
-    planned = _plan(options, flags, environment)
+    planned = planned_servers(options, flags, environment)
     if options.json:
         atomic.check_result_file(options.json)
     with tempfile.TemporaryDirectory() as name:
@@ -414,7 +217,7 @@ def run(arguments: Sequence[str]) -> int:
         workload = Workload(options.workload, options.clip_seconds, options.media, scratch)
         try:
             with (
-                _servers(planned, environment) as running,
+                started_servers(planned, environment) as running,
                 bench_client(environment) as client,
             ):
                 rows, compared = measure(running, client, workload, options, scratch)

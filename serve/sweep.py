@@ -45,13 +45,14 @@ from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
 from checkpoint.log import get_logger
 from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
-from serve.bench import concurrencies, shown_command
+from serve.bench import concurrencies
 from serve.bench_runs import BenchFailed
 from serve.environment import ServeEnvironment, environment_and_flags
 from serve.options import add_setting_options, given_settings
 from serve.precision import precision_name
 from serve.preflight import checked_settings, directory_faults, preflight, token_faults
 from serve.process import ServerDied
+from serve.recorded_command import shown_command
 from serve.settings import ServeSettings, override
 from serve.sweep_figure import draw
 from serve.sweep_items import (

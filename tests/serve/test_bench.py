@@ -13,13 +13,14 @@ from PIL import Image
 
 from checkpoint.faults import BadInput
 from hybridquant_vllm.frames import read_clip
-from serve.bench import concurrencies, run, shown_command
+from serve.bench import concurrencies, run
 from serve.bench_figures import percentile, ratios, summarize
 from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
 from serve.demo import draw_square, draw_video
 from serve.environment import find_python
 from serve.gpu_memory import GpuMemory, parse_rows
 from serve.process import ServerDied
+from serve.recorded_command import shown_command
 from serve.workloads import Workload
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -256,7 +257,7 @@ def test_bad_options_are_named(arguments, message):
 
 
 def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch):
-    monkeypatch.setattr("serve.bench.running_server", _no_server)
+    monkeypatch.setattr("serve.bench_servers.running_server", _no_server)
     for second, message in (
         ("http://127.0.0.1:9", "no server answers"),
         ("nowhere", "no such directory"),
@@ -270,7 +271,7 @@ def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch)
 
 
 def test_the_file_of_the_figures_is_checked_before_a_server_is_started(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.bench.running_server", _no_server)
+    monkeypatch.setattr("serve.bench_servers.running_server", _no_server)
     with pytest.raises(BadInput, match="is a directory"):
         run([str(tiny), "--workload", "chat", "--json", str(tmp_path)])
 
@@ -283,7 +284,7 @@ def test_the_same_server_twice_is_said(tiny, monkeypatch, capsys):
     def died(*_, **__):
         raise ServerDied("not in this test")
 
-    monkeypatch.setattr("serve.bench.running_server", died)
+    monkeypatch.setattr("serve.bench_servers.running_server", died)
     assert run([str(tiny), "--workload", "chat", "--against", str(tiny)]) == 1
     assert "is the same directory with the same flags" in capsys.readouterr().err
 
