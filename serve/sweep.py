@@ -35,8 +35,9 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
@@ -57,6 +58,7 @@ from serve.settings import ServeSettings, override
 from serve.sweep_figure import draw
 from serve.sweep_items import (
     VIDEO_TASKS,
+    ItemClip,
     Items,
     check_media,
     count_frames,
@@ -68,7 +70,7 @@ from serve.sweep_items import (
 )
 from serve.sweep_points import MEASURED_FILE, WITHOUT_CACHE, measure_all
 from serve.sweep_result import result_of, tables
-from serve.vllm_flags import setting_values
+from serve.vllm_flags import flags_after, setting_values
 from serve.workloads import NEEDED, check_packages
 
 logger = get_logger("serve.sweep")
@@ -198,7 +200,7 @@ def _check_servers(
             settings = checked_settings(directory, overrides, flags, environment)
             for rate in rates:
                 at_rate = override(settings, {"video.pruning_rate": rate})
-                preflight(directory, at_rate, environment, [*WITHOUT_CACHE, *flags])
+                preflight(directory, at_rate, environment, flags_after(WITHOUT_CACHE, flags))
             faults += token_faults("--max-tokens", options.max_tokens, directory, settings)
             found.append(settings)
         except BadInput as bad:
@@ -244,11 +246,7 @@ def run(arguments: Sequence[str]) -> int:
     clips = count_frames(items, settings.video)
     first = options.directories[0]
     raise_if_any(length_faults(items, clips, first, settings, options.max_tokens))
-    found = [still_warning(items, clips)]
-    found += [short_clip_warning(clips, rate) for rate in rates]
-    warnings = [warning for warning in found if warning is not None]
-    for warning in warnings:
-        logger.warning("%s", warning)
+    warnings = _warnings(items, clips, rates)
     was_there = options.out.exists()
     _check_out(options.out)
     try:
@@ -276,6 +274,23 @@ def run(arguments: Sequence[str]) -> int:
     }
     atomic.write_json(options.out / "sweep.json", result)
     draw(result, options.out)
+    _show(result)
+    return 0
+
+
+def _warnings(items: Items, clips: Sequence[ItemClip], rates: Sequence[float]) -> list[str]:
+    """Return, and log, why the items may say little about a rate."""
+    found = [still_warning(items, clips)]
+    for rate in rates:
+        found.append(short_clip_warning(clips, rate))
+    warnings = [warning for warning in found if warning is not None]
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return warnings
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    """Print the tables and the recommended rates."""
     from rich.console import Console
 
     console = Console()
@@ -286,7 +301,6 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{row['directory']}: recommended EVS rate {row['rate']:g} ({option})")
         for sentence in row["sentences"]:
             print(f"  {sentence}")
-    return 0
 
 
 if __name__ == "__main__":
