@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 FOLDERS = sorted(ROOMS | {"dev", "plugin", "tests"})
-OURS = ROOMS | {"hybridquant", "hybridquant_vllm", "tests"}
+OURS = ROOMS | {"dev", "hybridquant", "hybridquant_vllm", "tests"}
 
 SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"triton", "vllm"}}
 """What folders import that belongs to the serve environment: vLLM brings it."""
