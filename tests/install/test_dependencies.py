@@ -15,7 +15,10 @@ ROOMS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 FOLDERS = sorted(ROOMS | {"dev", "plugin", "tests"})
 OURS = ROOMS | {"dev", "hybridquant", "hybridquant_vllm", "tests"}
 
-SERVE_ENVIRONMENT = {"plugin": {"vllm", "transformers"}, "serve": {"triton", "vllm"}}
+SERVE_ENVIRONMENT = {
+    "plugin": {"vllm", "transformers"},
+    "serve": {"annotated_types", "triton", "vllm"},
+}
 """What folders import that belongs to the serve environment: vLLM brings it."""
 
 EVAL_ENVIRONMENT = ROOT / "accuracy" / "suites" / "workers"
