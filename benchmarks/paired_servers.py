@@ -16,6 +16,7 @@ import os
 import random
 import shlex
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,12 @@ class Asker:
             {"Content-Type": "application/json"},
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return opener.open(request, timeout=REQUEST_SECONDS)
+        try:
+            return opener.open(request, timeout=REQUEST_SECONDS)
+        except urllib.error.HTTPError as error:
+            # Its own text is "Bad Request"; the reason is in the body.
+            reason = error.read().decode(errors="replace")
+            raise OSError(f"the server answered {error.code}: {shortened(reason)}") from None
 
 
 def _has_token(choice: Measured) -> bool:

@@ -67,6 +67,21 @@ def test_the_rate_is_that_of_decoding_without_the_prompt():
         decode_rate(Fixed(0.0), 4, 101, 1)
 
 
+class Refusing(Completions):
+    """Refuses every request, as vLLM does a clip with too many pixels."""
+
+    def do_POST(self):
+        self.request_body()
+        self.send(400, {"error": {"message": "more than 715827880 bytes"}})
+
+
+def test_the_reason_of_a_refusal_is_in_the_error():
+    with serving(Refusing) as server, pytest.raises(OSError) as caught:
+        Asker(server.url).complete([1, 2], 3)
+    assert "the server answered 400" in str(caught.value)
+    assert "more than 715827880 bytes" in str(caught.value)
+
+
 def test_another_number_of_tokens_than_asked_for_is_an_error(server):
     with pytest.raises(OSError, match="asked for 8 and 5 tokens"):
         server(missing=1).complete(range(20, 28), 5)
