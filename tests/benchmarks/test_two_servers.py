@@ -76,10 +76,9 @@ class Refusing(Completions):
 
 
 def test_the_reason_of_a_refusal_is_in_the_error():
-    with serving(Refusing) as server, pytest.raises(OSError) as caught:
+    reason = "the server answered 400: .*more than 715827880 bytes"
+    with serving(Refusing) as server, pytest.raises(OSError, match=reason):
         Asker(server.url).complete([1, 2], 3)
-    assert "the server answered 400" in str(caught.value)
-    assert "more than 715827880 bytes" in str(caught.value)
 
 
 def test_another_number_of_tokens_than_asked_for_is_an_error(server):
