@@ -48,14 +48,14 @@ class FoundClass:
 
 
 class Sources:
-    """Python modules below a folder, parsed when they are needed.
+    """Python modules below folders, parsed when they are needed.
 
     Args:
-        site: The folder that packages are in.
+        sites: The folders that packages are in.
     """
 
-    def __init__(self, site: Path) -> None:
-        self._site = site
+    def __init__(self, *sites: Path) -> None:
+        self._sites = sites
         self._trees: dict[str, ast.Module] = {}
 
     def tree(self, module: str) -> ast.Module | None:
@@ -63,7 +63,7 @@ class Sources:
         if module in self._trees:
             return self._trees[module]
         file = self._file(module)
-        if not file.is_file():
+        if file is None:
             return None
         self._trees[module] = ast.parse(file.read_text(encoding="utf-8"))
         return self._trees[module]
@@ -71,15 +71,19 @@ class Sources:
     def imports(self, module: str) -> Mapping[str, tuple[str, str]]:
         """Return what a module imports; see `imported`."""
         tree = self.tree(module)
-        if tree is None:
+        file = self._file(module)
+        if tree is None or file is None:
             return {}
-        is_package = self._file(module).name == "__init__.py"
+        is_package = file.name == "__init__.py"
         return imported(tree, module if is_package else module.rpartition(".")[0])
 
-    def _file(self, module: str) -> Path:
-        path = self._site.joinpath(*module.split("."))
-        file = path.with_suffix(".py")
-        return file if file.is_file() else path / "__init__.py"
+    def _file(self, module: str) -> Path | None:
+        path = Path(*module.split("."))
+        for site in self._sites:
+            for file in (site / path.with_suffix(".py"), site / path / "__init__.py"):
+                if file.is_file():
+                    return file
+        return None
 
     def find(self, module: str, name: str) -> FoundClass | None:
         """Return a class by the name that a module has for it, also where that is imported.
@@ -102,7 +106,7 @@ class Sources:
         return None if origin is None else self.find(*origin)
 
     def bases(self, found: FoundClass) -> Iterator[FoundClass]:
-        """Yield the bases of a class that are below the folder."""
+        """Yield the bases of a class that are below the folders."""
         for base in found.node.bases:
             target = base.value if isinstance(base, ast.Subscript) else base
             parent = self.find(found.module, ast.unparse(target))
@@ -141,18 +145,13 @@ def imported(tree: ast.Module, package: str) -> Mapping[str, tuple[str, str]]:
     return names
 
 
-def overriding_methods() -> Iterator[tuple[str, str, str, Method]]:
-    """Yield (module, base's name there, class, method) of all classes of the plug-in."""
+def plugin_classes(sources: Sources) -> Iterator[FoundClass]:
+    """Yield all classes of the plug-in, one of `sources`' packages."""
     for file in sorted(PLUGIN.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for base in node.bases:
-                target = base.value if isinstance(base, ast.Subscript) else base
-                for method in node.body:
-                    if isinstance(method, Method):
-                        yield file.stem, ast.unparse(target), node.name, method
+        module = f"{PLUGIN.name}.{file.stem}"
+        for node in ast.walk(sources.tree(module) or ast.Module([], [])):
+            if isinstance(node, ast.ClassDef):
+                yield FoundClass(module, node)
 
 
 def signature(method: Method) -> str:
@@ -167,26 +166,30 @@ def signature(method: Method) -> str:
     return " ".join([*words, f"{method.name}({ast.unparse(arguments)})"])
 
 
-def overridden(site: Path) -> dict[str, str]:
-    """Return the signatures of vLLM's methods that the plug-in overrides, by class and method.
+def overridden(site: Path) -> dict[str, tuple[Method, Method]]:
+    """Return the plug-in's methods that override vLLM's, by class and method, each with vLLM's.
 
     Args:
         site: The folder that vllm/ is in.
     """
-    sources = Sources(site)
+    sources = Sources(PLUGIN.parent, site)
     found = {}
-    for module, base, owner, method in overriding_methods():
-        tree = ast.parse((PLUGIN / f"{module}.py").read_text(encoding="utf-8"))
-        name, _, rest = base.partition(".")
-        origin = imported(tree, "hybridquant_vllm").get(name)
-        if origin is None or not origin[0].startswith("vllm."):
-            continue
-        target = (".".join(origin), rest) if rest else origin
-        parent = sources.find(*target)
-        theirs = None if parent is None else sources.inherited(parent, method.name)
-        if theirs is not None:
-            found[f"{owner}.{method.name}"] = signature(theirs)
+    for owner in plugin_classes(sources):
+        for parent in sources.bases(owner):
+            if not parent.module.startswith("vllm."):
+                continue
+            for method in owner.node.body:
+                if not isinstance(method, Method):
+                    continue
+                theirs = sources.inherited(parent, method.name)
+                if theirs is not None:
+                    found[f"{owner.node.name}.{method.name}"] = (method, theirs)
     return found
+
+
+def signatures(site: Path) -> dict[str, str]:
+    """Return the signatures of vLLM's methods that the plug-in overrides, as they are recorded."""
+    return {name: signature(theirs) for name, (_, theirs) in overridden(site).items()}
 
 
 def _run() -> int:
@@ -197,7 +200,7 @@ def _run() -> int:
     if not (given.site / "vllm" / "__init__.py").is_file():
         raise BadInput(Fault(str(given.site), "holds no vllm/__init__.py", "give site-packages"))
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    record[given.version] = overridden(given.site)
+    record[given.version] = signatures(given.site)
     write_json(RECORD, dict(sorted(record.items())))
     print(f"{RECORD}: {len(record[given.version])} methods of vLLM {given.version}")
     return 0

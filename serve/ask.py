@@ -198,7 +198,7 @@ def _option_faults(options: argparse.Namespace) -> Iterator[Fault]:
         what = "chooses a model of a running server, and one is started here"
         yield Fault("--model", what, "leave it out")
     for source in (*options.image, *options.video):
-        if source.lower().startswith(("http://", "https://", "file://")):
+        if is_url(source) or source.lower().startswith("file://"):
             what = "is a URL, and the server that is started here fetches none"
             yield Fault(shortened(source), what, "give the path of a file")
 

@@ -24,6 +24,7 @@ from checkpoint.reading import (
     safetensors_header,
     tokenizer_faults,
 )
+from serve.command import longest_sequence
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -320,7 +321,7 @@ def token_faults(
     Raises:
         BadInput: The checkpoint's config cannot be read.
     """
-    longest = settings.max_model_len or read_config(directory).max_length
+    longest = longest_sequence(read_config(directory), settings)
     if tokens >= longest:
         what = f"is {tokens}, and prompt and answer together have at most {longest} tokens"
         yield Fault(option, what, "give fewer")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.video import Video
+from serve.command import longest_sequence
 
 if TYPE_CHECKING:
     from calibrate.samples import Sample
@@ -190,7 +191,7 @@ def length_faults(
     from tokenizers import Tokenizer
 
     config = read_config(directory)
-    longest = settings.max_model_len or config.max_length
+    longest = longest_sequence(config, settings)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     visual: Counter[int] = Counter()
     for clip in clips:
