@@ -6,7 +6,8 @@ Launches `quantize.qad` with recipes/nvfp4_qad.yaml under FSDP2 (`--processes 1`
 samples: packed rows as the recipe has them, or by `distill.pack_length=null` one sample a row. The
 plan's peak of memory is compared with what was used. The run is ended after the evaluation of its
 last step; what is written afterwards is tested elsewhere. The figures are those that the run itself
-logs. Memory is the peak of the first process since the training began.
+logs. The first step compiles and tunes kernels, so that the rate is the median of the steps after
+it, as far as there are any. Memory is the peak of the first process since the training began.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -46,6 +48,11 @@ _LINE = re.compile(
     r"(, step's (?P<loss>[\d.]+), (?P<rate>[\d,]+) tokens/s)?"
     r"(, GPU memory at most (?P<memory>[\d.]+) GB)?"
 )
+# As it writes every step with --verbose.
+_STEP = re.compile(
+    r"step (?P<step>\d+) of \d+: \S.* (?P<loss>[\d.]+) nats, "
+    r"(?P<seconds>[\d.]+) s, (?P<rate>[\d,]+) tokens/s"
+)
 # As `pipeline.plan` writes it.
 _PLANNED = re.compile(r"(?P<gigabytes>[\d.]+) GB a process at the peak")
 
@@ -57,7 +64,21 @@ def parsed(line: str) -> dict[str, float] | None:
         Those of these that the line has: `step`, `held_out` and `loss` in nats per token, `rate` in
         tokens/s, `memory` in GB. None if it is not a progress line.
     """
-    match = _LINE.search(line)
+    return _figures(_LINE.search(line))
+
+
+def parsed_step(line: str) -> dict[str, float] | None:
+    """Read the line of a step.
+
+    Returns:
+        `step`, `loss` in nats per token, `seconds`, and `rate` in tokens/s. None if it is not the
+        line of a step.
+    """
+    return _figures(_STEP.search(line))
+
+
+def _figures(match: re.Match[str] | None) -> dict[str, float] | None:
+    """Return the named groups that matched, as numbers."""
     if match is None:
         return None
     figures = {}
@@ -77,7 +98,7 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
 
     Returns:
         `plan`, what the run logs about its samples; `progress`, its progress lines with the seconds
-        since its start; and what `summary` returns.
+        since its start; `steps`, each step; and what `summary` returns.
 
     Raises:
         BadInput: The run ends before its last step. The message has the end of its output.
@@ -85,6 +106,7 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
     start = time.monotonic()
     output = list[str]()
     progress = list[dict[str, float]]()
+    each = list[dict[str, float]]()
     changed = {"CUDA_VISIBLE_DEVICES": visible(processes), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         [sys.executable, *command],
@@ -99,6 +121,9 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
                 seconds = time.monotonic() - start
                 output.append(line.rstrip())
                 print(f"{seconds:6.1f} s  {output[-1]}", flush=True)
+                step = parsed_step(line)
+                if step is not None:
+                    each.append(step)
                 figures = parsed(line)
                 if figures is None:
                     continue
@@ -113,24 +138,31 @@ def measure(command: Sequence[str], steps: int, processes: int) -> dict[str, Any
             faults.append(Fault("output", shortened(line)))
         raise BadInput(*faults)
     plan = [line for line in output if "samples of about" in line or _PLANNED.search(line)]
-    return {"plan": plan, "progress": progress, **summary(plan, progress)}
+    return {"plan": plan, "progress": progress, "steps": each, **summary(plan, progress, each)}
 
 
-def summary(plan: Sequence[str], progress: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def summary(
+    plan: Sequence[str],
+    progress: Sequence[Mapping[str, float]],
+    each: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
     """Return what a run took, beside its plan.
 
     Args:
         plan: What the run logs about its samples.
         progress: Its progress lines.
+        each: Its steps.
 
     Returns:
-        Those of these that are known: `tokens_per_second` of the steps since the last evaluation
-        but one, over all processes; `peak_gb` and `planned_gb` of memory a process, and
-        `peak_of_planned`, one divided by the other.
+        Those of these that are known: `tokens_per_second` over all processes, the median of the
+        steps after the first; `first_step_seconds`; `peak_gb` and `planned_gb` of memory a process,
+        and `peak_of_planned`, one divided by the other.
     """
     found = {}
-    if "rate" in progress[-1]:
-        found["tokens_per_second"] = progress[-1]["rate"]
+    if each:
+        later = each[1:] or each
+        found["tokens_per_second"] = statistics.median(step["rate"] for step in later)
+        found["first_step_seconds"] = each[0]["seconds"]
     peaks = [line["memory"] for line in progress if "memory" in line]
     if peaks:
         found["peak_gb"] = max(peaks)
@@ -176,6 +208,7 @@ def _command(given: argparse.Namespace, output: Path) -> list[str]:
         "-m",
         "quantize.qad",
         str(SHIPPED / "nvfp4_qad.yaml"),
+        "--verbose",
         f"model={given.model}",
         f"output={output}",
         f"distill.steps={given.steps}",

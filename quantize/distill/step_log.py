@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+QUIET_SECONDS = 60.0
+"""Longest time without a line while steps end."""
+
 
 class StepLog(TrainerCallback):
-    """Shows a bar of steps on a terminal, and logs a line at every evaluation.
+    """Shows a bar of steps on a terminal, and logs a line at every evaluation and, between them,
+    at least once a minute. With `--verbose` every step has a line.
 
     `benchmarks.training` reads these lines.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
+        self._shown = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar."""
@@ -42,17 +48,30 @@ class StepLog(TrainerCallback):
         )
         self._restart_clock()
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the step's clock."""
+        self._step_started = time.monotonic()
+        self._step_tokens = self._trainer.tokens
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Move the bar."""
         self._ended = time.monotonic()
         self._bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the step's loss."""
+        """Show the step's loss, seconds and tokens per second."""
         logs = kwargs["logs"]
-        if "loss" in logs:
-            self._loss = logs["loss"]
-            self._bar.set_postfix_str(f"{self._trainer.loss_name} {self._loss:.5f}", refresh=False)
+        if "loss" not in logs:
+            return
+        self._loss = logs["loss"]
+        self._bar.set_postfix_str(f"{self._trainer.loss_name} {self._loss:.5f}", refresh=False)
+        seconds = self._ended - self._step_started
+        tokens = (self._trainer.tokens - self._step_tokens) * args.world_size
+        line = f"step {state.global_step} of {state.max_steps}: "
+        line += f"{self._trainer.loss_name} {self._loss:.5f} nats, "
+        line += f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+        is_due = self._ended - self._shown >= QUIET_SECONDS
+        self._show(line, state, logging.INFO if is_due else logging.DEBUG)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log a line, and leave the evaluation out of the clock."""
@@ -66,9 +85,7 @@ class StepLog(TrainerCallback):
         if args.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 1e9
             line += f", GPU memory at most {memory:.1f} GB"
-        if state.is_world_process_zero:
-            with tqdm.external_write_mode(file=sys.stderr):  # clears the bar for the line
-                logger.info(line)
+        self._show(line, state, logging.INFO)
         self._restart_clock()
 
     def on_save(self, *_: Any, **__: Any) -> None:
@@ -78,6 +95,13 @@ class StepLog(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the bar."""
         self._bar.close()
+
+    def _show(self, line: str, state: Any, level: int) -> None:
+        """Log a line of the first process."""
+        if state.is_world_process_zero and logger.isEnabledFor(level):
+            self._shown = time.monotonic()
+            with tqdm.external_write_mode(file=sys.stderr):  # clears the bar for the line
+                logger.log(level, line)
 
     def _restart_clock(self) -> None:
         self._started = time.monotonic()

@@ -23,6 +23,21 @@ LAST = "step 4 of 4: held-out KL 0.04120 nats, step's 0.05130, 1,234 tokens/s, G
 )
 def test_a_progress_line_is_read(line, found):
     assert training.parsed(line) == found
+    assert training.parsed_step(line) is None
+
+
+STEPS = (
+    "step 1 of 4: KL 0.06130 nats, 40.2 s, 1,630 tokens/s",
+    "step 2 of 4: KL 0.05530 nats, 16.0 s, 4,096 tokens/s",
+    "step 3 of 4: KL 0.05230 nats, 16.4 s, 3,996 tokens/s",
+    "step 4 of 4: KL 0.05130 nats, 16.1 s, 4,070 tokens/s",
+)
+
+
+def test_the_line_of_a_step_is_read():
+    found = {"step": 1, "loss": 0.0613, "seconds": 40.2, "rate": 1630}
+    assert training.parsed_step(STEPS[0]) == found
+    assert training.parsed(STEPS[0]) is None
 
 
 LAUNCHER = f"""
@@ -35,6 +50,7 @@ signal.signal(signal.SIGTERM, end)
 print("worker", worker.pid, flush=True)
 print("8 samples of about 414 tokens", flush=True)
 print("then 4 steps: about 2 h, 65.0 GB a process at the peak, as estimated", flush=True)
+print({chr(10).join(STEPS)!r}, flush=True)
 print({LAST!r}, flush=True)
 time.sleep(600)
 """
@@ -45,7 +61,10 @@ def test_a_run_and_its_workers_are_ended_after_the_last_evaluation(capsys):
     found = training.measure(["-c", LAUNCHER], 4, 1)
     assert time.monotonic() - start < 30
     assert found["plan"][0] == "8 samples of about 414 tokens"
-    assert found["tokens_per_second"] == 1234
+    # Without the first step, which compiles kernels.
+    assert found["tokens_per_second"] == 4070
+    assert found["first_step_seconds"] == 40.2
+    assert [step["step"] for step in found["steps"]] == [1, 2, 3, 4]
     assert (found["planned_gb"], found["peak_gb"], found["peak_of_planned"]) == (65.0, 71.5, 1.1)
     assert found["progress"][0].keys() == {"step", "held_out", "loss", "rate", "memory", "seconds"}
     worker = capsys.readouterr().out.partition("worker ")[2].split()[0]
