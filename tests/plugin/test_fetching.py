@@ -6,10 +6,10 @@ import http.server
 import json
 import os
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
+from json_server import start_serving
 from PIL import Image
 
 from serve.command import NO_HOST, REDIRECTS
@@ -48,7 +48,7 @@ def host(picture):
         server.asked = []
         server.picture = picture.read_bytes()
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start_serving(server)
         yield server
         server.shutdown()
 
