@@ -26,6 +26,8 @@ from serve.demo import draw_page
 from serve.process import running_server
 from serve.settings import ServeSettings
 
+pytestmark = pytest.mark.server
+
 
 def post(server, path, request):
     """Send a request for the log-probabilities of its own tokens, and one token more."""

@@ -68,25 +68,19 @@ def ask_directory(directory):
 
 
 @pytest.fixture(scope="module")
-def served(fp8, nvfp4, nvfp4_weight_only, nvfp4_export):
-    """Two servers at once: starting one imports vLLM three times, and uses one core."""
+def served(nvfp4, nvfp4_weight_only, nvfp4_export):
+    """Two servers at once: starting one imports vLLM three times, and uses one core.
+
+    That of the FP8 export is in tests/export/test_loaded.py.
+    """
     mixed = nvfp4_export(MIXED)
     with ThreadPoolExecutor(max_workers=2) as pool:
         started = {
-            "fp8": pool.submit(generate, fp8),
             "mixed": pool.submit(generate, mixed),
             "nvfp4": pool.submit(ask_directory, nvfp4),
             "weight_only": pool.submit(generate, nvfp4_weight_only, FP8_TOWER),
         }
     return started
-
-
-@pytest.mark.server
-def test_our_fp8_export_generates(served):
-    answer, log = served["fp8"].result()
-    assert answer.completion_tokens >= 1
-    assert "quantization=modelopt," in log
-    assert log.count("FP8 (W8A8) layers run on a REFERENCE kernel") == 1
 
 
 @pytest.mark.server
