@@ -19,7 +19,7 @@ from tiny.checkpoint import write_tiny
 prepare_libraries()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
-SHARED = ("server", "medium")
+SHARED = ("server", "vllm_process", "medium")
 """Fixtures that several files share, and which take long to make."""
 
 
@@ -171,6 +171,15 @@ def medium(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("medium") / "bf16"
     write_synthetic(out, "medium", device="cpu")
     return out
+
+
+@pytest.fixture(scope="session")
+def vllm_process():
+    """A process that has imported vLLM and runs scripts."""
+    from vllm_process import running_vllm_process
+
+    with running_vllm_process() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

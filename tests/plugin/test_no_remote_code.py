@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
-from serve.environment import find_python
 from tests.editing import edit_json
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +28,7 @@ def plant(directory: Path, mark: Path) -> None:
         edit_json(path, lambda raw: raw.update(auto_map=auto_map))
 
 
-def test_planted_modules_are_never_executed(tiny, fp8, tmp_path):
+def test_planted_modules_are_never_executed(vllm_process, tiny, fp8, tmp_path):
     directories = []
     for kind, checkpoint in (("bf16", tiny), ("export", fp8)):
         directory = Path(shutil.copytree(checkpoint, tmp_path / kind))
@@ -38,13 +36,7 @@ def test_planted_modules_are_never_executed(tiny, fp8, tmp_path):
         directories.append(str(directory))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "plugin"), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "VLLM_NO_USAGE_STATS": "1"}
-    result = subprocess.run(
-        [str(find_python()), str(SCRIPT), *directories],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = vllm_process.run(SCRIPT, *directories, environment=environment)
     assert list(tmp_path.glob("executed*")) == []
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines().count("NanoVLConfig") == len(directories)
