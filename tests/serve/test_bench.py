@@ -1,6 +1,7 @@
 """Load on a real vLLM: its clients, the media of the requests, the figures."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -215,7 +216,12 @@ def test_a_request_that_fails_is_counted_and_the_others_are_measured(target, loa
 
 
 @pytest.mark.server
-def test_the_command_measures_a_running_server(target, media, tmp_path, capsys):
+def test_the_command_measures_a_running_server(
+    target, load_client, media, tmp_path, capsys, monkeypatch
+):
+    """By the clients that all tests share; a sweep starts its own."""
+    shared = contextlib.nullcontext(load_client)
+    monkeypatch.setattr("serve.bench.bench_client", lambda environment: shared)
     out = tmp_path / "results" / "bench.json"
     arguments = [target.url, "--workload", "mixed", "--concurrency", "2", "--requests", "4"]
     arguments += ["--repeats", "2", "--clip-seconds", "4", "--output-tokens", "3"]
