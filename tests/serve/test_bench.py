@@ -262,7 +262,7 @@ def test_bad_options_are_named(arguments, message):
     assert message in str(caught.value)
 
 
-def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch):
+def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch, probed):
     monkeypatch.setattr("serve.bench_servers.running_server", _no_server)
     for second, message in (
         ("http://127.0.0.1:9", "no server answers"),
@@ -270,10 +270,12 @@ def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch)
     ):
         with pytest.raises(BadInput, match=message):
             run([str(tiny), "--against", second])
-    with pytest.raises(BadInput, match="max_model_len: is 99999999"):
-        run([str(tiny), "--against", str(tiny), "--against-flags=--max-model-len 99999999"])
     with pytest.raises(BadInput, match="--output-tokens: is 1000000"):
         run([str(tiny), "--output-tokens", "1000000"])
+    # How vLLM reads flags is in test_vllm_flags.py.
+    probed({"read": []}, {"read": [["--max-model-len", 99999999]]})
+    with pytest.raises(BadInput, match="max_model_len: is 99999999"):
+        run([str(tiny), "--against", str(tiny), "--against-flags=--max-model-len 99999999"])
 
 
 def test_the_file_of_the_figures_is_checked_before_a_server_is_started(tiny, tmp_path, monkeypatch):
