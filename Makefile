@@ -91,10 +91,11 @@ lint: setup
 	.venv/bin/mypy hybridquant.py dev accuracy benchmarks calibrate checkpoint export pipeline quantize recipes serve tiny
 
 # Two processes of one thread each: torch's threads wait for each other on shared cores. Without
-# `nobind`, the servers of both processes would be bound to the same core.
+# `nobind`, the servers of both processes would be bound to the same core. tests/conftest.py puts the
+# groups of tests in order, the slow ones first; pytest-xdist's own order begins with many tests.
 test: lint setup-eval .browser/ready
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-	.venv/bin/python -m pytest -n 2 --dist loadgroup
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 clean:
 	rm -rf out

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -18,24 +19,43 @@ from tiny.checkpoint import write_tiny
 prepare_libraries()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
+SHARED = ("server", "vllm_process", "medium")
+"""Fixtures that several files share, and which take long to make."""
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
-    """Give a whole file, and all that share the server, to one process of `make test`.
+    """Give a whole file, and all that share a fixture of `SHARED`, to one process of `make test`.
+
+    Groups with slow tests begin first, so that at the end no process waits long for the other.
 
     Trap: pytest-xdist 3.8 writes groups into the names of tests, where pytest 9.2 does not read
     them, and servers of a file were started in both processes.
     """
+    groups = {}
     for item in items:
-        shares_server = "server" in getattr(item, "fixturenames", ())
-        group = "server" if shares_server else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = _group_of(item)
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    is_distributed = getattr(config.option, "loadgroup", False)
+    if is_distributed:
+        sizes = Counter(groups.values())
+        slow = Counter(groups[item] for item in items if _is_slow(item))
+        # Sorting is stable: tests of a group stay in their order.
+        items.sort(key=lambda item: (-slow[groups[item]], -sizes[groups[item]], groups[item]))
     yield
-    is_grouped = all("@" in item.nodeid for item in items)
-    if getattr(config.option, "loadgroup", False) and not is_grouped:
+    if is_distributed and not all("@" in item.nodeid for item in items):
         raise pytest.UsageError("pytest-xdist does not group tests: install requirements.txt")
+
+
+def _group_of(item: pytest.Item) -> str:
+    shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+    return shared[0] if shared else str(item.path)
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("server", "slow"))
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +161,25 @@ def nvfp4(nvfp4_export) -> Path:
 def nvfp4_weight_only(nvfp4_export) -> Path:
     """The weight-only NVFP4 export; do not change it, copy it."""
     return nvfp4_export(recipe="nvfp4_weight_only.yaml")
+
+
+@pytest.fixture(scope="session")
+def medium(tmp_path_factory) -> Path:
+    """1.56 GB of the 12B's kinds of layers; do not change it."""
+    from checkpoint.synthetic import write_synthetic
+
+    out = tmp_path_factory.mktemp("medium") / "bf16"
+    write_synthetic(out, "medium", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def vllm_process():
+    """A process that has imported vLLM and runs scripts."""
+    from vllm_process import running_vllm_process
+
+    with running_vllm_process() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

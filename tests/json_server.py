@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 
 
 class JsonHandler(BaseHTTPRequestHandler):
@@ -24,6 +25,16 @@ class JsonHandler(BaseHTTPRequestHandler):
         pass
 
 
+def start_serving(server: BaseServer) -> threading.Thread:
+    """Let a server answer, in a thread that ends after `server.shutdown()`.
+
+    By default it looks only twice a second whether it shall end, and a test would wait for that.
+    """
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    return thread
+
+
 @contextlib.contextmanager
 def serving(handler, **attributes):
     """Serve for the length of a `with` block; the attributes are the server's, beside `.url`."""
@@ -31,8 +42,7 @@ def serving(handler, **attributes):
     server.url = f"http://127.0.0.1:{server.server_port}"
     for name, value in attributes.items():
         setattr(server, name, value)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    thread = start_serving(server)
     try:
         yield server
     finally:

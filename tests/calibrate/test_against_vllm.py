@@ -1,16 +1,13 @@
-"""Prompts, tiles, sampled frames and EVS masks against vLLM's own, in its own environment, in one
-subprocess.
-"""
+"""Prompts, tiles, sampled frames and EVS masks against vLLM's own, in its own environment."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from calibrate_media import clip_bytes, image_part, picture, text, trimmed, user, video_part
+from vllm_process import without_python
 
 from calibrate.evs import retained_tokens, retention_mask
 from calibrate.prompts import build_prompt
@@ -19,7 +16,7 @@ from calibrate.tiles import frame_tiles, tile_grid
 from calibrate.video import decode
 from checkpoint.video import UNPRUNED, Video
 from serve.command import build_command
-from serve.environment import Device, find_python
+from serve.environment import Device
 from serve.settings import ServeSettings
 
 REFERENCE = Path(__file__).with_name("vllm_reference.py")
@@ -162,7 +159,7 @@ def media_io_kwargs(directory, video):
 
 
 @pytest.fixture(scope="session")
-def reference(config, tmp_path_factory):
+def reference(vllm_process, config, tmp_path_factory):
     at = tmp_path_factory.mktemp("vllm")
     paths = {}
     for name, data in CLIPS.items():
@@ -183,19 +180,10 @@ def reference(config, tmp_path_factory):
     (at / "cases.json").write_text(json.dumps(cases))
     np.savez(at / "evs.npz", **EVS)
     arguments = [config.directory, at / "cases.json", at / "evs.npz", at / "out.npz"]
-    environment = dict(os.environ)
-    for name in ("PYTHONPATH", "PYTHONHOME"):
-        environment.pop(name, None)
+    environment = without_python()
     environment["HYBRIDQUANT_FAST_VIDEO"] = "0"  # vLLM's own way
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [find_python(), REFERENCE, *arguments],
-        cwd=at,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = vllm_process.run(REFERENCE, *arguments, environment=environment, directory=at)
     assert done.returncode == 0, f"vLLM's own side failed:\n{done.stderr[-4000:]}"
     return np.load(at / "out.npz")
 

@@ -4,10 +4,10 @@ import json
 import socket
 import ssl
 import subprocess
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from json_server import start_serving
 
 from checkpoint.endpoint import connect, first_model, is_loopback
 from checkpoint.faults import BadInput
@@ -57,8 +57,7 @@ def serving():
             server.socket = tls.wrap_socket(server.socket, server_side=True)
         shown = f"[{host}]" if ":" in host else host
         server.url = f"{'https' if tls else 'http'}://{shown}:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+        thread = start_serving(server)
         started.append((server, thread))
         return server
 

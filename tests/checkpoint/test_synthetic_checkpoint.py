@@ -50,9 +50,8 @@ def test_full_is_the_released_model_of_26_36_gb(full12b):
     assert spec_bytes(expected_tensors(config)) / 1e9 == pytest.approx(26.36, abs=0.01)
 
 
-def test_medium_is_whole_loads_and_stays_finite(tmp_path):
-    write_synthetic(tmp_path / "medium", "medium")
-    checkpoint = open_bf16(tmp_path / "medium")
+def test_medium_is_whole_loads_and_stays_finite(medium):
+    checkpoint = open_bf16(medium)
     check_finite(checkpoint)
     total = checkpoint.tensors.total_bytes
     assert 1e9 < total < 2e9

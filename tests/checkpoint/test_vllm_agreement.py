@@ -23,7 +23,6 @@ from calibrate.sources.synthetic.drawing import mp4_bytes
 from checkpoint.native import load_model
 from serve.ask import content_parts
 from serve.demo import draw_page
-from serve.process import running_server
 from serve.settings import ServeSettings
 
 
@@ -58,15 +57,11 @@ def random_ids(config):
 
 
 @torch.no_grad()
-def text_log_probabilities(server, checkpoint, dtype):
-    ids = random_ids(checkpoint.config)
-    answer = post(server, "/completions", {"prompt": ids})
-    theirs = logprobs(answer["choices"][0]["prompt_logprobs"])
+def our_logprobs(checkpoint, ids, dtype):
     model = load_model(checkpoint, dtype=dtype)
     given = torch.tensor([ids])
     output = model.language_model(input_ids=given, use_cache=False).logits[0, :-1]
-    ours = output.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0]
-    return ours, theirs
+    return output.float().log_softmax(-1).gather(1, given[0, 1:, None])[:, 0]
 
 
 def assert_bf16_close(ours, theirs):
@@ -76,17 +71,24 @@ def assert_bf16_close(ours, theirs):
     assert difference.max() < 0.25 * scale
 
 
-def test_text_agrees_in_float32_to_1e_5(tiny, tiny_checkpoint):
-    with running_server(tiny, ServeSettings(port=0, dtype="float32")) as server:
-        ours, theirs = text_log_probabilities(server, tiny_checkpoint, torch.float32)
+def test_text_agrees_in_float32_to_1e_5(vllm_process, tiny, tiny_checkpoint):
+    ids = random_ids(tiny_checkpoint.config)
+    settings = ServeSettings(dtype="float32")
+    answer, _ = vllm_process.answer(tiny, {"prompt_token_ids": ids}, settings)
+    theirs = torch.tensor(answer["logprobs"])
+    ours = our_logprobs(tiny_checkpoint, ids, torch.float32)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().mean()
 
 
+@pytest.mark.server
 def test_text_agrees_in_bf16(server, tiny_checkpoint):
-    ours, theirs = text_log_probabilities(server, tiny_checkpoint, torch.bfloat16)
-    assert_bf16_close(ours, theirs)
+    ids = random_ids(tiny_checkpoint.config)
+    answer = post(server, "/completions", {"prompt": ids})
+    theirs = logprobs(answer["choices"][0]["prompt_logprobs"])
+    assert_bf16_close(our_logprobs(tiny_checkpoint, ids, torch.bfloat16), theirs)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_what_follows_a_picture_or_a_pruned_clip_agrees(kind, server, tiny_checkpoint, tmp_path):
     question = "What is it, and how does it change? " * 8

@@ -8,13 +8,14 @@ import base64
 import contextlib
 import hashlib
 import json
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
+
+from json_server import start_serving
 
 DROP = "drop"
 """Planned in the place of a status: the connection ends without an answer."""
@@ -73,8 +74,7 @@ class HubStandIn(ThreadingHTTPServer):
 @contextlib.contextmanager
 def running_hub(token: str) -> Iterator[HubStandIn]:
     hub = HubStandIn(token)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
+    start_serving(hub)
     try:
         yield hub
     finally:

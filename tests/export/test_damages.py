@@ -10,6 +10,7 @@ import pytest
 from damages import FP8, MIXED, TRAINED, UNQUANTIZED, Damage
 
 from export.beside import pickle_faults
+from export.input_ranges import observed_ranges
 from export.manifest import MANIFEST
 from export.verify import verification, verify
 from tests.editing import edit_json
@@ -30,6 +31,21 @@ def exports(fp8, nvfp4, nvfp4_export, tmp_path_factory) -> dict[str, Path]:
     names = [*UNQUANTIZED, *(f"{name}.weight" for name in tensors)]
     edit_json(trained / MANIFEST, lambda m: m["distillation"].update(trained=names))
     return {"fp8": fp8, "mixed": mixed, "trained": trained}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inputs_of_the_source_once():
+    """Let the source's inputs be observed once: it is the same for all damages."""
+    observed = {}
+
+    def observed_once(source):
+        if source.directory not in observed:
+            observed[source.directory] = observed_ranges(source)
+        return observed[source.directory]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.input_ranges.observed_ranges", observed_once)
+        yield
 
 
 def faults_by(seer: str, directory: Path, tiny: Path) -> str:

@@ -1,5 +1,6 @@
 """`verify --load`: the real vLLM loads an export, says which layers it quantizes, and answers."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput
 from export.loaded import Loaded, kernels_of, layer_faults, load_and_ask, read_report
+from serve.process import running_server
 from tests.editing import edit_json
 
 PLUGIN = Path(__file__).parents[2] / "plugin"
@@ -16,10 +18,24 @@ MODULE = "language_model.model.layers.0.mixer.in_proj"
 
 
 @pytest.fixture(scope="module")
-def loaded(fp8) -> Loaded:
+def loaded_and_log(fp8, tmp_path_factory) -> tuple[Loaded, str]:
+    """What was found, and what vLLM printed meanwhile."""
+    log = tmp_path_factory.mktemp("loaded") / "vllm.log"
+
+    @contextlib.contextmanager
+    def logged(*arguments, **options):
+        with running_server(*arguments, log=log, **options) as server:
+            yield server
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(PLUGIN))  # this plug-in, whatever is installed
-        return load_and_ask(fp8)
+        patch.setattr("export.loaded.running_server", logged)
+        return load_and_ask(fp8), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def loaded(loaded_and_log) -> Loaded:
+    return loaded_and_log[0]
 
 
 @pytest.mark.server
@@ -30,6 +46,13 @@ def test_every_layer_of_an_export_runs_quantized_and_questions_are_answered(load
     assert set(kernels_of(loaded.layers)) == {"ReferenceFp8Kernel"}
     methods = {layer["name"]: layer["method"] for layer in loaded.layers}
     assert methods["language_model.lm_head"].startswith("Unquantized")
+
+
+@pytest.mark.server
+def test_vllm_is_not_told_the_format_and_warns_of_the_reference_kernel_once(loaded_and_log):
+    _, log = loaded_and_log
+    assert "quantization=modelopt," in log
+    assert log.count("FP8 (W8A8) layers run on a REFERENCE kernel") == 1
 
 
 @pytest.mark.server

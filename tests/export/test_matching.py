@@ -3,7 +3,6 @@ version.
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from checkpoint.layout import language_model_linears
 from export.matching import exclude_list, is_excluded
 from quantize.policy import Rule, make_policy
-from serve.environment import find_python
 
 LAYERS = "language_model.model.layers."
 SCRIPT = Path(__file__).with_name("exclusion_by_vllm.py")
@@ -63,7 +61,7 @@ def test_spellings_that_reach_lm_head(full12b, entry):
     assert is_excluded("language_model.lm_head", [entry], full12b.family)
 
 
-def test_our_rule_is_vllms_on_sound_and_on_strange_lists(full12b):
+def test_our_rule_is_vllms_on_sound_and_on_strange_lists(vllm_process, full12b):
     attention = [f"language_model.backbone.layers.7.mixer.{part}_proj" for part in "qkv"]
     mamba = [linear.name for linear in language_model_linears(full12b) if linear.kind == "mamba"]
     lists = [
@@ -77,20 +75,10 @@ def test_our_rule_is_vllms_on_sound_and_on_strange_lists(full12b):
         ["lm_head.\0backbone.pt_name_sentinel"],
         [],
     ]
-    answers = ask_vllm({"lists": lists, "modules": modules(full12b)})
+    asked = {"lists": lists, "modules": modules(full12b)}
+    result = vllm_process.run(SCRIPT, stdin=json.dumps(asked))
+    assert result.returncode == 0, result.stderr[-2000:]
+    answers = json.loads(result.stdout.splitlines()[-1])
     for entries, theirs in zip(lists, answers, strict=True):
         ours = {name: is_excluded(name, entries, full12b.family) for name in theirs}
         assert ours == theirs, entries
-
-
-def ask_vllm(asked: dict) -> list[dict[str, bool]]:
-    """One process for all questions: vLLM takes ten seconds to import."""
-    result = subprocess.run(
-        [find_python(), SCRIPT],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.splitlines()[-1])

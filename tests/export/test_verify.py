@@ -19,6 +19,7 @@ from export.layout import linear_formats
 from export.manifest import MANIFEST
 from export.verify import show_faults, verify
 from tests.editing import edit_json, edit_tensors, truncate
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 FIX_SECTION = "fix quantization_config, or export again"
@@ -423,7 +424,7 @@ def test_the_command_line_gives_all_faults_and_exits_1(fp8_copy, tiny):
 
 
 def test_the_command_line_exits_2_for_no_checkpoint(tmp_path):
-    result = run_verify(tmp_path / "nowhere")
+    result = run_forked("export.verify", tmp_path / "nowhere")
     assert result.returncode == 2
     assert "no such directory" in result.stderr
     assert "Traceback" not in result.stderr

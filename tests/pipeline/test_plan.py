@@ -29,15 +29,24 @@ def interrupt(*_):
 
 
 @pytest.fixture
-def distilling(tiny, tmp_path, monkeypatch):
-    """The tiny QAD recipe on short samples; it must not come as far as the model."""
+def distilling_on(tiny, tmp_path, monkeypatch):
+    """The tiny QAD recipe on samples of one kind; it must not come as far as the model."""
     monkeypatch.setattr("pipeline.whole.load_model", interrupt)
-    overrides = [f"model={tiny}", f"output={tmp_path / 'out'}"]
-    overrides += ["distill.steps=240", "distill.batch=8"]
-    for section in ("calibrate", "distill"):
-        sources = "[{type: synthetic, kinds: {document: 1}}]"
-        overrides.append(f"{section}.sources={sources}")
-    return load_recipe(SHIPPED / "tiny" / "nvfp4_qad.yaml", overrides)
+
+    def load(kind):
+        overrides = [f"model={tiny}", f"output={tmp_path / 'out'}"]
+        overrides += ["distill.steps=240", "distill.batch=8"]
+        for section in ("calibrate", "distill"):
+            overrides.append(f"{section}.sources=[{{type: synthetic, kinds: {{{kind}: 1}}}}]")
+        return load_recipe(SHIPPED / "tiny" / "nvfp4_qad.yaml", overrides)
+
+    return load
+
+
+@pytest.fixture
+def distilling(distilling_on):
+    """The recipe on texts: a thousand samples are shuffled, and pages are slow to draw."""
+    return distilling_on("text")
 
 
 def with_distill(recipe, **changed):
@@ -46,7 +55,8 @@ def with_distill(recipe, **changed):
     return recipe.model_copy(update={"distill": distill})
 
 
-def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
+def test_a_training_is_announced_with_its_size_and_time(distilling_on, caplog):
+    distilling = distilling_on("document")
     with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
         run(with_distill(distilling, pack_length=None))
     # Documents have some 100 tokens, answer included.
@@ -55,7 +65,8 @@ def test_a_training_is_announced_with_its_size_and_time(distilling, caplog):
     assert any(re.match(rf"{trained} {samples}", message) for message in caplog.messages)
 
 
-def test_packed_rows_are_announced_with_their_samples(distilling, caplog):
+def test_packed_rows_are_announced_with_their_samples(distilling_on, caplog):
+    distilling = distilling_on("document")
     with caplog.at_level("INFO", logger="hybridquant"), pytest.raises(KeyboardInterrupt):
         run(distilling)
     rows = "240 steps of 8 rows of 4,096 tokens, each about"

@@ -12,6 +12,7 @@ from checkpoint.faults import Terminated, raise_on_termination
 from pipeline.command import purpose_faults
 from pipeline.run import run
 from recipes.loading import SHIPPED, load_recipe
+from tests.forked import run_forked
 
 ROOT = SHIPPED.parent
 
@@ -99,12 +100,7 @@ def test_every_signal_that_stops_a_command_ends_it_with_a_word_and_its_status(nu
 
 def test_an_error_of_the_operating_system_is_one_sentence_with_what_to_do(tmp_path):
     name = "x" * 300
-    result = subprocess.run(
-        [sys.executable, "-m", "quantize.fp8", f"output={tmp_path / name}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    result = run_forked("quantize.fp8", f"output={tmp_path / name}")
     assert result.returncode == 2
     assert "File name too long (give a shorter path)" in result.stderr
     assert "Traceback" not in result.stderr

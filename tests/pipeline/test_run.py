@@ -4,6 +4,8 @@ is bad.
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from pipeline.inputs import prompts_of
 from pipeline.run import run
 from recipes.loading import SHIPPED, load_recipe
 from tests.editing import edit_tensors
+from tests.forked import run_forked
 
 TINY = SHIPPED / "tiny" / "fp8.yaml"
 ROOT = SHIPPED.parent
@@ -216,13 +219,13 @@ def test_a_disk_that_fills_up_in_mid_run_ends_with_one_sentence_and_nothing_left
     """The kernel refuses the write: a limit on file size stands for the full disk, which takes the
     same way.
     """
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2);"
-    start = "import runpy, sys; sys.argv = ['fp8', *sys.argv[1:]];"
-    start += "runpy.run_module('quantize.fp8', run_name='__main__')"
+
+    def limit_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2)
+
     arguments = [*QUICK, f"model={tiny}", f"output={tmp_path / 'out'}"]
-    command = [sys.executable, "-c", limit + start, *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_forked("quantize.fp8", *arguments, prepare=limit_files)
     assert result.returncode == 2, result.stderr
     assert "File too large (choose an output on a disk that takes files" in result.stderr
     assert "Traceback" not in result.stderr
@@ -230,25 +233,17 @@ def test_a_disk_that_fills_up_in_mid_run_ends_with_one_sentence_and_nothing_left
     assert not list(tmp_path.glob(".out*"))
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "quantize.fp8", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command_ends_bad_input_with_exit_2_and_no_traceback(tmp_path):
-    result = command(f"model={tmp_path / 'nowhere'}", "output=/proc/x/y", "quantize.kv_cache=null")
+    arguments = [f"model={tmp_path / 'nowhere'}", "output=/proc/x/y", "quantize.kv_cache=null"]
+    result = run_forked("quantize.fp8", *arguments)
     assert result.returncode == 2
     assert "nowhere: no such directory (give the directory of a checkpoint)" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_help_names_the_recipe_the_overrides_and_every_field():
-    result = command("--help")
+    command = [sys.executable, "-m", "quantize.fp8", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
     assert "python -m quantize.fp8 [RECIPE] [key=value …]" in result.stdout
     assert "calibrate.samples=1024" in result.stdout

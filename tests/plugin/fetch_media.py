@@ -34,8 +34,10 @@ async def answer(case: dict) -> tuple[int, str]:
 
 
 async def main() -> None:
+    """All at once: vLLM tries some of them again after a while."""
     cases = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps({name: await answer(case) for name, case in cases.items()}))
+    answers = await asyncio.gather(*map(answer, cases.values()))
+    print(json.dumps(dict(zip(cases, answers, strict=True))))
 
 
 hybridquant_vllm.register()

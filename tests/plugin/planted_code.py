@@ -1,8 +1,8 @@
-"""Runs in the serve environment: prepares a checkpoint as `vllm serve` does, up to the processor.
+"""Runs in the serve environment: prepares checkpoints as `vllm serve` does, up to the processor.
 
-    python tests/plugin/planted_code.py CHECKPOINT
+    python tests/plugin/planted_code.py CHECKPOINT…
 
-Prints the class of the configuration.
+Prints the class of each configuration.
 """
 
 import sys
@@ -11,7 +11,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.renderers import renderer_from_config
 
 if __name__ == "__main__":
-    config = EngineArgs(sys.argv[1], max_model_len=65536).create_engine_config()
-    renderer = renderer_from_config(config)
-    assert renderer.mm_processor is not None
-    print(type(config.model_config.hf_config).__name__)
+    for directory in sys.argv[1:]:
+        config = EngineArgs(directory, max_model_len=65536).create_engine_config()
+        renderer = renderer_from_config(config)
+        assert renderer.mm_processor is not None
+        print(type(config.model_config.hf_config).__name__)

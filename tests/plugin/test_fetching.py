@@ -5,15 +5,13 @@ that is not allowed, no redirect, and a 400 with the reason for everything that 
 import http.server
 import json
 import os
-import subprocess
-import threading
 from pathlib import Path
 
 import pytest
+from json_server import start_serving
 from PIL import Image
 
 from serve.command import NO_HOST, REDIRECTS
-from serve.environment import find_python
 
 SCRIPT = Path(__file__).with_name("fetch_media.py")
 PLUGIN = Path(__file__).parents[2] / "plugin"
@@ -48,7 +46,7 @@ def host(picture):
         server.asked = []
         server.picture = picture.read_bytes()
         server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start_serving(server)
         yield server
         server.shutdown()
 
@@ -126,8 +124,8 @@ BAD_URLS = {
 
 
 @pytest.fixture(scope="module")
-def answers(picture, host, tmp_path_factory):
-    """vLLM's answers to all URLs of this file, by group and name; one process makes them."""
+def answers(vllm_process, picture, host, tmp_path_factory):
+    """vLLM's answers to all URLs of this file, by group and name."""
     root = picture.parent
     secret = tmp_path_factory.mktemp("secret") / "secret.png"
     secret.write_bytes(picture.read_bytes())
@@ -160,13 +158,7 @@ def answers(picture, host, tmp_path_factory):
     file = tmp_path_factory.mktemp("cases") / "cases.json"
     file.write_text(json.dumps(cases))
     variables = {"PYTHONPATH": str(PLUGIN), REDIRECTS: "0", "VLLM_NO_USAGE_STATS": "1"}
-    result = subprocess.run(
-        [str(find_python()), str(SCRIPT), str(file)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = vllm_process.run(SCRIPT, file, environment=os.environ | variables)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -8,8 +8,6 @@ import base64
 import io
 import json
 import math
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from plugin_media import CLIPS, ODD_CLIPS, clip, picture, sound
+from vllm_process import without_python
 
 from benchmarks.soak import empty_png
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.video import UNPRUNED
 from hybridquant_vllm import __version__
-from serve.environment import find_python
 from serve.state_update import FOLDER_VARIABLE, Layer, mamba_layer
 from serve.tune import write_files
 
@@ -123,7 +121,7 @@ def tuned_files(folder):
 
 
 @pytest.fixture(scope="module")
-def report(tiny, tmp_path_factory):
+def report(vllm_process, tiny, tmp_path_factory):
     """Everything that vLLM's side says, from one process."""
     at = tmp_path_factory.mktemp("plugin")
     cases = {name: {"messages": chat} for name, chat in GOOD.items()}
@@ -137,17 +135,11 @@ def report(tiny, tmp_path_factory):
         for kind, chat in (("file", first), ("pictures", jpegs(3))):
             cases[f"{kind} {number}"] = {"messages": chat, "video": {option: value}}
     (at / "cases.json").write_text(json.dumps(cases))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"PYTHONPATH": str(PLUGIN), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = without_python() | {"PYTHONPATH": str(PLUGIN)}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"VLLM_CACHE_ROOT": str(at / "cache"), FOLDER_VARIABLE: str(tuned_files(at))}
-    done = subprocess.run(
-        [find_python(), REPORT, tiny, at / "cases.json", at / "out.npz"],
-        env=environment,
-        cwd=at,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = [tiny, at / "cases.json", at / "out.npz"]
+    done = vllm_process.run(REPORT, *arguments, environment=environment, directory=at)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     found["log"] = (done.stdout + done.stderr).splitlines()

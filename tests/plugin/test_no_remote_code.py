@@ -2,12 +2,8 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
-
-from serve.environment import find_python
 from tests.editing import edit_json
 
 ROOT = Path(__file__).parents[2]
@@ -32,20 +28,15 @@ def plant(directory: Path, mark: Path) -> None:
         edit_json(path, lambda raw: raw.update(auto_map=auto_map))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "export"])
-def test_planted_modules_are_never_executed(tiny, fp8, tmp_path, kind):
-    directory = Path(shutil.copytree(tiny if kind == "bf16" else fp8, tmp_path / "checkpoint"))
-    mark = tmp_path / "executed"
-    plant(directory, mark)
+def test_planted_modules_are_never_executed(vllm_process, tiny, fp8, tmp_path):
+    directories = []
+    for kind, checkpoint in (("bf16", tiny), ("export", fp8)):
+        directory = Path(shutil.copytree(checkpoint, tmp_path / kind))
+        plant(directory, tmp_path / f"executed {kind}")
+        directories.append(str(directory))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "plugin"), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "VLLM_NO_USAGE_STATS": "1"}
-    result = subprocess.run(
-        [str(find_python()), str(SCRIPT), str(directory)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert not mark.exists()
+    result = vllm_process.run(SCRIPT, *directories, environment=environment)
+    assert list(tmp_path.glob("executed*")) == []
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines()[-1] == "NanoVLConfig"
+    assert result.stdout.splitlines().count("NanoVLConfig") == len(directories)

@@ -1,6 +1,7 @@
 """Load on a real vLLM: its clients, the media of the requests, the figures."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -215,7 +216,12 @@ def test_a_request_that_fails_is_counted_and_the_others_are_measured(target, loa
 
 
 @pytest.mark.server
-def test_the_command_measures_a_running_server(target, media, tmp_path, capsys):
+def test_the_command_measures_a_running_server(
+    target, load_client, media, tmp_path, capsys, monkeypatch
+):
+    """By the clients that all tests share; a sweep starts its own."""
+    shared = contextlib.nullcontext(load_client)
+    monkeypatch.setattr("serve.bench.bench_client", lambda environment: shared)
     out = tmp_path / "results" / "bench.json"
     arguments = [target.url, "--workload", "mixed", "--concurrency", "2", "--requests", "4"]
     arguments += ["--repeats", "2", "--clip-seconds", "4", "--output-tokens", "3"]
@@ -256,7 +262,7 @@ def test_bad_options_are_named(arguments, message):
     assert message in str(caught.value)
 
 
-def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch):
+def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch, probed):
     monkeypatch.setattr("serve.bench_servers.running_server", _no_server)
     for second, message in (
         ("http://127.0.0.1:9", "no server answers"),
@@ -264,10 +270,12 @@ def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch)
     ):
         with pytest.raises(BadInput, match=message):
             run([str(tiny), "--against", second])
-    with pytest.raises(BadInput, match="max_model_len: is 99999999"):
-        run([str(tiny), "--against", str(tiny), "--against-flags=--max-model-len 99999999"])
     with pytest.raises(BadInput, match="--output-tokens: is 1000000"):
         run([str(tiny), "--output-tokens", "1000000"])
+    # How vLLM reads flags is in test_vllm_flags.py.
+    probed({"read": []}, {"read": [["--max-model-len", 99999999]]})
+    with pytest.raises(BadInput, match="max_model_len: is 99999999"):
+        run([str(tiny), "--against", str(tiny), "--against-flags=--max-model-len 99999999"])
 
 
 def test_the_file_of_the_figures_is_checked_before_a_server_is_started(tiny, tmp_path, monkeypatch):

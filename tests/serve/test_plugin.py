@@ -1,30 +1,20 @@
 """The plug-in's sources in the serve environment: values of the reference kernels, registration."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from commands import ROOMS
-
-from serve.environment import find_python
+from vllm_process import without_python
 
 KERNEL_VALUES = Path(__file__).with_name("kernel_values.py")
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+def values(vllm_process):
     # The sources here, not the plug-in that is installed there.
-    environment["PYTHONPATH"] = str(ROOMS / "plugin")
-    done = subprocess.run(
-        [find_python(), KERNEL_VALUES],
-        env=environment,
-        cwd=tmp_path_factory.mktemp("x"),
-        capture_output=True,
-        text=True,
-    )
+    environment = without_python() | {"PYTHONPATH": str(ROOMS / "plugin")}
+    done = vllm_process.run(KERNEL_VALUES, environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -65,6 +65,7 @@ def command_line(process: str) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_a_sharded_run_killed_and_resumed_exports_what_one_process_does(tiny, tmp_path):
     output = tmp_path / "two"
     state = tmp_path / ".two.run"
