@@ -24,7 +24,7 @@ from checkpoint.reading import (
     safetensors_header,
     tokenizer_faults,
 )
-from serve.command import longest_sequence
+from serve.command import has_key, longest_sequence
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -42,6 +42,12 @@ LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 OLDEST_PLUGIN = (0, 2, 0)
 """The first version of the plug-in that brings the model's configuration."""
+
+GUARDED_PLUGIN = (0, 2, 1)
+"""The first version that brings the guard which asks for a key at all addresses."""
+
+RUST_VARIABLE = "VLLM_USE_RUST_FRONTEND"
+"""vLLM's variable for an API server that is no Python program."""
 
 _COPY = "copy it from the BF16 checkpoint"
 
@@ -66,7 +72,7 @@ def preflight(
         BadInput: With every fault found.
     """
     faults = directory_faults(directory, environment, settings.tensor_parallel_size)
-    faults += plugin_faults(environment)
+    faults += plugin_faults(environment, has_key(settings))
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
@@ -268,13 +274,15 @@ def _dotted(numbers: Sequence[int]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def plugin_faults(environment: ServeEnvironment) -> Iterator[Fault]:
-    """Yield a fault where the plug-in is missing or too old to give vLLM the model's configuration.
+def plugin_faults(environment: ServeEnvironment, is_guarded: bool = False) -> Iterator[Fault]:
+    """Yield a fault where the plug-in is missing or too old to give vLLM the model's configuration,
+    or the guard of a server with a key.
 
-    Without it, vLLM would have to run the Python files of the checkpoint.
+    Without the first, vLLM would have to run the Python files of the checkpoint.
     """
     installed = environment.plugin
-    if installed is not None and parse_version(installed) >= OLDEST_PLUGIN:
+    oldest = GUARDED_PLUGIN if is_guarded else OLDEST_PLUGIN
+    if installed is not None and parse_version(installed) >= oldest:
         return
     what = "is not installed" if installed is None else f"is version {installed}"
     where = f"plug-in hybridquant-vllm of {environment.python}"
@@ -347,12 +355,15 @@ def access_faults(settings: ServeSettings) -> Iterator[Fault]:
     inherited = os.environ.get(KEY_VARIABLE, "")
     if inherited and not settings.api_key and not is_key(inherited):
         yield Fault(KEY_VARIABLE, "cannot be a key", f"allowed: {KEY_CHARACTERS}")
-    has_key = bool(settings.api_key or inherited)
     if settings.host.startswith("["):
         yield Fault(f"host {settings.host}", "is written as in a URL", "leave the brackets out")
-    elif not is_loopback(settings.host) and not has_key:
+    elif not is_loopback(settings.host) and not has_key(settings):
         what = "can be reached from other machines, and there is no key"
         yield Fault(f"host {settings.host or '(all)'}", what, f"set {KEY_VARIABLE}, or --api-key")
+    frontend = os.environ.get(RUST_VARIABLE, "")
+    if frontend not in ("", "0"):
+        what = f"is {shortened(frontend, 20)}: that server knows neither the plug-in nor its guards"
+        yield Fault(RUST_VARIABLE, what, "unset it")
     yield from _tls_faults(settings)
     media = settings.allowed_local_media_path
     if media is not None and not media.is_dir():

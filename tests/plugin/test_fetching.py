@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from serve.command import NO_HOST, REDIRECTS
+from serve.command import FETCHES, NO_HOST, REDIRECTS
 from serve.environment import find_python
 
 SCRIPT = Path(__file__).with_name("fetch_media.py")
@@ -32,6 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(self.server.picture)
+        elif self.path.startswith("/silent"):
+            time.sleep(3)
         elif self.path.startswith("/broken"):
             self.send_error(503)
         else:
@@ -97,6 +100,8 @@ def bad_files(root: Path) -> dict[str, str]:
     (root / "loop.png").symlink_to(root / "loop.png")
     (root / "some folder").mkdir()
     os.mkfifo(root / "pipe.png")
+    with (root / "large.png").open("wb") as file:
+        file.truncate(257 * 2**20)
     return {
         "missing": f"file://{root}/nothing.png",
         "long name": f"file://{root}/{'x' * 300}.png",
@@ -105,6 +110,7 @@ def bad_files(root: Path) -> dict[str, str]:
         "loop": f"file://{root}/loop.png",
         "folder": f"file://{root}/some%20folder",
         "pipe": f"file://{root}/pipe.png",
+        "large": f"file://{root}/large.png",
         "below a file": f"file://{root}/text.png/x",
     }
 
@@ -152,6 +158,7 @@ def answers(picture, host, tmp_path_factory):
         "redirect": f"{host.url}/moved",
         "missing": f"{host.url}/nothing.png",
         "broken": f"{host.url}/broken",
+        "silent": f"{host.url}/silent",
         "nobody listens": "http://127.0.0.1:9/x.png",
     }
     add("allowed host", allowed, hosts=["127.0.0.1"])
@@ -160,6 +167,7 @@ def answers(picture, host, tmp_path_factory):
     file = tmp_path_factory.mktemp("cases") / "cases.json"
     file.write_text(json.dumps(cases))
     variables = {"PYTHONPATH": str(PLUGIN), REDIRECTS: "0", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {FETCHES: "1", "VLLM_IMAGE_FETCH_TIMEOUT": "1"}
     result = subprocess.run(
         [str(find_python()), str(SCRIPT), str(file)],
         env=os.environ | variables,
@@ -204,12 +212,15 @@ def test_reasons_say_what_is_wrong(answers):
         "bad file/missing": "No such file",
         "bad file/pipe": "is not a regular file",
         "bad file/folder": "is not a regular file",
+        "bad file/large": "large.png has 257 MB, at most VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=256",
         "bad URL/not base64": "Only base64 data URLs",
         "no directory/picture": "--allowed-local-media-path",
         "no host/picture": NO_HOST,
         "unknown host/unknown": "cannot be read",
         "allowed host/missing": "404",
         "allowed host/broken": "503",
+        "allowed host/silent": "does not answer in time",
+        "allowed host/redirect": "answers 302: the medium is elsewhere, and redirects are not",
     }
     for name, part in expected.items():
         status, reason = answers[name]

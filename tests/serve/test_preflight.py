@@ -16,12 +16,12 @@ from serve.preflight import LONGER_VARIABLE, checked_settings, limit_faults, pre
 from serve.settings import ServeSettings
 
 ANY_PORT = ServeSettings(port=0)
-ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.2.0")
+ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.2.1")
 
 
 def on(name, capability, version=(0, 33, 0), count=1):
     return ServeEnvironment(
-        Path("python"), version, Device("cuda", name, capability, count), plugin="0.2.0"
+        Path("python"), version, Device("cuda", name, capability, count), plugin="0.2.1"
     )
 
 

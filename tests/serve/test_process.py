@@ -44,7 +44,7 @@ def stub(tmp_path, monkeypatch):
 
     def environment(mode):
         monkeypatch.setenv("STUB_MODE", mode)
-        return ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
+        return ServeEnvironment(script, (0, 32, 0), CPU, "0.2.1")
 
     environment.pids = lambda: [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     return environment
@@ -179,7 +179,7 @@ def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status
         "import sys; from pathlib import Path; from serve.__main__ import run;"
         "from serve.environment import CPU, ServeEnvironment;"
         f"python = Path({str(stub('serve').python)!r});"
-        "environment = ServeEnvironment(python, (0, 32, 0), CPU, '0.2.0');"
+        "environment = ServeEnvironment(python, (0, 32, 0), CPU, '0.2.1');"
         f"sys.exit(run([{str(tiny)!r}, '--port', '0'], environment))"
     )
     # Under nohup, SIGHUP would be ignored here and so in every child.
