@@ -30,6 +30,7 @@ from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
 from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
+from serve.step_faults import step_faults
 from serve.vllm_flags import flag_faults
 
 INDEX = "model.safetensors.index.json"
@@ -82,6 +83,7 @@ def preflight(
     config = read_config(directory)
     faults = [*limit_faults(config, settings)]
     faults += decoding_faults(config, settings, environment, extra)
+    faults += step_faults(config, settings, extra)
     raise_if_any(faults)
     raise_if_any(memory_faults(config, settings, environment, extra))
     return config

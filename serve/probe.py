@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -120,9 +121,12 @@ class FlagReader:
             self._serve_parser.set_defaults(**defaults)
         given = {name: values[name] for name in self._names if values[name] is not not_given}
         for name, value in given.items():
+            section = self._sections.get(name, "")
+            if isinstance(value, dict):
+                check_object(name, value)
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float):
-                    check_range(name, number, self._sections.get(name, ""))
+                    check_range(name, number, section)
         return [[_flag(name), value] for name, value in given.items()]
 
 
@@ -164,24 +168,51 @@ def check_range(name: str, value: float, section: str = "") -> None:
     Raises:
         Refused: That class refuses the number; where it has no such field, every class that has.
     """
-    import vllm.config
-
+    if math.isnan(value):
+        raise Refused(f"argument {_flag(name)}: nan is no number")
     if value < LEAST.get(name, value):
         raise Refused(f"argument {_flag(name)}: {value}: it is at least {LEAST[name]}")
     if value > MOST.get(name, value):
         raise Refused(f"argument {_flag(name)}: {value}: it is at most {MOST[name]}")
-    # Dictionaries of pydantic's dataclasses. Without them, no range would be checked; a test gives
-    # numbers that are refused here.
-    fields = {}
-    for other in vars(vllm.config).values():
-        found = getattr(other, "__pydantic_fields__", {}).get(name)
-        if found is not None:
-            fields[other.__name__] = found
+    fields = _fields(name)
     if section in fields:
         fields = {section: fields[section]}
     refusals = [_refusal(field, value) for field in fields.values()]
     if refusals and all(refusals):
         raise Refused(f"argument {_flag(name)}: {value}: {refusals[0]}")
+
+
+def check_object(name: str, value: dict[str, Any]) -> None:
+    """Check a JSON object against the types that vLLM's configuration declares for its parts.
+
+    Raises:
+        Refused: A part has another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    for field in _fields(name).values():
+        try:
+            TypeAdapter(field.annotation).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise Refused(f"argument {_flag(name)}: {place}: {first['msg']}") from None
+        except Exception:  # pydantic knows nothing of such a type
+            continue
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """Return the fields of this name in vLLM's configuration, by their class."""
+    import vllm.config
+
+    # Dictionaries of pydantic's dataclasses. Without them, no range would be checked; a test gives
+    # numbers that are refused here.
+    found = {}
+    for section in vars(vllm.config).values():
+        field = getattr(section, "__pydantic_fields__", {}).get(name)
+        if field is not None:
+            found[section.__name__] = field
+    return found
 
 
 def _refusal(field: Any, value: float) -> str:
