@@ -17,26 +17,20 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import (
-    TOKENIZER_FILES,
-    checkpoint_file_fault,
-    is_lfs_pointer,
-    safetensors_header,
-    tokenizer_faults,
-)
+from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
 from serve.command import has_key, longest_sequence
+from serve.companions import companion_faults
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
-from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
+from serve.precision import OLD_CONFIG, PRECISIONS, disagreement_faults, read_quantization
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
 from serve.step_faults import step_faults
+from serve.variables import variable_faults
 from serve.vllm_flags import flag_faults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """vLLM's variable that lets a context be longer than the model's."""
@@ -49,8 +43,6 @@ GUARDED_PLUGIN = (0, 2, 1)
 
 RUST_VARIABLE = "VLLM_USE_RUST_FRONTEND"
 """vLLM's variable for an API server that is no Python program."""
-
-_COPY = "copy it from the BF16 checkpoint"
 
 
 def preflight(
@@ -77,6 +69,7 @@ def preflight(
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
+    faults += variable_faults()
     if log is not None:
         faults += log_faults(log)
     raise_if_any(faults)
@@ -197,47 +190,6 @@ def _expected_size(path: Path) -> int:
     return 8 + header_length + end
 
 
-def companion_faults(directory: Path) -> list[Fault]:
-    """Return faults of the files beside the weights: tokenizer, configuration module, template."""
-    faults = []
-    for name in TOKENIZER_FILES:
-        if not (directory / name).exists():
-            faults.append(Fault(str(directory / name), "no such file", _COPY))
-    faults += tokenizer_faults(directory)
-    faults += _auto_map_faults(directory)
-    if not has_chat_template(directory):
-        template = str(directory / TEMPLATE_FILES[0])
-        faults.append(Fault(template, "no such file, so no chat is possible", _COPY))
-    return faults
-
-
-def _auto_map_faults(directory: Path) -> Iterator[Fault]:
-    try:
-        auto_map = read_json(directory / "config.json").get("auto_map")
-    except BadInput:
-        return  # read_config reports it
-    target = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
-    if not target:
-        yield Fault(str(directory / "config.json"), "auto_map names no AutoConfig", _COPY)
-        return
-    # "configuration.Name", with "organization/repository--" before it when it is on the Hub.
-    local = str(target).rpartition("--")[2]
-    module = directory / (local.rpartition(".")[0] + ".py")
-    if not module.exists():
-        what = "no such file, though config.json's auto_map names it"
-        yield Fault(str(module), what, _COPY)
-
-
-def has_chat_template(directory: Path) -> bool:
-    """Return whether there is a chat template in one of the places where transformers looks."""
-    if any((directory / name).exists() for name in TEMPLATE_FILES):
-        return True
-    try:
-        return bool(read_json(directory / "tokenizer_config.json").get("chat_template"))
-    except BadInput:
-        return False
-
-
 def precision_faults(
     config: CheckpointConfig, environment: ServeEnvironment, ranks: int = 1
 ) -> Iterator[Fault]:
@@ -249,6 +201,7 @@ def precision_faults(
     quantization = read_quantization(config)
     if quantization is None:
         return
+    yield from disagreement_faults(config)
     algo = quantization.algo
     where = str(config.directory)
     file = str(config.directory / quantization.file)

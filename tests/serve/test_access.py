@@ -138,6 +138,13 @@ def test_what_is_not_a_host_is_refused(text):
         override(ServeSettings(), {"allowed_media_domains": text})
 
 
+@pytest.mark.parametrize("text", ["straße.de", "ｅxample.com", "①.org"])
+def test_a_name_that_becomes_another_host_is_refused(text):
+    """Python's codec makes strasse.de of straße.de, which is another's."""
+    with pytest.raises(BadInput, match="if that host is meant"):
+        override(ServeSettings(), {"allowed_media_domains": text})
+
+
 def test_redirects_are_off_unless_the_user_wants_them(full12b, monkeypatch):
     assert build_environment(full12b, ServeSettings(), CPU)[REDIRECTS] == "0"
     monkeypatch.setenv(REDIRECTS, "1")
