@@ -42,7 +42,16 @@ def test_what_a_monitor_asks_needs_no_key(path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "/invocations", "/tokenize", "/", "/health/", "//health", "/HEALTH", "/metrics/x"],
+    [
+        "/v1/models",
+        "/invocations",
+        "/tokenize",
+        "/",
+        "/health/",
+        "//health",
+        "/HEALTH",
+        "/metrics/x",
+    ],
 )
 def test_everything_else_needs_one(path):
     assert ask(path) == 401

@@ -1,4 +1,4 @@
-"""The files beside the weights, environment variables, and files that disagree, before vLLM starts."""
+"""The files beside the weights, variables, and files that disagree, before vLLM starts."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_files_that_disagree_about_the_precision_are_refused(tiny_copy):
 @pytest.mark.parametrize("section", [5, "FP8", [], True])
 def test_a_precision_that_is_no_object_is_a_fault(tiny_copy, section):
     edit_json(tiny_copy / "config.json", lambda raw: raw.update(quantization_config=section))
-    with pytest.raises(BadInput, match="quantization_config is .* not a JSON object"):
+    with pytest.raises(BadInput, match=r"quantization_config is .* not a JSON object"):
         read_quantization(read_config(tiny_copy))
 
 
@@ -140,6 +140,6 @@ def test_variables_that_end_vllm_are_refused(unset, name):
     ("names", "count"), [("", 1), ("other", 1), (PLUGIN_NAME, 0), (f"other,{PLUGIN_NAME}", 0)]
 )
 def test_a_vllm_that_is_told_to_load_other_plug_ins_is_refused(unset, names, count):
-    """Without ours it runs Python files of the checkpoint, or ends, and answers bad media by 500."""
+    """Without ours it wants to run Python files of the checkpoint, and answers bad media by 500."""
     unset.setenv(PLUGINS_VARIABLE, names)
     assert len(list(variable_faults())) == count
