@@ -2,7 +2,7 @@
 
 vLLM's own check looks at the beginning of the path and guards `/v1` and a few others.
 `/invocations` takes the same requests and answers without a key, as do `/tokenize`,
-`/generative_scoring` and `/scale_elastic_ep` (vLLM issue 58144; seen in 0.32). `hybridquant serve`
+`/generative_scoring` and `/scale_elastic_ep` (vLLM issue 58144; 0.32, 0.33). `hybridquant serve`
 gives vLLM this class by `--middleware` where there is a key; it imports no vLLM.
 """
 
