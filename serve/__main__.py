@@ -20,13 +20,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.endpoint import KEY_VARIABLE
-from checkpoint.faults import main
+from checkpoint.faults import main, raise_on_termination
 from checkpoint.log import get_logger
 from serve.command import build_environment
 from serve.environment import ServeEnvironment, environment_and_flags
@@ -73,6 +71,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     Raises:
         BadInput: With every fault of the directory and the settings.
     """
+    stop_on_signals()
     ours, given = split_extra(arguments)
     options = parse_command(_parser(), ours)
     extra: Sequence[str] = given
@@ -92,9 +91,6 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     if options.dry_run:
         print(shell_line(config, settings, environment, extra))
         return 0
-    # SIGINT too: a shell starts background jobs with it ignored, and they would never stop.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     try:
         with running_server(options.directory, settings, extra, options.log, environment) as server:
             if environment.device.kind != "cpu" and server.settings.max_videos > 0:
@@ -124,9 +120,14 @@ def warn_about_gate(directory: Path) -> None:
         logger.warning("%s failed its accuracy gate and is served all the same", directory)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    # As Ctrl-C does, so that the with blocks stop vLLM.
-    raise KeyboardInterrupt
+def stop_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end the command as Ctrl-C does, from now on, so that the with
+    blocks stop vLLM, and the process that reads its flags.
+
+    SIGINT too: a shell starts background jobs with it ignored, and they would never stop.
+    """
+    raise_on_termination()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _summary(directory: Path, server: Server, fast_video: str) -> str:

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.endpoint import connect, first_model, is_url
-from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
+from checkpoint.faults import (
+    BadInput,
+    Fault,
+    main,
+    raise_if_any,
+    raise_on_termination,
+    shortened,
+)
 from checkpoint.log import get_logger
 from serve.environment import find_environment
 from serve.media import decoding_faults, media_url
@@ -164,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run() -> int:
+    raise_on_termination()
     options = parse_command(_parser())
     raise_if_any(_option_faults(options))
     parts = content_parts(options.text, options.image, options.video)

@@ -41,7 +41,7 @@ from pathlib import Path
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.endpoint import is_url
-from checkpoint.faults import BadInput, Fault, main, raise_if_any
+from checkpoint.faults import BadInput, Fault, main, raise_if_any, raise_on_termination
 from checkpoint.log import get_logger
 from serve.__main__ import split_extra
 from serve.bench_figures import Measured, Ratio, ratio_table, ratios, rounded, summarize, table
@@ -201,6 +201,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the media.
     """
+    raise_on_termination()
     ours, given = split_extra(arguments)
     options = parse_command(_parser(), ours)
     check_packages(NEEDED)

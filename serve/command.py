@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.endpoint import KEY_VARIABLE
 from serve.decoding import decoding_variables
 from serve.environment import Device
 from serve.precision import Version
@@ -28,6 +29,9 @@ STEP_TOKENS = 2048
 
 REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
 
+FETCHES = "VLLM_MEDIA_FETCH_MAX_RETRIES"
+"""vLLM's variable for how often a medium is fetched: each time it waits four times as long."""
+
 MEDIA_THREADS = "VLLM_MEDIA_LOADING_THREAD_COUNT"
 
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"
@@ -37,6 +41,12 @@ TORCH_THREADS = "OMP_NUM_THREADS"
 NO_HOST = "remote-media-are-off.invalid"
 """The only host that requests may name when none is allowed: names below .invalid exist nowhere
 (RFC 2606). Without any host in its flag, vLLM fetches from all. The name is in its refusal."""
+
+KEY_GUARD = "hybridquant_vllm.key_guard.KeyGuard"
+"""The plug-in's class that asks for the key at all addresses; vLLM's own check leaves some open."""
+
+MIDDLEWARE_FLAG = "--middleware"
+"""A flag of vLLM that may be repeated: the user's adds to ours."""
 
 Flag = tuple[str, ...]
 """A flag of vLLM and its values."""
@@ -65,13 +75,18 @@ def build_command(
     config = read_config(directory)
     flags = _model_flags(config, settings, vllm_version)
     flags += _media_flags(settings)
+    if vllm_version < (0, 32, 0):
+        # There, pages of all origins that a browser shows may use a server on this machine.
+        flags.append(("--allowed-origins", "[]"))
+    if has_key(settings):
+        flags.append((MIDDLEWARE_FLAG, KEY_GUARD))
     flags += _device_flags(settings, device)
     # Of a flag given twice argparse silently takes the last, but `--x` beside `--no-x`, or a JSON
     # value beside a dotted key, is read differently by different versions.
     named = named_flags(extra)
     command = ["vllm", "serve", str(directory)]
     for flag, *values in flags:
-        if canonical(flag) not in named:
+        if flag == MIDDLEWARE_FLAG or canonical(flag) not in named:
             command += [flag, *values]
     return [*command, *extra]
 
@@ -92,6 +107,8 @@ def build_environment(
         MEDIA_THREADS: str(media_threads()),
         # A host that is allowed could send the server on to one that is not.
         REDIRECTS: "0",
+        # vLLM's three fetches of a clip from a host that is silent take ten minutes.
+        FETCHES: "2",
     }
     if device.kind == "cuda":
         # vLLM's API server makes tensors of media with one thread of torch where this is not set.
@@ -109,6 +126,11 @@ def build_environment(
     # The command runs in whatever directory the user is in; a serve/ or export/ there must not be
     # imported.
     return chosen | {"PYTHONSAFEPATH": "1"}
+
+
+def has_key(settings: ServeSettings) -> bool:
+    """Return whether requests need a key: a setting's, or the one that the server inherits."""
+    return bool(settings.api_key or os.environ.get(KEY_VARIABLE))
 
 
 def media_threads() -> int:

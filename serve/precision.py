@@ -6,9 +6,12 @@ is given (tests/serve/test_quantized.py holds vLLM to it).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from checkpoint.config import CheckpointConfig, read_json
+from checkpoint.faults import BadInput, Fault, shortened
 
 Version = tuple[int, int, int]
 Capability = tuple[int, int]
@@ -87,17 +90,59 @@ def read_quantization(config: CheckpointConfig) -> Quantization | None:
     """Return how a checkpoint is quantized, found where vLLM looks; None for BF16.
 
     Raises:
-        BadInput: hf_quant_config.json cannot be read.
+        BadInput: hf_quant_config.json cannot be read, or a section is no JSON object.
     """
-    section = config.raw.get("quantization_config")
+    section = _section(config.raw.get("quantization_config"), "quantization_config", config)
     file = "config.json"
-    old = config.directory / OLD_CONFIG
-    if section is None and old.exists():
-        section = read_json(old).get("quantization")
+    if section is None:
+        section = _old_section(config)
         file = OLD_CONFIG
-    if not isinstance(section, dict):
+    return None if section is None else Quantization(_algo(section), file)
+
+
+def disagreement_faults(config: CheckpointConfig) -> Iterator[Fault]:
+    """Yield a fault where config.json and hf_quant_config.json name different precisions: vLLM
+    reads the first, other programs the second.
+
+    Raises:
+        BadInput: One of them cannot be read.
+    """
+    quantization = read_quantization(config)
+    older = _old_section(config)
+    if quantization is None or older is None or quantization.algo == _algo(older):
+        return
+    what = f"quant_algo is {_algo(older)}, and config.json says {quantization.algo}"
+    remedy = f"remove the wrong one: hybridquant verify {config.directory} tells which"
+    yield Fault(str(config.directory / OLD_CONFIG), shortened(what), remedy)
+
+
+def _old_section(config: CheckpointConfig) -> dict[str, Any] | None:
+    """Return what hf_quant_config.json says; None where there is none.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    old = config.directory / OLD_CONFIG
+    if not old.exists():
         return None
+    return _section(read_json(old).get("quantization"), "quantization", config, OLD_CONFIG)
+
+
+def _section(
+    section: Any, name: str, config: CheckpointConfig, file: str = "config.json"
+) -> dict[str, Any] | None:
+    """Return a section that says how a checkpoint is quantized; None when it is null or absent.
+
+    Raises:
+        BadInput: It is no JSON object.
+    """
+    if section is None or isinstance(section, dict):
+        return section
+    where = str(config.directory / file)
+    what = f"{name} is {shortened(repr(section), 60)}, not a JSON object"
+    raise BadInput(Fault(where, what, "export the checkpoint again"))
+
+
+def _algo(section: dict[str, Any]) -> str:
     algo = section.get("quant_algo")
-    if not algo:
-        return Quantization(UNNAMED, file)
-    return Quantization(str(algo).upper(), file)
+    return str(algo).upper() if algo else UNNAMED

@@ -17,25 +17,20 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import (
-    TOKENIZER_FILES,
-    checkpoint_file_fault,
-    is_lfs_pointer,
-    safetensors_header,
-    tokenizer_faults,
-)
-from serve.command import longest_sequence
+from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
+from serve.command import has_key, longest_sequence
+from serve.companions import companion_faults
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
-from serve.precision import OLD_CONFIG, PRECISIONS, read_quantization
+from serve.precision import OLD_CONFIG, PRECISIONS, disagreement_faults, read_quantization
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
+from serve.step_faults import step_faults
+from serve.variables import variable_faults
 from serve.vllm_flags import flag_faults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """vLLM's variable that lets a context be longer than the model's."""
@@ -43,7 +38,11 @@ LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 OLDEST_PLUGIN = (0, 2, 0)
 """The first version of the plug-in that brings the model's configuration."""
 
-_COPY = "copy it from the BF16 checkpoint"
+GUARDED_PLUGIN = (0, 2, 1)
+"""The first version that brings the guard which asks for a key at all addresses."""
+
+RUST_VARIABLE = "VLLM_USE_RUST_FRONTEND"
+"""vLLM's variable for an API server that is no Python program."""
 
 
 def preflight(
@@ -66,16 +65,18 @@ def preflight(
         BadInput: With every fault found.
     """
     faults = directory_faults(directory, environment, settings.tensor_parallel_size)
-    faults += plugin_faults(environment)
+    faults += plugin_faults(environment, has_key(settings))
     faults += device_faults(settings, environment)
     faults += port_faults(settings)
     faults += access_faults(settings)
+    faults += variable_faults()
     if log is not None:
         faults += log_faults(log)
     raise_if_any(faults)
     config = read_config(directory)
     faults = [*limit_faults(config, settings)]
     faults += decoding_faults(config, settings, environment, extra)
+    faults += step_faults(config, settings, extra)
     raise_if_any(faults)
     raise_if_any(memory_faults(config, settings, environment, extra))
     return config
@@ -189,47 +190,6 @@ def _expected_size(path: Path) -> int:
     return 8 + header_length + end
 
 
-def companion_faults(directory: Path) -> list[Fault]:
-    """Return faults of the files beside the weights: tokenizer, configuration module, template."""
-    faults = []
-    for name in TOKENIZER_FILES:
-        if not (directory / name).exists():
-            faults.append(Fault(str(directory / name), "no such file", _COPY))
-    faults += tokenizer_faults(directory)
-    faults += _auto_map_faults(directory)
-    if not has_chat_template(directory):
-        template = str(directory / TEMPLATE_FILES[0])
-        faults.append(Fault(template, "no such file, so no chat is possible", _COPY))
-    return faults
-
-
-def _auto_map_faults(directory: Path) -> Iterator[Fault]:
-    try:
-        auto_map = read_json(directory / "config.json").get("auto_map")
-    except BadInput:
-        return  # read_config reports it
-    target = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
-    if not target:
-        yield Fault(str(directory / "config.json"), "auto_map names no AutoConfig", _COPY)
-        return
-    # "configuration.Name", with "organization/repository--" before it when it is on the Hub.
-    local = str(target).rpartition("--")[2]
-    module = directory / (local.rpartition(".")[0] + ".py")
-    if not module.exists():
-        what = "no such file, though config.json's auto_map names it"
-        yield Fault(str(module), what, _COPY)
-
-
-def has_chat_template(directory: Path) -> bool:
-    """Return whether there is a chat template in one of the places where transformers looks."""
-    if any((directory / name).exists() for name in TEMPLATE_FILES):
-        return True
-    try:
-        return bool(read_json(directory / "tokenizer_config.json").get("chat_template"))
-    except BadInput:
-        return False
-
-
 def precision_faults(
     config: CheckpointConfig, environment: ServeEnvironment, ranks: int = 1
 ) -> Iterator[Fault]:
@@ -241,6 +201,7 @@ def precision_faults(
     quantization = read_quantization(config)
     if quantization is None:
         return
+    yield from disagreement_faults(config)
     algo = quantization.algo
     where = str(config.directory)
     file = str(config.directory / quantization.file)
@@ -268,13 +229,15 @@ def _dotted(numbers: Sequence[int]) -> str:
     return ".".join(str(number) for number in numbers)
 
 
-def plugin_faults(environment: ServeEnvironment) -> Iterator[Fault]:
-    """Yield a fault where the plug-in is missing or too old to give vLLM the model's configuration.
+def plugin_faults(environment: ServeEnvironment, is_guarded: bool = False) -> Iterator[Fault]:
+    """Yield a fault where the plug-in is missing or too old to give vLLM the model's configuration,
+    or the guard of a server with a key.
 
-    Without it, vLLM would have to run the Python files of the checkpoint.
+    Without the first, vLLM would have to run the Python files of the checkpoint.
     """
     installed = environment.plugin
-    if installed is not None and parse_version(installed) >= OLDEST_PLUGIN:
+    oldest = GUARDED_PLUGIN if is_guarded else OLDEST_PLUGIN
+    if installed is not None and parse_version(installed) >= oldest:
         return
     what = "is not installed" if installed is None else f"is version {installed}"
     where = f"plug-in hybridquant-vllm of {environment.python}"
@@ -347,12 +310,15 @@ def access_faults(settings: ServeSettings) -> Iterator[Fault]:
     inherited = os.environ.get(KEY_VARIABLE, "")
     if inherited and not settings.api_key and not is_key(inherited):
         yield Fault(KEY_VARIABLE, "cannot be a key", f"allowed: {KEY_CHARACTERS}")
-    has_key = bool(settings.api_key or inherited)
     if settings.host.startswith("["):
         yield Fault(f"host {settings.host}", "is written as in a URL", "leave the brackets out")
-    elif not is_loopback(settings.host) and not has_key:
+    elif not is_loopback(settings.host) and not has_key(settings):
         what = "can be reached from other machines, and there is no key"
         yield Fault(f"host {settings.host or '(all)'}", what, f"set {KEY_VARIABLE}, or --api-key")
+    frontend = os.environ.get(RUST_VARIABLE, "")
+    if frontend not in ("", "0"):
+        what = f"is {shortened(frontend, 20)}: that server knows neither the plug-in nor its guards"
+        yield Fault(RUST_VARIABLE, what, "unset it")
     yield from _tls_faults(settings)
     media = settings.allowed_local_media_path
     if media is not None and not media.is_dir():

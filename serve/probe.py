@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -83,6 +84,11 @@ class FlagReader:
         self._serve_parser = self._command.subparser_init(subparsers)
         names = set(vars(self._parser.parse_args(["serve", MODEL])))
         self._names = sorted(names - {"subparser", "model_tag"})
+        # The parser groups flags under the name of the class that they end in.
+        self._sections: dict[str, str] = {}
+        for group in self._serve_parser._action_groups:
+            for action in group._group_actions:
+                self._sections[action.dest] = group.title or ""
 
     def answer(self, flags: list[str]) -> dict[str, Any]:
         """Return how vLLM reads flags, or why it refuses them."""
@@ -92,6 +98,9 @@ class FlagReader:
             reason = "they print a text and end vLLM"
         except Refused as refused:
             reason = str(refused)
+        except IndexError:
+            # Its parser takes the point of -0.5 for that of a dotted flag, as in --x.key.
+            reason = "write a negative number behind a sign of equality, as in --name=-0.5"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         return {"refused": reason, "known": [_flag(name) for name in self._names]}
@@ -112,41 +121,113 @@ class FlagReader:
             self._serve_parser.set_defaults(**defaults)
         given = {name: values[name] for name in self._names if values[name] is not not_given}
         for name, value in given.items():
-            if type(value) in (int, float):
-                check_range(name, value)
+            section = self._sections.get(name, "")
+            if isinstance(value, dict):
+                check_object(name, value)
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) in (int, float):
+                    check_range(name, number, section)
         return [[_flag(name), value] for name, value in given.items()]
 
 
-def check_range(name: str, value: float) -> None:
+LEAST = {
+    "api_server_count": 1,
+    "renderer_num_workers": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_gpu_blocks_override": 1,
+    "kv_offloading_size": 0,
+    "cudagraph_capture_sizes": 1,
+    "max_cudagraph_capture_size": 0,
+    "distributed_timeout_seconds": 1,
+    "cpu_distributed_timeout_seconds": 1,
+    "sse_keep_alive_interval": 0,
+    "h11_max_incomplete_event_size": 1,
+    "h11_max_header_count": 1,
+    "max_log_len": 0,
+    "mamba_cache_philox_rounds": 0,
+    "seed": -(2**63),
+}
+"""Least values of flags for which no class of vLLM declares one: below, it ends while it starts, or
+never answers (0.32)."""
+
+MOST = {"seed": 2**64 - 1, "ssl_cert_reqs": 2, "master_port": 65535, "grpc_port": 65535}
+"""The same for the most."""
+
+
+def check_range(name: str, value: float, section: str = "") -> None:
     """Check a number against the range that vLLM's configuration declares for it.
 
     vLLM's parser takes every number. The classes of vllm.config look at it after the start.
 
+    Args:
+        name: Of the attribute of the parsed namespace.
+        value: The number.
+        section: The class that the flag ends in, "" where that is not known. Others may have a
+            field of this name without a range: `SchedulerConfig.max_model_len`.
+
     Raises:
-        Refused: Every class that has a field of this name refuses the number.
+        Refused: That class refuses the number; where it has no such field, every class that has.
     """
+    if math.isnan(value):
+        raise Refused(f"argument {_flag(name)}: nan is no number")
+    if value < LEAST.get(name, value):
+        raise Refused(f"argument {_flag(name)}: {value}: it is at least {LEAST[name]}")
+    if value > MOST.get(name, value):
+        raise Refused(f"argument {_flag(name)}: {value}: it is at most {MOST[name]}")
+    fields = _fields(name)
+    if section in fields:
+        fields = {section: fields[section]}
+    refusals = [_refusal(field, value) for field in fields.values()]
+    if refusals and all(refusals):
+        raise Refused(f"argument {_flag(name)}: {value}: {refusals[0]}")
+
+
+def check_object(name: str, value: dict[str, Any]) -> None:
+    """Check a JSON object against the types that vLLM's configuration declares for its parts.
+
+    Raises:
+        Refused: A part has another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    for field in _fields(name).values():
+        try:
+            TypeAdapter(field.annotation).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise Refused(f"argument {_flag(name)}: {place}: {first['msg']}") from None
+        except Exception:  # pydantic knows nothing of such a type
+            continue
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """Return the fields of this name in vLLM's configuration, by their class."""
     import vllm.config
+
+    # Dictionaries of pydantic's dataclasses. Without them, no range would be checked; a test gives
+    # numbers that are refused here.
+    found = {}
+    for section in vars(vllm.config).values():
+        field = getattr(section, "__pydantic_fields__", {}).get(name)
+        if field is not None:
+            found[section.__name__] = field
+    return found
+
+
+def _refusal(field: Any, value: float) -> str:
+    """Return why a field of a class refuses a number; "" where it does not."""
     from annotated_types import Ge, Gt, Le, Lt
     from pydantic import TypeAdapter, ValidationError
 
-    refusals = []
-    for section in vars(vllm.config).values():
-        # A dictionary of pydantic's dataclasses. Without it, no range would be checked; a test
-        # gives a number that is refused here.
-        field = getattr(section, "__pydantic_fields__", {}).get(name)
-        if field is None:
-            continue
-        limits = [limit for limit in field.metadata if isinstance(limit, (Ge, Gt, Le, Lt))]
-        if not limits:
-            return
-        try:
-            TypeAdapter(Annotated[(float, *limits)]).validate_python(value)
-        except ValidationError as error:
-            refusals.append(error.errors()[0]["msg"])
-        else:
-            return
-    if refusals:
-        raise Refused(f"argument {_flag(name)}: {value}: {refusals[0]}")
+    limits = [limit for limit in field.metadata if isinstance(limit, (Ge, Gt, Le, Lt))]
+    if not limits:
+        return ""
+    try:
+        TypeAdapter(Annotated[(float, *limits)]).validate_python(value)
+    except ValidationError as error:
+        return str(error.errors()[0]["msg"])
+    return ""
 
 
 def _flag(name: str) -> str:

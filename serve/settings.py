@@ -55,10 +55,15 @@ def _host_name(text: str) -> str:
     """Return a host as URLs are compared with it: in small letters, other alphabets encoded."""
     try:
         host = text.lower().encode("idna").decode("ascii")
+        shown = host.encode("ascii").decode("idna")
     except UnicodeError:
-        host = ""
+        host = shown = ""
     if not _HOST.fullmatch(host):
         raise ValueError("names of hosts, without scheme, port or path")
+    if shown != text.lower() and not text.isascii():
+        # Python's codec is IDNA of 2003, which makes another host of some: strasse.de of straße.de.
+        # vLLM parses URLs by IDNA of 2008.
+        raise ValueError(f"{host}, if that host is meant, or the name beginning with xn--")
     return host
 
 

@@ -42,7 +42,14 @@ from typing import Any
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
+from checkpoint.faults import (
+    BadInput,
+    Fault,
+    main,
+    raise_if_any,
+    raise_on_termination,
+    shortened,
+)
 from checkpoint.log import get_logger
 from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
@@ -233,6 +240,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInput: With the faults of the options, the directories or the items.
     """
+    raise_on_termination()
     ours, given = split_extra(arguments)
     options = command_options(ours)
     check_packages((*NEEDED, "matplotlib"))

@@ -33,7 +33,14 @@ from typing import Any
 from checkpoint import atomic
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import CheckpointConfig, read_config
-from checkpoint.faults import BadInput, Fault, main, raise_if_any, shortened
+from checkpoint.faults import (
+    BadInput,
+    Fault,
+    main,
+    raise_if_any,
+    raise_on_termination,
+    shortened,
+)
 from checkpoint.log import get_logger
 from serve.environment import ServeEnvironment, find_environment
 from serve.state_update import (
@@ -265,6 +272,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     Raises:
         BadInput: With the faults of the options, the directory, the folder or the machine.
     """
+    raise_on_termination()
     options = parse_command(_parser(), arguments)
     config, batches, states = _checked(options)
     environment = environment or find_environment()

@@ -8,6 +8,7 @@ vLLM calls `register` in each of its processes, in some more than once.
   HYBRIDQUANT_FAST_VIDEO=0.
 - `media_options` checks and bounds what a request says about how its clips are sampled.
 - `connector` answers requests whose media cannot be had with 400 and the reason.
+- `key_guard` asks for the server's key at all addresses, where vLLM is given it by --middleware.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
   AMX-FP8. The FP8 kernel it has for plain AMX leaves activations in BF16 (W8A16), so accuracy
@@ -22,7 +23,7 @@ vLLM calls `register` in each of its processes, in some more than once.
 
 import os
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 
 SWITCH = "HYBRIDQUANT_REFERENCE_KERNELS"
 

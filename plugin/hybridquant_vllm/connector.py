@@ -4,19 +4,23 @@ cannot be had.
 vLLM answers such a request with 500 or 501, as if the server were at fault: a local file that does
 not exist, a directory, a `data:` URL that is not base64, `file://` where no directory is allowed,
 a host that does not resolve, a picture of far too many pixels, pictures of a clip that differ in
-size. Here it gets 400 and the reason.
+size. Here it gets 400 and the reason. A redirect that is not followed is said to be one: vLLM takes
+what stands in it for the medium.
 Which hosts and directories are allowed is decided by vLLM's own flags.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from vllm import envs
+from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
@@ -30,6 +34,10 @@ _LONGEST_REASON = 200
 MOST_PICTURE_BYTES = 2**30
 """Most bytes of the pictures of a clip, decoded: 128 of 1080p have 0.8 GB."""
 
+_LIMIT_VARIABLE = "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"
+_LIMIT_MB = 256
+"""vLLM's variable for the size of what is fetched from hosts, and its default; 0 sets no limit."""
+
 _PICTURES = "video/jpeg"
 """Type of a clip that is sent as pictures, in base64 and separated by commas."""
 
@@ -38,8 +46,46 @@ _KNOWN = (ValueError, TypeError, OverflowError, VLLMError, MemoryError)
 is the medium's: the engine gets a request after its media."""
 
 
+class CheckedConnection(HTTPConnection):
+    """vLLM's connection to hosts of media, which tells a redirect from a medium."""
+
+    def get_response(self, url: str, **options: Any) -> Any:
+        """As vLLM's.
+
+        Raises:
+            VLLMValidationError: The host answers that the medium is elsewhere.
+        """
+        response = super().get_response(url, **options)
+        _check_status(response.status_code)
+        return response
+
+    async def get_async_response(self, url: str, **options: Any) -> Any:
+        """As vLLM's; the error comes where the answer is waited for."""
+        return _checked(await super().get_async_response(url, **options))
+
+
+@contextlib.asynccontextmanager
+async def _checked(answer: Any) -> AsyncIterator[Any]:
+    async with answer as response:
+        _check_status(response.status)
+        yield response
+
+
+def _check_status(status: int) -> None:
+    if 300 <= status < 400:
+        what = f"the host of the URL answers {status}: the medium is elsewhere"
+        raise VLLMValidationError(f"{what}, and redirects are not followed; send its own URL")
+
+
+CONNECTION = CheckedConnection()
+
+
 class ReasonedConnector(MediaConnector):
     """vLLM's connector; its errors are those of the request."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.connection = CONNECTION
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **options: Any) -> Any:
         """Fetch and decode a medium.
@@ -100,10 +146,15 @@ class CheckedReader(MediaIO[Any]):
         """As the reader does.
 
         Raises:
-            ValueError: It is a directory, a pipe, a device or a socket.
+            ValueError: It is a directory, a pipe, a device or a socket, or larger than what is
+                fetched from hosts.
         """
         if filepath.exists() and not filepath.is_file():
             raise ValueError(f"{filepath.name} is not a regular file")
+        most = getattr(envs, _LIMIT_VARIABLE, _LIMIT_MB)
+        if most > 0 and filepath.exists() and filepath.stat().st_size > most * 2**20:
+            what = f"{filepath.name} has {filepath.stat().st_size / 2**20:,.0f} MB"
+            raise ValueError(f"{what}, at most {_LIMIT_VARIABLE}={most} are read")
         return self._reader.load_file(filepath)
 
 
@@ -136,6 +187,8 @@ def check_pictures(parts: Sequence[str]) -> None:
 
 def _reason(error: Exception) -> str:
     what = str(error) or type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "media cannot be read: the host of the URL does not answer in time"
     if isinstance(error, OSError) and error.strerror:
         what = error.strerror  # without the path
     if isinstance(error, Image.DecompressionBombError):

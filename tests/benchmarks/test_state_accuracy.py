@@ -18,7 +18,7 @@ H100 = cuda_device([Gpu((9, 0), "H100", 85e9, 84e9)])
 
 
 def test_every_way_names_the_type_of_its_state(tiny):
-    sides = sides_of(tiny, list(WAYS), (), ServeEnvironment("python", (0, 33, 0), H100, "0.2.0"))
+    sides = sides_of(tiny, list(WAYS), (), ServeEnvironment("python", (0, 33, 0), H100, "0.2.1"))
     states = {side.name: side.flags[side.flags.index(STATE_FLAG) + 1] for side in sides}
     assert states[REFERENCE] == "float32"
     assert all(state in name for name, state in states.items())
@@ -29,7 +29,7 @@ def test_every_way_names_the_type_of_its_state(tiny):
 
 
 def test_a_server_on_a_cpu_gets_no_flags_of_a_gpu(tiny):
-    environment = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.0")
+    environment = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.1")
     (side,) = sides_of(tiny, [REFERENCE], ("--max-model-len", "4096"), environment)
     assert "--gpu-memory-utilization" not in side.flags
 

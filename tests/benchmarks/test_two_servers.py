@@ -208,7 +208,7 @@ def test_stock_on_a_gpu_inherits_no_number_of_threads(
     python.write_text('#!/bin/sh\necho "threads=<$OMP_NUM_THREADS>"\nexit 1\n')
     python.chmod(0o755)
     side = Side("plain", tiny, ("--trust-remote-code",), variables=variables, is_plain=True)
-    environment = ServeEnvironment(python, (0, 33, 0), device, "0.2.0")
+    environment = ServeEnvironment(python, (0, 33, 0), device, "0.2.1")
     with Servers(ServeSettings(), environment) as servers:
         servers.start([side])
         assert f"threads=<{threads}>" in servers.failed["plain"]
@@ -241,7 +241,7 @@ def test_a_directory_without_weights_is_one_that_vllm_loads(tmp_path):
     out = tmp_path / "nvfp4"
     write_unweighted(out, "nvfp4")
     assert precision_name(read_config(out)) == "NVFP4"
-    environment = ServeEnvironment(Path("python"), (0, 33, 0), H100, "0.2.0")
+    environment = ServeEnvironment(Path("python"), (0, 33, 0), H100, "0.2.1")
     assert directory_faults(out, environment) == []
     with pytest.raises(BadInput, match="exists already"):
         write_unweighted(out, "nvfp4")

@@ -2,7 +2,7 @@
 
     python tests/plugin/planted_code.py CHECKPOINT…
 
-Prints the class of each configuration.
+Prints the class of each configuration, and what each chat template comes to.
 """
 
 import sys
@@ -16,3 +16,8 @@ if __name__ == "__main__":
         renderer = renderer_from_config(config)
         assert renderer.mm_processor is not None
         print(type(config.model_config.hf_config).__name__)
+        try:
+            chat = [{"role": "user", "content": "a"}]
+            print(repr(renderer.get_tokenizer().apply_chat_template(chat, tokenize=False)))
+        except Exception as error:
+            print(type(error).__name__)

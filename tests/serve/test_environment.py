@@ -101,7 +101,7 @@ def every_gpu_is_visible(monkeypatch):
 )
 def test_the_device_is_what_the_interpreter_finds(probed, is_cpu_build, gpus, device):
     python = probed(is_cpu_build=is_cpu_build, gpus=gpus)
-    assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.2.0")
+    assert find_environment() == environment.ServeEnvironment(python, (0, 33, 0), device, "0.2.1")
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from checkpoint.faults import BadInput
 from serve.environment import CPU, Device, ServeEnvironment
 from serve.preflight import LONGER_VARIABLE, checked_settings, limit_faults, preflight
 from serve.settings import ServeSettings
+from serve.step_faults import step_faults
 
 ANY_PORT = ServeSettings(port=0)
-ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.2.0")
+ON_CPU = ServeEnvironment(Path("python"), (0, 32, 0), CPU, plugin="0.2.1")
 
 
 def on(name, capability, version=(0, 33, 0), count=1):
     return ServeEnvironment(
-        Path("python"), version, Device("cuda", name, capability, count), plugin="0.2.0"
+        Path("python"), version, Device("cuda", name, capability, count), plugin="0.2.1"
     )
 
 
@@ -303,3 +304,38 @@ def test_what_vllm_refuses_for_this_model_is_refused_first(settings, reason, tin
 def test_a_longer_context_is_left_to_who_allows_it(tiny_config, monkeypatch):
     monkeypatch.setenv(LONGER_VARIABLE, "1")
     assert list(limit_faults(tiny_config, ServeSettings(max_model_len=10**9))) == []
+
+
+STEP_FLAGS = {
+    "--max-num-seqs 8000": "--max-num-seqs: is 8000, and a step has 6,144 tokens",
+    "--max-num-seqs 200 --max-num-batched-tokens 100": "is 200, and a step has 100 tokens",
+    "--max-num-active-seqs 9 --max-num-seqs 5": "--max-num-active-seqs: is 9, and --max-num-seqs",
+    "--long-prefill-token-threshold 65537": "is 65537, and the longest sequence has 65,536 tokens",
+    "--no-enable-chunked-prefill": "65,536 tokens, and one has 6,144",
+    "--max-num-seqs 6144": None,
+    "--max-num-seqs 8000 --max-num-batched-tokens 8000": None,
+    "--max-num-active-seqs 5 --max-num-seqs 5": None,
+    "--long-prefill-token-threshold 65536": None,
+    "--no-enable-chunked-prefill --max-num-batched-tokens 65536": None,
+    "--enable-chunked-prefill": None,
+}
+"""Flags that vLLM's scheduler compares, and what the fault says."""
+
+
+@pytest.mark.parametrize("text", STEP_FLAGS)
+def test_numbers_that_do_not_go_together_are_refused_first(text, tiny_config):
+    found = [str(fault) for fault in step_faults(tiny_config, ServeSettings(), text.split())]
+    if STEP_FLAGS[text] is None:
+        assert found == []
+    else:
+        (fault,) = found
+        assert STEP_FLAGS[text] in fault
+
+
+def test_a_server_with_a_key_needs_the_plug_in_that_guards_it(tiny, monkeypatch):
+    old = dataclasses.replace(ON_CPU, plugin="0.2.0")
+    assert preflight(tiny, ANY_PORT, old).directory == tiny
+    keyed = ServeSettings(port=0, api_key="secret")
+    with pytest.raises(BadInput, match=r"is version 0\.2\.0 \(run hybridquant setup-serve"):
+        preflight(tiny, keyed, old)
+    assert preflight(tiny, keyed, ON_CPU).directory == tiny

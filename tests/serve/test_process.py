@@ -44,7 +44,7 @@ def stub(tmp_path, monkeypatch):
 
     def environment(mode):
         monkeypatch.setenv("STUB_MODE", mode)
-        return ServeEnvironment(script, (0, 32, 0), CPU, "0.2.0")
+        return ServeEnvironment(script, (0, 32, 0), CPU, "0.2.1")
 
     environment.pids = lambda: [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     return environment
@@ -169,31 +169,63 @@ def test_a_message_without_a_log_is_what_happened_alone(tmp_path):
     assert death_message(tmp_path / "log", "vLLM ended") == "vLLM ended"
 
 
+def start(command):
+    # Under nohup, SIGHUP would be ignored here and so in every child.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOMS
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("serve", ["--dry-run", "--", "--seed", "7"]), ("serve.ask", ["--text", "a"])],
+)
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated by SIGTERM"),
+        (signal.SIGHUP, "terminated by SIGHUP"),
+    ],
+)
+def test_a_command_that_is_ended_before_the_start_leaves_nothing(
+    tiny, tmp_path, interpreter, command, more, number, said
+):
+    """The process that reads vLLM's flags takes ten seconds, and went on alone."""
+    file = tmp_path / "pid"
+    interpreter(f"echo $$ > {shlex.quote(str(file))}; exec sleep 60")
+    parent = start([sys.executable, "-m", command, str(tiny), *more])
+    assert wait_until(lambda: file.exists() and file.read_text())
+    parent.send_signal(number)
+    _, logged = parent.communicate(timeout=20)
+    assert parent.returncode == 128 + number
+    assert logged.splitlines()[-1] == said
+    assert not alive(int(file.read_text()))
+
+
+@pytest.mark.parametrize("mode", ["serve", "silent"])
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, -1), (signal.SIGKILL, -9)],
+    [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGKILL, -9)],
 )
-def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status):
+def test_however_the_command_ends_nothing_outlives_it(tiny, stub, number, status, mode):
     # The stub cannot answer the probe that finds an environment, so the command is given one.
     code = (
         "import sys; from pathlib import Path; from serve.__main__ import run;"
         "from serve.environment import CPU, ServeEnvironment;"
-        f"python = Path({str(stub('serve').python)!r});"
-        "environment = ServeEnvironment(python, (0, 32, 0), CPU, '0.2.0');"
+        f"python = Path({str(stub(mode).python)!r});"
+        "environment = ServeEnvironment(python, (0, 32, 0), CPU, '0.2.1');"
         f"sys.exit(run([{str(tiny)!r}, '--port', '0'], environment))"
     )
-    # Under nohup, SIGHUP would be ignored here and so in every child.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOMS,
-    )
-    signal.signal(signal.SIGHUP, before)
-    assert parent.stdout is not None
-    assert "stub (BF16, EVS drops 75%" in parent.stdout.readline()
+    parent = start([sys.executable, "-c", code])
+    if mode == "serve":
+        assert "stub (BF16, EVS drops 75%" in parent.stdout.readline()
+    pids_file = Path(os.environ["STUB_PIDS"])
+    assert wait_until(lambda: pids_file.exists() and " " in pids_file.read_text())
     pids = stub.pids()
     parent.send_signal(number)
     _, logged = parent.communicate(timeout=20)

@@ -36,10 +36,10 @@ WEIGHTS = {"fp8": "ptq_fp8_12b_h100_whole.json", "nvfp4": "ptq_nvfp4_12b_h100.js
 
 
 def on(*gpus):
-    return ServeEnvironment("python", (0, 33, 0), cuda_device(gpus), "0.2.0")
+    return ServeEnvironment("python", (0, 33, 0), cuda_device(gpus), "0.2.1")
 
 
-ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.0")
+ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.1")
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ GPUS = {
     "L40S": Gpu((8, 9), "L40S", 48 * GB, 47 * GB),
     "A100": Gpu((8, 0), "A100", 85 * GB, 84 * GB),
 }
-ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.0")
+ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.1")
 
 
 def on(name):
-    return ServeEnvironment("python", (0, 33, 0), cuda_device([GPUS[name]]), "0.2.0")
+    return ServeEnvironment("python", (0, 33, 0), cuda_device([GPUS[name]]), "0.2.1")
 
 
 def plan(directory, environment, extra=()):

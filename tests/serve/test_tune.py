@@ -20,7 +20,7 @@ from serve.state_update import FOLDER_VARIABLE, file_name, find_tuned, mamba_lay
 from serve.tune import parse_batches, parse_states, run, write_files
 
 H100 = cuda_device([Gpu((9, 0), "NVIDIA H100 80GB HBM3", 85e9, 84e9)])
-ON_H100 = ServeEnvironment("python", (0, 33, 0), H100, "0.2.0")
+ON_H100 = ServeEnvironment("python", (0, 33, 0), H100, "0.2.1")
 SHAPE = tune_kernel.Shape(heads=4, groups=2, head_dim=8, state_size=16)
 
 
@@ -247,7 +247,7 @@ def test_a_kernel_that_cannot_be_timed_ends_with_1(tiny, tmp_path, restored_logg
     python.write_text("#!/bin/sh\necho RuntimeError: no kernel image >&2\nexit 3\n")
     python.chmod(0o755)
     out = tmp_path / "out"
-    broken = ServeEnvironment(python, (0, 33, 0), H100, "0.2.0")
+    broken = ServeEnvironment(python, (0, 33, 0), H100, "0.2.1")
     assert run([str(tiny), "--out", str(out)], broken) == 1
     assert "ended with status 3: RuntimeError: no kernel image" in capsys.readouterr().err
     assert list(out.iterdir()) == []
