@@ -1,6 +1,9 @@
 """A source of samples is one class: registered, named in a recipe, and read by the flow."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +13,7 @@ from pydantic import Field
 
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample, Skipped
+from calibrate.sources.hub import HubSource
 from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
@@ -259,6 +263,42 @@ def test_a_run_remembers_the_content_of_its_files(countdown, tmp_path):
     assert list(before) == [str(tmp_path / "numbers")]
     (tmp_path / "numbers").write_text("9 8 6")
     assert source_digests(loaded) != before
+
+
+@pytest.mark.parametrize("source", ["hub, name", "parquet, path", "llava, path"])
+def test_a_run_remembers_the_content_of_a_folder(tmp_path, source):
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text('{"messages": []}')
+    (folder / "picture.png").write_bytes(b"of a row")
+    loaded = recipe(f"{{type: {source}: {folder}}}")
+    before = source_digests(loaded)
+    assert str(folder / "data" / "train.jsonl") in before
+    (folder / "data" / "train.jsonl").write_text('{"messages": [1]}')
+    changed = source_digests(loaded)
+    assert changed != before
+    (folder / "more.parquet").write_bytes(b"rows")
+    assert source_digests(loaded) != changed
+    assert not HubSource(type="hub", name="ORG/DATASET").files()
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (gzip.compress(b"{}"), "is compressed with gzip (decompress it)"),
+        (bz2.compress(b"{}"), "is compressed with bzip2 (decompress it)"),
+        (lzma.compress(b"{}"), "is compressed with xz (decompress it)"),
+        (bytes.fromhex("28b52ffd"), "is compressed with Zstandard (decompress it)"),
+        (b"PK\x03\x04", "is compressed with ZIP (decompress it)"),
+        ("{}".encode("utf-16"), "is UTF-16 text (write the file in UTF-8)"),
+    ],
+)
+def test_a_file_that_is_no_text_in_utf_8_says_what_it_is(tmp_path, start, what):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start)
+    with pytest.raises(BadInput) as caught:
+        next(JsonlSource(type="jsonl", path=path).read(1, 0, Skipped(limit=9)))
+    assert str(caught.value) == f"{path}: {what}"
 
 
 def test_an_unknown_type_names_the_nearest(countdown):
