@@ -36,8 +36,14 @@ from recipes.schema import Recipe
 
 logger = get_logger(__name__)
 
-_NOT_IDENTITY = {"memory", "host_memory_gb", "batch_tokens"}
-"""Fields of `quantize` that change how a run goes, not what comes out."""
+_NOT_IDENTITY = {
+    "quantize": ("memory", "host_memory_gb", "batch_tokens"),
+    "calibrate": ("max_skipped",),
+    "distill": ("max_skipped", "patience", "gradient_checkpointing"),
+}
+"""Fields of the sections that change how a run goes or where it stops, not what comes out: a run
+that was stopped by one of them is resumed with another value.
+"""
 
 
 @dataclass(frozen=True)
@@ -143,12 +149,11 @@ def _identity(
     """What must be the same for a run to be resumed, by dotted name."""
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
     parts = recipe.model_dump(mode="json", exclude={"output", "device", "serve", "accuracy"})
-    for name in _NOT_IDENTITY:
-        del parts["quantize"][name]
+    for section, names in _NOT_IDENTITY.items():
+        for name in names if parts[section] is not None else ():
+            del parts[section][name]
     accuracy = recipe.accuracy.model_dump(mode="json")
-    parts["accuracy"] = {
-        name: accuracy[name] for name in ("sources", "samples", "seed", "max_skipped")
-    }
+    parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
     parts["source"] = {file.name: file_stamp(file) for file in weights}
     parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)
