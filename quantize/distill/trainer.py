@@ -35,6 +35,7 @@ from quantize.distill.checkpoints import (
     PARTIAL,
     WEIGHTS,
     Progress,
+    disk_errors,
     finish_checkpoint,
     last_checkpoint,
     read_progress,
@@ -77,6 +78,8 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
     (benchmarks/results/training_12b_h200.json).
     """
     settings = plan.settings
+    # The first step of a warm-up has the rate 0: of a single step, nothing would be left.
+    warmup_steps = min(round(settings.warmup * settings.steps), settings.steps - 1)
     return DistillationArguments(
         output_dir=str(plan.directory / PARTIAL),
         max_steps=settings.steps,
@@ -87,7 +90,7 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
         adam_beta1=0.9,
         adam_beta2=0.999,
         lr_scheduler_type="cosine",
-        warmup_steps=round(settings.warmup * settings.steps),
+        warmup_steps=warmup_steps,
         gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
         logging_steps=1,
@@ -256,8 +259,13 @@ class DistillationTrainer(QADTrainer):
             self._teacher = teacher.to(self.args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Train as transformers does; QATTrainer only adds a message that does not hold here."""
-        return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
+        """Train as transformers does; QATTrainer only adds a message that does not hold here.
+
+        Raises:
+            OSError: A checkpoint cannot be written.
+        """
+        with disk_errors(self._plan.directory, self._plan.state_bytes):
+            return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
