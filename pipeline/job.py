@@ -12,7 +12,7 @@ from torch import nn
 from accuracy.agreement import States
 from calibrate.prompts import Prompt
 from calibrate.samples import Skipped
-from checkpoint.faults import raise_if_any
+from checkpoint.faults import raise_if_any, shortened
 from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
@@ -24,6 +24,7 @@ from pipeline.inputs import (
     open_source,
     prompts_of,
     source_digests,
+    trained_on_sources,
     training_sample_faults,
     training_samples,
 )
@@ -129,6 +130,9 @@ def _plan_distillation(
     skipped = Skipped(section.max_skipped, repeats=True)
     next(training_samples(section, skipped))  # a source that does not exist is reported now
     raise_if_any(training_sample_faults(section))
+    for name in trained_on_sources(section, recipe.accuracy) if processes.is_first else ():
+        message = "accuracy.sources: %s is trained on as well, so the gate is not held out"
+        logger.warning(message, shortened(name))
     return plan_distillation(
         section,
         lambda: training_samples(section, skipped),

@@ -54,6 +54,9 @@ _ADVICE = (
     "lower distill.learning_rate first, tenfold; "
     "2e-6 is right for the 12B, 2e-5 ends below PTQ there"
 )
+_ADVICE_AT_START = (
+    "no weight has changed yet: look at the samples, and at what PTQ alone gives with distill=null"
+)
 
 
 _MODEL_INPUTS = ("inputs_embeds", "text_ids", "labels", "weights")
@@ -284,7 +287,7 @@ class DistillationTrainer(QADTrainer):
             loss = super().training_step(model, given, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             what = f"the loss is {float(loss)} after {self.state.global_step} steps"
-            raise BadInput(Fault("distill", what, _ADVICE))
+            raise BadInput(Fault("distill", what, self._advice()))
         self._next_position = inputs["next_position"]
         self.tokens += inputs["labels"].numel()
         return loss
@@ -337,11 +340,16 @@ class DistillationTrainer(QADTrainer):
         recent = later[-self._plan.settings.patience :]
         newest = later[-1] if later else start
         if not math.isfinite(newest):
-            raise BadInput(Fault("distill", f"held-out {self.loss_name} is {newest}", _ADVICE))
+            what = f"held-out {self.loss_name} is {newest} after {self.state.global_step} steps"
+            raise BadInput(Fault("distill", what, self._advice()))
         if len(recent) == self._plan.settings.patience and min(recent) > start:
             what = f"held-out {self.loss_name} has been above PTQ's {start:.5f} nats"
             what += f" {len(recent)} times in a row, now {newest:.5f}"
             raise BadInput(Fault("distill", what, _ADVICE))
+
+    def _advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        return _ADVICE if self.state.global_step else _ADVICE_AT_START
 
     # Checkpoints.
 

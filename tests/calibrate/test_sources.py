@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from accuracy.settings import Accuracy
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.hub import HubSource
@@ -18,7 +19,13 @@ from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
-from pipeline.inputs import available_samples, prompts_of, source_digests
+from pipeline.inputs import (
+    available_samples,
+    prompts_of,
+    source_digests,
+    trained_on_sources,
+)
+from quantize.distill.settings import Distill
 from recipes.loading import SHIPPED, load_recipe
 
 
@@ -280,6 +287,17 @@ def test_a_run_remembers_the_content_of_a_folder(tmp_path, source):
     (folder / "more.parquet").write_bytes(b"rows")
     assert source_digests(loaded) != changed
     assert not HubSource(type="hub", name="ORG/DATASET").files()
+
+
+def test_what_is_trained_on_and_judged_by_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    mine = [{"type": "jsonl", "path": tmp_path / "a.jsonl"}, {"type": "hub", "name": "ORG/SET"}]
+    trained = Distill(sources=[{"type": "synthetic"}, *mine])
+    other = [{"type": "synthetic"}, {"type": "jsonl", "path": "b.jsonl"}]
+    same = [{"type": "jsonl", "path": "a.jsonl"}, {"type": "hub", "name": "ORG/SET"}]
+    assert trained_on_sources(trained, Accuracy(sources=other)) == []
+    assert trained_on_sources(trained, Accuracy(sources=same)) == ["a.jsonl", "ORG/SET"]
 
 
 @pytest.mark.parametrize(
