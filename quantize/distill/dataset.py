@@ -32,6 +32,9 @@ logger = get_logger(__name__)
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
 
+_MOST_LEFT_OUT = 100_000
+"""Samples in a row that say the same as held-out ones before an endless source is given up."""
+
 Batch = dict[str, Any]
 """One row: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
 tokens, int64 `labels` [1, length] and float32 `weights` [1, length], what each counts in the loss,
@@ -327,18 +330,22 @@ class TrainingDataset(IterableDataset):
         """Yield the samples to train on with their numbers in a pass, again and again."""
         while True:
             found = False
-            beyond = "beyond"
+            left_out = 0
             held_out: set[bytes] = set()
             for number, sample in enumerate(self._samples()):
                 if number < self._held_out:
                     held_out.add(_content(sample))
                 elif held_out and _content(sample) in held_out:
-                    beyond = "that says anything but"
+                    left_out += 1
                     self._say_what_is_held_out(sample)
+                    if left_out > _MOST_LEFT_OUT:
+                        break
                 else:
                     found = True
+                    left_out = 0
                     yield number, sample
-            if not found:
+            if not found or left_out > _MOST_LEFT_OUT:
+                beyond = "that says anything but" if left_out else "beyond"
                 what = f"hold no sample {beyond} the {self._held_out} held out"
                 remedy = "give more samples, or lower distill.held_out"
                 raise BadInput(Fault("distill.sources", what, remedy))

@@ -273,6 +273,21 @@ def test_what_is_held_out_is_not_trained_on_in_other_rows_either(caplog):
         next(iter(dataset(lambda: iter(copies))))
 
 
+def test_an_endless_source_of_what_is_held_out_is_given_up(monkeypatch):
+    monkeypatch.setattr("quantize.distill.dataset._MOST_LEFT_OUT", 5)
+    rows = [numbered(0, "one"), numbered(1, "two")]
+
+    def endless():
+        yield from [*rows, numbered(2, "three"), *rows, *rows]
+        yield from [numbered(3, "four")]
+        yield from itertools.cycle(rows)
+
+    given_up = iter(dataset(endless))
+    assert [next(given_up)["name"] for _ in range(2)] == ["2", "3"]
+    with pytest.raises(BadInput, match="no sample that says anything but the 2 held out"):
+        next(given_up)
+
+
 def test_too_few_samples_are_refused_instead_of_waited_for():
     with pytest.raises(BadInput, match="hold no sample beyond the 5 held out"):
         next(iter(dataset(held_out=5)))

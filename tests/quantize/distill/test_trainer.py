@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments, modeling_utils
 
 from checkpoint.native import load_model
+from quantize.distill import checkpoints
 from quantize.distill.trainer import (
     DistillationArguments,
     DistillationTrainer,
@@ -92,6 +93,33 @@ def test_every_whole_checkpoint_is_recorded_and_only_the_newest_kept(tiny, tmp_p
     assert recorded == [1, 2]
     kept = {path.name for path in (tmp_path / "distill").iterdir()}
     assert kept - {".partial", "best.safetensors"} == {"checkpoint-2"}
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1, 5 * 2**16 + 7, 2**20])
+def test_every_byte_of_a_small_file_is_hashed_and_of_a_large_one_some(tmp_path, size):
+    path = tmp_path / "optimizer.pt"
+    content = bytes(size)
+    path.write_bytes(content)
+    digest = checkpoints._digest(path)
+    for place in {0, size // 3, size // 2, size - 2**16 // 2, size - 1}:
+        if place >= 0:
+            path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+            assert checkpoints._digest(path) != digest
+    path.write_bytes(content[:-1])
+    assert checkpoints._digest(path) != digest
+
+
+def test_a_large_file_is_hashed_from_its_beginning_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PIECES", 3)
+    path = tmp_path / "optimizer.pt"
+    content = bytes(20 * 2**16)
+    path.write_bytes(content)
+    digest = checkpoints._digest(path)
+    for place in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+        assert checkpoints._digest(path) != digest
+    path.write_bytes(content + b"x")
+    assert checkpoints._digest(path) != digest
 
 
 def test_a_resumed_run_keeps_the_ranges_it_began_with(tiny, tmp_path):
