@@ -310,6 +310,7 @@ def test_what_is_trained_on_and_judged_by_is_named(tmp_path, monkeypatch):
         (b"PK\x03\x04", "is compressed with ZIP (decompress it)"),
         ("{}".encode("utf-16"), "is UTF-16 text (write the file in UTF-8)"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstandard", "zip", "utf-16"],
 )
 def test_a_file_that_is_no_text_in_utf_8_says_what_it_is(tmp_path, start, what):
     path = tmp_path / "rows.jsonl"
