@@ -18,7 +18,8 @@ from typing import NoReturn
 _SHOWN = 50
 """Faults that a command prints before it counts the rest."""
 
-_FIRST_SPEAKS_SECONDS = 5.0
+FIRST_SPEAKS_SECONDS = 5.0
+"""How long the other processes of a launcher leave a fault to the first one."""
 
 FOREIGN = 200
 """Characters of foreign text, such as a path or a server's answer, that a message may contain."""
@@ -166,7 +167,7 @@ def _let_first_process_speak() -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_FIRST_SPEAKS_SECONDS)
+        time.sleep(FIRST_SPEAKS_SECONDS)
 
 
 def _print_faults(faults: tuple[Fault, ...]) -> None:

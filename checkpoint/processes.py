@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from checkpoint.faults import FIRST_SPEAKS_SECONDS, BadInput, Fault
+
+_LOST = ("closed by peer", "reset by peer")
+"""What gloo's errors say when another process has ended."""
+
+_OTHER_SPEAKS_SECONDS = 2 * FIRST_SPEAKS_SECONDS
+"""The launcher ends all processes with the first that ends: the other's message comes before."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,10 @@ def joined_processes(device: str) -> Iterator[Processes]:
 
     Args:
         device: The torch device of this process.
+
+    Raises:
+        BadInput: The body was waiting for a process that has ended, with a message of its own. Over
+            gloo the others are told so; over NCCL they wait until the launcher ends them.
     """
     if launched_processes() == 1:
         yield ALONE
@@ -64,6 +77,13 @@ def joined_processes(device: str) -> Iterator[Processes]:
     state = PartialState(cpu=not device.startswith("cuda"))
     try:
         yield Processes(state.process_index, state.num_processes)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        time.sleep(_OTHER_SPEAKS_SECONDS)
+        where = f"process {state.process_index} of {state.num_processes}"
+        what = "has lost another process of the run"
+        raise BadInput(Fault(where, what, "the other one's message says why")) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.atomic import remove_directory, rename_directory, write_json
+from checkpoint.atomic import output_faults, remove_directory, rename_directory, write_json
 from checkpoint.config import read_json
-from checkpoint.faults import Fault, shortened
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.lock import LOCK, lock_faults, locked_directory
 
 _RUN = "run.json"
@@ -81,9 +81,13 @@ class RunState:
             what = "is in the way of the run's state, and no run has made it"
             yield Fault(str(self.directory), what, "move it, or give another output")
             return
+        yield from self._differences()
+
+    def _differences(self) -> Iterator[Fault]:
+        """Yield in what this run differs from the one that was begun here."""
         if not self.is_begun:
             return
-        before = read_json(self.directory / _RUN)
+        before = self._read(_RUN)
         remedy = f"restore it to resume the run, or remove {self.directory} to start again"
         for name in sorted({*before, *self.identity}):
             old = before.get(name)
@@ -105,10 +109,16 @@ class RunState:
         """Create the directory and hold its lock for the length of a `with` block.
 
         Raises:
-            BadInput: Another process holds it.
+            BadInput: Another process holds it, or has begun or finished another run since `faults`.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked_directory(self.directory):
+            faults = list(self._differences())
+            if not self.is_written:
+                faults += output_faults(self.output)
+            if faults:
+                self.remove_if_useless()
+                raise BadInput(*faults)
             yield
 
     def begin(self) -> None:
@@ -132,8 +142,15 @@ class RunState:
 
     def progress(self) -> dict[str, Any]:
         """What has been recorded; empty when nothing has."""
-        path = self.directory / _PROGRESS
-        return read_json(path) if path.exists() else {}
+        return self._read(_PROGRESS) if (self.directory / _PROGRESS).exists() else {}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Read a file of the state; raises `BadInput` if it is damaged."""
+        try:
+            return read_json(self.directory / name)
+        except BadInput as bad:
+            remedy = f"restore it to resume the run, or remove {self.directory} to start again"
+            raise BadInput(*(Fault(f.where, f.what, remedy) for f in bad.faults)) from None
 
     def record(self, **finished: Any) -> None:
         """Add to what is finished."""

@@ -128,6 +128,23 @@ def training_sample_faults(section: Distill) -> Iterator[Fault]:
         yield Fault("distill.sources", what, "give more samples, or lower distill.held_out")
 
 
+def trained_on_sources(trained: Distill, judged: Accuracy) -> list[str]:
+    """Return the sources of the gate's samples that a distillation is given too, as a user would
+    name them.
+
+    Synthetic samples differ by their seeds; rows of a file or a dataset do not.
+    """
+    shared = []
+    files = {path.resolve() for source in trained.sources for path in source.files()}
+    names = {getattr(source, "name", None) for source in trained.sources}
+    for source in judged.sources:
+        shared += [str(path) for path in source.files() if path.resolve() in files]
+        name = getattr(source, "name", None)
+        if name is not None and name in names and not source.files():
+            shared.append(name)
+    return shared
+
+
 def _mixed_samples(
     section: Calibrate | Accuracy | Distill, name: str, skipped: Skipped
 ) -> Iterator[Sample]:

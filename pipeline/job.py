@@ -12,7 +12,7 @@ from torch import nn
 from accuracy.agreement import States
 from calibrate.prompts import Prompt
 from calibrate.samples import Skipped
-from checkpoint.faults import raise_if_any
+from checkpoint.faults import raise_if_any, shortened
 from checkpoint.libraries import installed_versions
 from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
@@ -24,6 +24,7 @@ from pipeline.inputs import (
     open_source,
     prompts_of,
     source_digests,
+    trained_on_sources,
     training_sample_faults,
     training_samples,
 )
@@ -36,8 +37,14 @@ from recipes.schema import Recipe
 
 logger = get_logger(__name__)
 
-_NOT_IDENTITY = {"memory", "host_memory_gb", "batch_tokens"}
-"""Fields of `quantize` that change how a run goes, not what comes out."""
+_NOT_IDENTITY = {
+    "quantize": ("memory", "host_memory_gb", "batch_tokens"),
+    "calibrate": ("max_skipped",),
+    "distill": ("max_skipped", "patience", "gradient_checkpointing"),
+}
+"""Fields of the sections that change how a run goes or where it stops, not what comes out: a run
+that was stopped by one of them is resumed with another value.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,9 @@ def _plan_distillation(
     skipped = Skipped(section.max_skipped, repeats=True)
     next(training_samples(section, skipped))  # a source that does not exist is reported now
     raise_if_any(training_sample_faults(section))
+    for name in trained_on_sources(section, recipe.accuracy) if processes.is_first else ():
+        message = "accuracy.sources: %s is trained on as well, so the gate is not held out"
+        logger.warning(message, shortened(name))
     return plan_distillation(
         section,
         lambda: training_samples(section, skipped),
@@ -143,12 +153,11 @@ def _identity(
     """What must be the same for a run to be resumed, by dotted name."""
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
     parts = recipe.model_dump(mode="json", exclude={"output", "device", "serve", "accuracy"})
-    for name in _NOT_IDENTITY:
-        del parts["quantize"][name]
+    for section, names in _NOT_IDENTITY.items():
+        for name in names if parts[section] is not None else ():
+            del parts[section][name]
     accuracy = recipe.accuracy.model_dump(mode="json")
-    parts["accuracy"] = {
-        name: accuracy[name] for name in ("sources", "samples", "seed", "max_skipped")
-    }
+    parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
     parts["source"] = {file.name: file_stamp(file) for file in weights}
     parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)

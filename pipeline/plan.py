@@ -28,6 +28,7 @@ from pipeline.job import Job, Way
 from pipeline.layer_by_layer import LayerByLayer
 from pipeline.layer_state import LAYER_PROGRESS
 from pipeline.whole import WholeModel
+from quantize.distill.checkpoints import checkpoint_faults
 from quantize.distill.dataset import with_answer
 from quantize.distill.plan import DistillationPlan
 
@@ -48,6 +49,11 @@ _LARGEST_BUDGET = 22_000_000_000
 _TIGHT = 0.9
 """Share of a device's memory from which the estimated peak of a training may be too much: peaks
 have been measured within a tenth of the estimate."""
+
+_HOPELESS = 2.0
+"""Share from which a training on packed rows, which are always full, is refused: no estimate has
+been that far off.
+"""
 
 _PROCESS_BYTES = 2_000_000_000
 """Host memory of Python, torch and ModelOpt themselves."""
@@ -116,6 +122,8 @@ def make_plan(job: Job) -> Plan:
             state lies beside it, or the recipe demands a way that it cannot take.
     """
     raise_if_any([*_way_faults(job), *job.state.faults()])
+    if job.distillation is not None and job.state.is_begun and job.processes.is_first:
+        raise_if_any(checkpoint_faults(job.distillation.directory))
     needs = _measure_needs(job)
     available = device_available(job.device)
     layer_by_layer, reason = _choose(job, needs.whole, available)
@@ -129,6 +137,10 @@ def make_plan(job: Job) -> Plan:
     kept = 3 * needs.activations - in_memory if layer_by_layer else 0
     faults = list(_task_faults(job, layer_by_layer, reason))
     faults += _memory_faults(job, needed, available, layer_by_layer)
+    if job.distillation is not None:
+        faults += row_faults(
+            job.distillation.settings.pack_length, job.distillation.peak_bytes, available
+        )
     faults += _disk_faults(job, needs.written + kept)
     raise_if_any(faults)
     layer_bytes = largest_layer(job.checkpoint)
@@ -356,6 +368,20 @@ def tight_lines(peak: int, available: int) -> Iterable[str]:
         return []
     advice = "lower distill.pack_length or distill.max_length, or start more processes"
     return [f"the peak is {share:.0%} of the memory, and may be more than there is: {advice}"]
+
+
+def row_faults(pack_length: int | None, peak: int, available: int) -> Iterator[Fault]:
+    """Yield a fault when packed rows cannot fit a device: they would be filled for hours first.
+
+    Args:
+        pack_length: Tokens of a packed row; None where rows are single samples, which may all be
+            short.
+        peak: The estimate, in bytes.
+        available: Bytes of memory of the device.
+    """
+    if pack_length is not None and peak > _HOPELESS * available:
+        what = f"rows of {pack_length:,} tokens need about {_gb(peak)}, {_gb(available)} are free"
+        yield Fault("distill.pack_length", what, "lower it, or start more processes")
 
 
 def _gb(size: float) -> str:

@@ -130,7 +130,7 @@ def _bounds(metadata: Iterable[Any]) -> list[str]:
         for attribute, sign in _BOUNDS.items():
             limit = getattr(item, attribute, None)
             if limit is not None:
-                found.append(f"{sign} {limit:g}")
+                found.append(f"{sign} {limit:,}" if isinstance(limit, int) else f"{sign} {limit:g}")
     return found
 
 

@@ -12,6 +12,21 @@ from calibrate.sources.source import Source, register_source
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.memory import is_out_of_memory
 
+_ROWS = (
+    ".parquet",
+    ".arrow",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".tar",
+)
+"""How names of files end that hold rows of a local dataset, or say which files do."""
+
 
 @register_source
 class HubSource(Source):
@@ -32,6 +47,21 @@ class HubSource(Source):
     def count(self, samples: int) -> int:
         """Rows by the dataset's metadata, at most `samples`."""
         return count_dataset(self.name, samples, split=self.split, subset=self.subset)
+
+    def files(self) -> list[Path]:
+        """Those of a local directory or file; the Hub's are not known here."""
+        return local_files(Path(self.name))
+
+
+def local_files(path: Path) -> list[Path]:
+    """The files of rows at a path: itself, or those in a folder; empty if there is none."""
+    if path.is_file():
+        return [path]
+    found = []
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix.lower() in _ROWS:
+            found.append(file)
+    return found
 
 
 def read_hub(

@@ -11,10 +11,19 @@ from typing import Any, Literal, TextIO
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.source import Source, register_source
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.reading import json_kind, regular_file_fault
 
 _EXPECTED = "give a JSON Lines file"
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "ZIP",
+}
+"""How compressed files begin."""
 
 
 @register_source
@@ -72,6 +81,7 @@ def open_rows(path: Path) -> Iterator[Iterator[tuple[int, Any]]]:
     if fault is not None:
         reason = fault.what.replace("no such file", "No such file")
         raise BadInput(Fault(str(path), f"cannot be read: {reason}", _EXPECTED))
+    raise_if_any(_encoding_faults(path))
     try:
         # Bytes that are not UTF-8 become surrogates, and only their own line cannot be used.
         # utf-8-sig drops the byte order mark that Windows programs write.
@@ -79,6 +89,17 @@ def open_rows(path: Path) -> Iterator[Iterator[tuple[int, Any]]]:
             yield _rows(file, path)
     except OSError as error:
         raise BadInput(Fault(str(path), f"cannot be read: {error.strerror}", _EXPECTED)) from None
+
+
+def _encoding_faults(path: Path) -> Iterator[Fault]:
+    """Yield a fault when a file is not text in UTF-8 from its first bytes on."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            yield Fault(str(path), f"is compressed with {name}", "decompress it")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        yield Fault(str(path), "is UTF-16 text", "write the file in UTF-8")
 
 
 def count_rows(path: Path, most: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
-from calibrate.sources.hub import count_dataset, dataset_rows
+from calibrate.sources.hub import count_dataset, dataset_rows, local_files
 from calibrate.sources.jsonl import count_rows, open_rows, row_object
 from calibrate.sources.source import Source, register_source
 from checkpoint.faults import BadInput, Fault, shortened
@@ -57,8 +57,8 @@ class LlavaSource(Source):
         return count_rows(self.path, samples)
 
     def files(self) -> list[Path]:
-        """The file itself."""
-        return [self.path]
+        """The file itself, or those of the folder."""
+        return local_files(self.path)
 
     @property
     def _is_dataset(self) -> bool:

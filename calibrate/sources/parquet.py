@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from calibrate.samples import Sample, Skipped
-from calibrate.sources.hub import count_dataset, read_hub
+from calibrate.sources.hub import count_dataset, local_files, read_hub
 from calibrate.sources.source import Source, register_source
 
 
@@ -30,7 +30,5 @@ class ParquetSource(Source):
         return count_dataset(str(self.path), samples, split=self.split)
 
     def files(self) -> list[Path]:
-        """The file, or the Parquet files of the folder."""
-        if self.path.is_dir():
-            return sorted(self.path.rglob("*.parquet"))
-        return [self.path]
+        """The file, or those of the folder."""
+        return local_files(self.path)

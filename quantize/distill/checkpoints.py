@@ -6,21 +6,30 @@ best.safetensors   the weights with the lowest held-out loss so far
 .partial/          the checkpoint that is being written
 
 transformers writes a checkpoint file by file, so it writes into `.partial`. What is whole is then
-renamed: a kill leaves whole checkpoints only.
+renamed: a kill leaves whole checkpoints only. Each lists its files with a hash: transformers would
+go on without the optimizer's state, and without a word, where that file is missing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 
-from checkpoint.atomic import rename_directory, write_json
+from checkpoint.atomic import free_bytes, rename_directory, write_json
 from checkpoint.config import read_json
+from checkpoint.faults import BadInput, Fault
+from checkpoint.files import in_threads
 from quantize.distill.plan import DistillationPlan
 
 WEIGHTS = "trained.safetensors"
@@ -28,6 +37,14 @@ WEIGHTS = "trained.safetensors"
 BEST = "best.safetensors"
 PARTIAL = ".partial"
 _PROGRESS = "progress.json"
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+"""What torch's errors of writing a file mention."""
+
+_PIECES = 1024
+_PIECE_BYTES = 2**16
+"""Of a file larger than all pieces together, only so many are hashed: a checkpoint of the 12B has
+hundreds of gigabytes, and all processes wait meanwhile.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,29 @@ def remove_partial(plan: DistillationPlan) -> None:
     plan.processes.wait()
 
 
+@contextlib.contextmanager
+def disk_errors(directory: Path, needed: int) -> Iterator[None]:
+    """Raise what it is when torch cannot write a file.
+
+    Trap of torch 2.11: `torch.save` raises a `RuntimeError` about positions in its container where
+    the disk is full, and not the system's error.
+
+    Args:
+        directory: Where the body writes.
+        needed: Bytes of a checkpoint: with fewer free, the disk is full.
+
+    Raises:
+        OSError: torch's writer has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _TORCH_WRITER):
+            raise
+        number = errno.ENOSPC if free_bytes(directory) < needed else errno.EIO
+        raise OSError(number, os.strerror(number), str(directory)) from error
+
+
 def finish_checkpoint(plan: DistillationPlan, step: int, progress: Progress) -> None:
     """Complete the checkpoint that transformers has written and give it its name.
 
@@ -82,7 +122,9 @@ def finish_checkpoint(plan: DistillationPlan, step: int, progress: Progress) -> 
     processes = gather_object([{"position": progress.position, "tokens": progress.tokens}])
     if plan.processes.is_first:
         history = list(progress.history.items())
-        write_json(partial / _PROGRESS, {"processes": processes, "history": history})
+        files = _digests(partial)
+        content = {"processes": processes, "history": history, "files": files}
+        write_json(partial / _PROGRESS, content)
         rename_directory(partial, plan.directory / partial.name)
         plan.record(step)
         # Only the newest is read, so a kill may leave older ones in parts.
@@ -97,3 +139,61 @@ def read_progress(checkpoint: Path, process: int) -> Progress:
     own = saved["processes"][process]
     history = {int(step): float(loss) for step, loss in saved["history"]}
     return Progress(own["position"], own["tokens"], history)
+
+
+def checkpoint_faults(directory: Path) -> Iterator[Fault]:
+    """Yield what is wrong with the newest checkpoint in a directory, and with the best weights.
+
+    Args:
+        directory: Of a distillation; without a checkpoint nothing is wrong.
+    """
+    checkpoint = last_checkpoint(directory)
+    if checkpoint is None:
+        return
+    remedy = f"restore it to resume the run, or remove {directory.parent} to start again"
+    progress = checkpoint / _PROGRESS
+    try:
+        written = read_json(progress).get("files")
+    except BadInput as bad:
+        yield from (Fault(fault.where, fault.what, remedy) for fault in bad.faults)
+        return
+    if not isinstance(written, dict):
+        yield Fault(str(progress), "does not list the checkpoint's files", remedy)
+        return
+    found = _digests(checkpoint)
+    for name, digest in written.items():
+        if name not in found:
+            yield Fault(str(checkpoint / name), "is missing", remedy)
+        elif found[name] != digest:
+            yield Fault(str(checkpoint / name), "is not as it was written", remedy)
+    best = directory / BEST
+    try:
+        with safe_open(best, framework="pt"):
+            pass  # its size must be what its header says
+    except (OSError, SafetensorError):
+        yield Fault(str(best), "is missing or cut short", remedy)
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Hashes of a checkpoint's files but the list itself, by their paths in it."""
+    names = []
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path != checkpoint / _PROGRESS:
+            names.append(path.relative_to(checkpoint).as_posix())
+    digests = in_threads(lambda name: _digest(checkpoint / name), names)
+    return dict(zip(names, digests, strict=True))
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's size and content; of a large file's, in pieces from its beginning to its
+    end.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - _PIECE_BYTES)
+    pieces = min(_PIECES, math.ceil(size / _PIECE_BYTES))
+    with path.open("rb") as file:
+        for number in range(pieces):
+            file.seek(last * number // max(1, pieces - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()

@@ -4,7 +4,9 @@ at any position.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +32,9 @@ logger = get_logger(__name__)
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
 
+_MOST_LEFT_OUT = 100_000
+"""Samples in a row that say the same as held-out ones before an endless source is given up."""
+
 Batch = dict[str, Any]
 """One row: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
 tokens, int64 `labels` [1, length] and float32 `weights` [1, length], what each counts in the loss,
@@ -43,14 +48,29 @@ def with_answer(sample: Sample) -> Sample:
     """Return the conversation with the expected answer as its last turn.
 
     A sample without an expected answer, or whose last turn is the assistant's, is returned as it
-    is.
+    is. An empty expected answer, or white space, is none.
     """
-    if sample.answer is None or not sample.messages:
+    if sample.answer is None or not sample.answer.strip() or not sample.messages:
         return sample
     if sample.messages[-1]["role"] == "assistant":
         return sample
     answer = {"role": "assistant", "content": sample.answer}
     return replace(sample, messages=[*sample.messages, answer])
+
+
+def ends_with_nothing(sample: Sample) -> bool:
+    """Whether the last turn is the assistant's and says nothing: a student would learn to be
+    silent.
+    """
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        return False
+    turn = sample.messages[-1]
+    if turn.get("tool_calls") or turn.get("reasoning"):
+        return False
+    parts = turn["content"]
+    if isinstance(parts, str):
+        return not parts.strip()
+    return all(part["type"] == "text" and not part["text"].strip() for part in parts)
 
 
 def batch_of(
@@ -78,10 +98,14 @@ def batch_of(
             an answer counts whole.
 
     Raises:
-        BadInput: The sample cannot be used, as in `calibrate.prompts.build_prompt`.
+        BadInput: The sample cannot be used, as in `calibrate.prompts.build_prompt`, or its answer
+            is empty.
     """
     config = checkpoint.config
     sample = with_answer(sample)
+    if ends_with_nothing(sample):
+        what = "ends with an empty answer, which would teach silence"
+        raise BadInput(Fault(sample.where, what, "remove the sample, or its last turn"))
     limit = min(max_length, config.max_length)
     prompt = build_prompt(sample, config, checkpoint.tokenizer, video, max_length=limit)
     embedded = embed(model, prompt, config)
@@ -176,13 +200,15 @@ def _length(batch: Batch) -> int:
 class TrainingDataset(IterableDataset):
     """Batches in a fixed order, repeated when the samples run out.
 
-    The first `held_out` samples are never trained on.
+    The first `held_out` samples are never trained on, nor are later ones that say the same: the
+    best step would be chosen by what was learnt by heart.
 
     Attributes:
         start: Position of the first sample to use. Those before it are not read, so resuming costs
             nothing.
         skipped: Samples that could not be used, each counted once however often it comes.
-        answered: Whether a sample has an answer, for every one that was trained on.
+        answered: Whether a sample has an answer, for every one that was trained on, by its number
+            in a pass.
     """
 
     def __init__(
@@ -216,7 +242,7 @@ class TrainingDataset(IterableDataset):
         """
         self.start = 0
         self.skipped = skipped
-        self.answered: dict[str, bool] = {}
+        self.answered: dict[int, bool] = {}
         self._samples = samples
         self._embed_sample = embed_sample
         self._rates = list(rates)
@@ -225,7 +251,10 @@ class TrainingDataset(IterableDataset):
         self._processes = processes
         self._step_batches = step_batches
         self._pack_length = pack_length
-        self._bad: set[str] = set()
+        # By number in a pass: rows may have the same id. By rate: a clip may be too long at one of
+        # them only, and a resumed run has not met the others.
+        self._unusable_at: dict[int, set[float]] = {}
+        self._says_what_is_held_out = False
 
     def held_out(self) -> list[Batch]:
         """Return the held-out rows, in which only answers count; the EVS rates take turns.
@@ -236,16 +265,20 @@ class TrainingDataset(IterableDataset):
         batches = []
         unanswered = 0
         for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
-            batch = self._batch(sample, self._rates[number % len(self._rates)])
-            if batch is not None:
-                batches.append(answer_only(batch))
-                unanswered += batch["answer_length"] == 0
+            try:
+                batch = self._embed_sample(sample, self._rates[number % len(self._rates)])
+            except BadInput as bad:
+                self.skipped.add(*bad.faults)
+                continue
+            batches.append(answer_only(batch))
+            unanswered += batch["answer_length"] == 0
         if unanswered:
             message = "%d of %d held-out samples have no answer: they are judged on their prompts"
             logger.warning(message, unanswered, len(batches))
         if not batches:
             what = "hold no usable held-out sample"
-            raise BadInput(Fault("distill.sources", what, "give more samples"))
+            summary = Fault("distill.sources", what, "give more samples, or raise distill.held_out")
+            raise BadInput(summary, *self.skipped.faults)
         return list(packed_rows(longest_first(batches), self._pack_length))
 
     def warn_of_unanswered(self) -> None:
@@ -266,19 +299,19 @@ class TrainingDataset(IterableDataset):
 
     def _in_order(self) -> Iterator[Batch]:
         unusable = 0
-        for position, sample in enumerate(self._repeated()):
+        for position, (number, sample) in enumerate(self._repeated()):
             if position < self.start:
                 continue
             if position % self._processes.count != self._processes.index:
                 continue
             rate = random.Random(f"{self._seed} {position}").choice(self._rates)
-            batch = self._batch(sample, rate)
+            batch = self._batch(number, sample, rate)
             if batch is None:
                 unusable += 1
                 self._check_any_usable(unusable)
             else:
                 unusable = 0
-                self.answered[sample.where] = batch["answer_length"] > 0
+                self.answered[number] = batch["answer_length"] > 0
                 yield batch | {"position": position}
 
     def _check_any_usable(self, unusable: int) -> None:
@@ -286,28 +319,60 @@ class TrainingDataset(IterableDataset):
 
         It gets each sample once in as many passes as there are processes.
         """
-        if unusable > len(self._bad) * self._processes.count:
+        rates = set(self._rates)
+        every_rate = all(tried == rates for tried in self._unusable_at.values())
+        if every_rate and unusable > len(self._unusable_at) * self._processes.count:
             what = "hold no usable sample to train on"
-            raise BadInput(Fault("distill.sources", what, "give more samples"))
+            summary = Fault("distill.sources", what, "give more samples")
+            raise BadInput(summary, *self.skipped.faults)
 
-    def _repeated(self) -> Iterator[Sample]:
+    def _repeated(self) -> Iterator[tuple[int, Sample]]:
+        """Yield the samples to train on with their numbers in a pass, again and again."""
         while True:
             found = False
-            for sample in itertools.islice(self._samples(), self._held_out, None):
-                found = True
-                yield sample
-            if not found:
-                what = f"hold no sample beyond the {self._held_out} held out"
+            left_out = 0
+            held_out: set[bytes] = set()
+            for number, sample in enumerate(self._samples()):
+                if number < self._held_out:
+                    held_out.add(_content(sample))
+                elif held_out and _content(sample) in held_out:
+                    left_out += 1
+                    self._say_what_is_held_out(sample)
+                    if left_out > _MOST_LEFT_OUT:
+                        break
+                else:
+                    found = True
+                    left_out = 0
+                    yield number, sample
+            if not found or left_out > _MOST_LEFT_OUT:
+                beyond = "that says anything but" if left_out else "beyond"
+                what = f"hold no sample {beyond} the {self._held_out} held out"
                 remedy = "give more samples, or lower distill.held_out"
                 raise BadInput(Fault("distill.sources", what, remedy))
 
-    def _batch(self, sample: Sample, rate: float) -> Batch | None:
-        """The batch of a sample; None if the sample cannot be used."""
-        if sample.where in self._bad:
+    def _say_what_is_held_out(self, sample: Sample) -> None:
+        """Log the first sample that is left out because it is held out as well."""
+        if not self._says_what_is_held_out and self._processes.is_first:
+            self._says_what_is_held_out = True
+            message = "%s: says the same as a held-out sample; such samples are not trained on"
+            logger.warning(message, sample.where)
+
+    def _batch(self, number: int, sample: Sample, rate: float) -> Batch | None:
+        """The batch of a sample; None if the sample cannot be used at this rate."""
+        unusable_at = self._unusable_at.get(number, set())
+        if rate in unusable_at:
             return None
         try:
             return self._embed_sample(sample, rate)
         except BadInput as bad:
-            self._bad.add(sample.where)
-            self.skipped.add(*bad.faults)
+            self._unusable_at[number] = unusable_at | {rate}
+            if not unusable_at:
+                self.skipped.add(*bad.faults)
             return None
+
+
+def _content(sample: Sample) -> bytes:
+    """A hash of all that is learnt from a sample: its id and its source do not count."""
+    parts = [with_answer(sample).messages, sample.tools]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

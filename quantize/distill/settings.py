@@ -13,6 +13,12 @@ from checkpoint.video import PruningRate
 _SHORT_SAMPLE = 64
 """Tokens of a short sample: packed rows that need more samples than this allows begin again."""
 
+_MOST_STEPS = 10**7
+_MOST_ROWS = 10**6
+_MOST_TOKENS = 2**24
+_MOST_HELD_OUT = 10**6
+"""Far beyond any training; the samples of a pass, of which these are factors, fit 64 bits."""
+
 
 class Distill(Section):
     """Distillation of the quantized model from BF16; the defaults are the published run of the 12B.
@@ -25,12 +31,12 @@ class Distill(Section):
     """Where training samples come from. The last turn should be the assistant's: answers count."""
     loss: Literal["kl", "cross_entropy"] = "kl"
     """`kl`: BF16's next-token distributions. `cross_entropy`: the samples' own tokens (QAT)."""
-    steps: Annotated[int, Field(ge=1)] = 240
+    steps: Annotated[int, Field(ge=1, le=_MOST_STEPS)] = 240
     """Optimizer steps."""
-    batch: Annotated[int, Field(ge=1)] = 128
+    batch: Annotated[int, Field(ge=1, le=_MOST_ROWS)] = 128
     """Rows per step over all processes; they run one by one and are accumulated. A row is one
     sample unless `pack_length` is given."""
-    pack_length: Annotated[int, Field(ge=16)] | None = None
+    pack_length: Annotated[int, Field(ge=16, le=_MOST_TOKENS)] | None = None
     """Tokens of a row that is filled with whole samples, which do not see each other. At least
     `max_length`."""
     prompt_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -49,9 +55,10 @@ class Distill(Section):
     max_length: Annotated[int, Field(ge=16)] = 16384
     """Longest sample in tokens after EVS; longer ones are skipped and counted."""
     max_skipped: Annotated[int, Field(ge=0)] = 0
-    """Bad samples to skip before the run stops."""
-    held_out: Annotated[int, Field(ge=1)] = 32
-    """Samples kept apart; the best step is chosen by the loss of their answers."""
+    """Bad samples to skip before the run stops; it is resumed with a larger number."""
+    held_out: Annotated[int, Field(ge=1, le=_MOST_HELD_OUT)] = 32
+    """Samples kept apart, with all that say the same; the best step is chosen by the loss of their
+    answers."""
     save_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two checkpoints, each with an evaluation."""
     patience: Annotated[int, Field(ge=1)] = 4

@@ -35,6 +35,7 @@ from quantize.distill.checkpoints import (
     PARTIAL,
     WEIGHTS,
     Progress,
+    disk_errors,
     finish_checkpoint,
     last_checkpoint,
     read_progress,
@@ -52,6 +53,9 @@ from quantize.modelopt_output import printed_to_log
 _ADVICE = (
     "lower distill.learning_rate first, tenfold; "
     "2e-6 is right for the 12B, 2e-5 ends below PTQ there"
+)
+_ADVICE_AT_START = (
+    "no weight has changed yet: look at the samples, and at what PTQ alone gives with distill=null"
 )
 
 
@@ -77,6 +81,8 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
     (benchmarks/results/training_12b_h200.json).
     """
     settings = plan.settings
+    # The first step of a warm-up has the rate 0: of a single step, nothing would be left.
+    warmup_steps = min(round(settings.warmup * settings.steps), settings.steps - 1)
     return DistillationArguments(
         output_dir=str(plan.directory / PARTIAL),
         max_steps=settings.steps,
@@ -87,7 +93,7 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
         adam_beta1=0.9,
         adam_beta2=0.999,
         lr_scheduler_type="cosine",
-        warmup_steps=round(settings.warmup * settings.steps),
+        warmup_steps=warmup_steps,
         gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
         logging_steps=1,
@@ -256,8 +262,13 @@ class DistillationTrainer(QADTrainer):
             self._teacher = teacher.to(self.args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Train as transformers does; QATTrainer only adds a message that does not hold here."""
-        return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
+        """Train as transformers does; QATTrainer only adds a message that does not hold here.
+
+        Raises:
+            OSError: A checkpoint cannot be written.
+        """
+        with disk_errors(self._plan.directory, self._plan.state_bytes):
+            return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
@@ -276,7 +287,7 @@ class DistillationTrainer(QADTrainer):
             loss = super().training_step(model, given, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             what = f"the loss is {float(loss)} after {self.state.global_step} steps"
-            raise BadInput(Fault("distill", what, _ADVICE))
+            raise BadInput(Fault("distill", what, self._advice()))
         self._next_position = inputs["next_position"]
         self.tokens += inputs["labels"].numel()
         return loss
@@ -329,11 +340,16 @@ class DistillationTrainer(QADTrainer):
         recent = later[-self._plan.settings.patience :]
         newest = later[-1] if later else start
         if not math.isfinite(newest):
-            raise BadInput(Fault("distill", f"held-out {self.loss_name} is {newest}", _ADVICE))
+            what = f"held-out {self.loss_name} is {newest} after {self.state.global_step} steps"
+            raise BadInput(Fault("distill", what, self._advice()))
         if len(recent) == self._plan.settings.patience and min(recent) > start:
             what = f"held-out {self.loss_name} has been above PTQ's {start:.5f} nats"
             what += f" {len(recent)} times in a row, now {newest:.5f}"
             raise BadInput(Fault("distill", what, _ADVICE))
+
+    def _advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        return _ADVICE if self.state.global_step else _ADVICE_AT_START
 
     # Checkpoints.
 

@@ -56,7 +56,8 @@ class Distilled:
     """What came of a distillation.
 
     Attributes:
-        trained: Names of the tensors that are no longer the source's.
+        trained: Names of the tensors that have trained. A step may be too small to leave a trace in
+            BF16, so some may be the source's still.
         loss: What was learnt, and by what the best step was chosen: `KL` from BF16, or
             `cross-entropy`.
         steps: Optimizer steps made.
@@ -65,7 +66,8 @@ class Distilled:
         tokens: Tokens trained on by this process, visual ones included.
         held_out: (step, mean loss in nats per token) of the held-out samples' answers; step 0 is
             the PTQ model.
-        losses: (step, mean loss in nats per token) of the training samples.
+        losses: (step, loss in nats) of the training samples: that of each token times its weight,
+            divided by their number. With a prompt weight below 1 it is smaller than a mean.
     """
 
     trained: tuple[str, ...]

@@ -1,6 +1,9 @@
 """A source of samples is one class: registered, named in a recipe, and read by the flow."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,13 +11,21 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from accuracy.settings import Accuracy
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample, Skipped
+from calibrate.sources.hub import HubSource
 from calibrate.sources.jsonl import JsonlSource
 from calibrate.sources.source import Source, known_sources, register_source, unregister_source
 from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
-from pipeline.inputs import available_samples, prompts_of, source_digests
+from pipeline.inputs import (
+    available_samples,
+    prompts_of,
+    source_digests,
+    trained_on_sources,
+)
+from quantize.distill.settings import Distill
 from recipes.loading import SHIPPED, load_recipe
 
 
@@ -259,6 +270,54 @@ def test_a_run_remembers_the_content_of_its_files(countdown, tmp_path):
     assert list(before) == [str(tmp_path / "numbers")]
     (tmp_path / "numbers").write_text("9 8 6")
     assert source_digests(loaded) != before
+
+
+@pytest.mark.parametrize("source", ["hub, name", "parquet, path", "llava, path"])
+def test_a_run_remembers_the_content_of_a_folder(tmp_path, source):
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.jsonl").write_text('{"messages": []}')
+    (folder / "picture.png").write_bytes(b"of a row")
+    loaded = recipe(f"{{type: {source}: {folder}}}")
+    before = source_digests(loaded)
+    assert str(folder / "data" / "train.jsonl") in before
+    (folder / "data" / "train.jsonl").write_text('{"messages": [1]}')
+    changed = source_digests(loaded)
+    assert changed != before
+    (folder / "more.parquet").write_bytes(b"rows")
+    assert source_digests(loaded) != changed
+    assert not HubSource(type="hub", name="ORG/DATASET").files()
+
+
+def test_what_is_trained_on_and_judged_by_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    mine = [{"type": "jsonl", "path": tmp_path / "a.jsonl"}, {"type": "hub", "name": "ORG/SET"}]
+    trained = Distill(sources=[{"type": "synthetic"}, *mine])
+    other = [{"type": "synthetic"}, {"type": "jsonl", "path": "b.jsonl"}]
+    same = [{"type": "jsonl", "path": "a.jsonl"}, {"type": "hub", "name": "ORG/SET"}]
+    assert trained_on_sources(trained, Accuracy(sources=other)) == []
+    assert trained_on_sources(trained, Accuracy(sources=same)) == ["a.jsonl", "ORG/SET"]
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (gzip.compress(b"{}"), "is compressed with gzip (decompress it)"),
+        (bz2.compress(b"{}"), "is compressed with bzip2 (decompress it)"),
+        (lzma.compress(b"{}"), "is compressed with xz (decompress it)"),
+        (bytes.fromhex("28b52ffd"), "is compressed with Zstandard (decompress it)"),
+        (b"PK\x03\x04", "is compressed with ZIP (decompress it)"),
+        ("{}".encode("utf-16"), "is UTF-16 text (write the file in UTF-8)"),
+    ],
+    ids=["gzip", "bzip2", "xz", "zstandard", "zip", "utf-16"],
+)
+def test_a_file_that_is_no_text_in_utf_8_says_what_it_is(tmp_path, start, what):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start)
+    with pytest.raises(BadInput) as caught:
+        next(JsonlSource(type="jsonl", path=path).read(1, 0, Skipped(limit=9)))
+    assert str(caught.value) == f"{path}: {what}"
 
 
 def test_an_unknown_type_names_the_nearest(countdown):

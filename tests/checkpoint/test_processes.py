@@ -38,6 +38,22 @@ seen["left"] = not dist.is_initialized()
 """
 
 
+FAULTY = """
+from checkpoint.faults import BadInput, Fault, main
+from checkpoint.processes import joined_processes
+
+def run():
+    with joined_processes("cpu") as processes:
+        processes.wait()
+        if not processes.is_first:
+            raise BadInput(Fault("its sample", "is bad"))
+        processes.wait()
+    return 0
+
+main(run)
+"""
+
+
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
@@ -68,17 +84,31 @@ def test_the_launchers_numbers_are_read(monkeypatch):
     assert local_gpu() == 3
 
 
-def test_two_processes_under_torchrun_wait_for_each_other_and_agree(tmp_path):
-    script = tmp_path / "share.py"
-    script.write_text(SHARE)
+def launch_two(tmp_path, text):
+    """Run a script in two processes of torchrun."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *launcher, script, tmp_path],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_bad_input_of_one_process_is_a_sentence_and_no_traceback_of_the_other(tmp_path):
+    done = launch_two(tmp_path, FAULTY)
+    assert done.returncode == 1  # torchrun's own
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "error: its sample: is bad" in lines
+    assert "[rank0]" not in done.stderr
+    assert "script.py" not in done.stderr.partition("torch/distributed/run.py")[0]
+
+
+def test_two_processes_under_torchrun_wait_for_each_other_and_agree(tmp_path):
+    done = launch_two(tmp_path, SHARE)
     assert done.returncode == 0, done.stderr[-3000:]
     for index in range(2):
         assert json.loads((tmp_path / f"{index}.json").read_text()) == {

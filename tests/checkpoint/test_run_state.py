@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from checkpoint.config import read_json
+from checkpoint.faults import BadInput
 from checkpoint.run_state import RunState, file_digest, file_stamp, identity_of
 
 IDENTITY = {"quantize.algorithm": "max", "calibrate.seed": 0}
@@ -193,3 +194,32 @@ def test_a_file_is_stamped_by_size_and_time_and_digested_by_content(tmp_path):
     path.write_text("content")
     assert file_stamp(path) == [7, path.stat().st_mtime_ns]
     assert file_digest(path) == hashlib.sha256(b"content").hexdigest()
+
+
+def test_what_another_run_has_done_since_the_check_is_seen_under_the_lock(state):
+    assert faults(state) == ""
+    other = RunState(state.output, {"quantize.algorithm": "max", "calibrate.seed": 7})
+    with other.locked():
+        other.begin()
+        other.record(distilled=20)
+    with pytest.raises(BadInput, match=r"calibrate\.seed: was 7 when"), state.locked():
+        pass
+    assert other.progress() == {"distilled": 20}
+    other.remove()
+    state.output.mkdir()
+    with pytest.raises(BadInput, match="out: exists already"), state.locked():
+        pass
+    assert not state.directory.exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "progress.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_state_says_how_to_start_again(state, name, content):
+    state.begin()
+    state.record(distilled=20)
+    (state.directory / name).write_text(content)
+    remedy = f"restore it to resume the run, or remove {state.directory} to start again"
+    with pytest.raises(BadInput) as caught:
+        faults(state)
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.remedy) == (str(state.directory / name), remedy)

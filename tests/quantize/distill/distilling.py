@@ -3,6 +3,7 @@ quantized model.
 """
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 
@@ -68,9 +69,22 @@ def texts():
 
 
 def mixture():
-    """Held out: a text and a picture. Trained on: a clip, a text, and what is held out."""
+    """Held out: a text and a picture. Trained on: a clip, a text, and nearly what is held out."""
     held_out = [text_sample(0), draw("chart", 5, 0)]
-    return iter([*held_out, draw("video_static", 5, 2), text_sample(1), *held_out])
+    near = map(with_a_blank, held_out)
+    return iter([*held_out, draw("video_static", 5, 2), text_sample(1), *near])
+
+
+def with_a_blank(sample):
+    """The same sample, of which a blank before the question makes another one."""
+    messages = copy.deepcopy(sample.messages)
+    content = messages[-1]["content"]
+    if isinstance(content, str):
+        messages[-1]["content"] = f" {content}"
+    else:
+        text = next(part for part in content if part["type"] == "text")
+        text["text"] = f" {text['text']}"
+    return dataclasses.replace(sample, messages=messages)
 
 
 def ignore(step: int) -> None:

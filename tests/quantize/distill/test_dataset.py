@@ -22,6 +22,7 @@ from quantize.distill.dataset import (
     TrainingDataset,
     answer_only,
     batch_of,
+    ends_with_nothing,
     with_answer,
 )
 from tests.quantize.distill.distilling import VIDEO, text_sample
@@ -39,10 +40,14 @@ def model(checkpoint):
     return load_model(checkpoint)
 
 
+def numbered(number, content=None, **fields):
+    """A sample that says its number, or something else."""
+    text = f"Say {number}." if content is None else content
+    return Sample(str(number), [{"role": "user", "content": text}], "test", **fields)
+
+
 def five():
-    return iter(
-        [Sample(str(number), [{"role": "user", "content": "x"}], "test") for number in range(5)]
-    )
+    return map(numbered, range(5))
 
 
 def named(sample, rate):
@@ -196,10 +201,91 @@ def test_samples_without_an_answer_are_counted_and_said(caplog):
 @pytest.mark.parametrize("processes", [Processes(), SECOND, Processes(2, 3)])
 def test_when_every_sample_is_bad_the_run_stops_instead_of_looking_for_ever(processes):
     hopeless = dataset(embed=bad("2", "3", "4"), max_skipped=9, processes=processes)
-    with pytest.raises(BadInput, match="hold no usable sample to train on"):
+    with pytest.raises(BadInput, match=r"hold no usable sample to train on.*\n.*is bad"):
         taken(hopeless, 1)
-    with pytest.raises(BadInput, match="hold no usable held-out sample"):
+    with pytest.raises(BadInput, match=r"hold no usable held-out sample.*\n.*is bad"):
         dataset(embed=bad("0", "1"), max_skipped=9).held_out()
+
+
+def test_a_bad_sample_takes_no_other_of_the_same_id_with_it():
+    """Rows of a picture often have the picture's id."""
+    rows = [numbered(1, "held out"), numbered(1, "long"), numbered(1, "a"), numbered(1, "b")]
+
+    def embed(sample, rate):
+        text = sample.messages[0]["content"]
+        if text == "long":
+            raise BadInput(Fault(sample.where, "is too long"))
+        return named(sample, rate) | {"name": text}
+
+    lenient = dataset(lambda: iter(rows), embed, held_out=1, max_skipped=1)
+    assert names(lenient, 4) == "abab"
+    assert len(lenient.answered) == 2
+
+
+def test_a_resumed_run_takes_a_sample_that_was_too_long_at_another_rate():
+    """A clip has fewer tokens at a higher rate. What an earlier position has drawn is not known
+    to a run that begins behind it.
+    """
+
+    def embed(sample, rate):
+        if sample.id == "3" and rate == 0.0:
+            raise BadInput(Fault(sample.where, f"is too long at {rate}"))
+        return named(sample, rate)
+
+    def course(start):
+        part = dataset(embed=embed, rates=(0.0, 0.9), max_skipped=1)
+        part.start = start
+        return taken(part, 60 - start)
+
+    whole = course(0)
+    used = [position for position, name in whole if name == "3"]
+    assert 0 < len(used) < 20
+    assert course(10) == [taken for taken in whole if taken[0] >= 10][: 60 - 10]
+
+
+def test_every_rate_is_tried_before_the_samples_are_given_up():
+    def embed(sample, rate):
+        if rate < 0.9:
+            raise BadInput(Fault(sample.where, "is too long"))
+        return named(sample, rate)
+
+    long = dataset(embed=embed, rates=(0.0, 0.1, 0.2, 0.9), max_skipped=4, held_out=1)
+    assert len(taken(long, 20)) == 20
+    assert long.skipped.samples == 4
+
+
+def test_what_is_held_out_is_not_trained_on_in_other_rows_either(caplog):
+    """The best step would be chosen by samples that were learnt by heart."""
+    rows = [
+        numbered(0, "one", answer="1"),
+        numbered(1, "two", answer="2"),
+        numbered(2, "three", answer="3"),
+        numbered(3, "one", answer="1"),
+        numbered(4, "one", answer="another"),
+        replace(with_answer(numbered(5, "two", answer="2")), answer=None),
+    ]
+    with caplog.at_level("WARNING", logger="hybridquant"):
+        assert names(dataset(lambda: iter(rows)), 4) == "2424"
+    (message,) = caplog.messages
+    assert message.startswith("test: sample 3: says the same as a held-out sample")
+    copies = [*rows[:2], rows[3], rows[3]]
+    with pytest.raises(BadInput, match="no sample that says anything but the 2 held out"):
+        next(iter(dataset(lambda: iter(copies))))
+
+
+def test_an_endless_source_of_what_is_held_out_is_given_up(monkeypatch):
+    monkeypatch.setattr("quantize.distill.dataset._MOST_LEFT_OUT", 5)
+    rows = [numbered(0, "one"), numbered(1, "two")]
+
+    def endless():
+        yield from [*rows, numbered(2, "three"), *rows, *rows]
+        yield from [numbered(3, "four")]
+        yield from itertools.cycle(rows)
+
+    given_up = iter(dataset(endless))
+    assert [next(given_up)["name"] for _ in range(2)] == ["2", "3"]
+    with pytest.raises(BadInput, match="no sample that says anything but the 2 held out"):
+        next(given_up)
 
 
 def test_too_few_samples_are_refused_instead_of_waited_for():
@@ -250,3 +336,28 @@ def test_the_answer_becomes_the_assistants_turn_once():
     sample = with_answer(text_sample(1))
     assert sample.messages[-1] == {"role": "assistant", "content": "Answer 1."}
     assert with_answer(sample) == sample
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n\t"])
+def test_an_empty_expected_answer_is_none(model, checkpoint, answer):
+    sample = replace(text_sample(1), answer=answer)
+    assert with_answer(sample) == sample
+    assert batch_of(model, sample, checkpoint, VIDEO, 4096)["answer_length"] == 0
+
+
+@pytest.mark.parametrize("content", ["", " \n", [{"type": "text", "text": " "}]])
+def test_a_turn_of_the_assistant_that_says_nothing_is_refused(model, checkpoint, content):
+    messages = [*text_sample(1).messages, {"role": "assistant", "content": content}]
+    with pytest.raises(BadInput, match="sample 1: ends with an empty answer"):
+        batch_of(model, Sample("1", messages, "test"), checkpoint, VIDEO, 4096)
+    called = messages[-1] | {"tool_calls": [{"function": {"name": "f"}}]}
+    assert not ends_with_nothing(Sample("1", [*messages[:-1], called], "test"))
+
+
+def test_an_answer_of_one_token_counts(model, checkpoint):
+    sample = replace(text_sample(1), answer="7")
+    batch = batch_of(model, sample, checkpoint, VIDEO, 4096, prompt_weight=0.0)
+    counted = batch["weights"][0].nonzero().flatten()
+    text = checkpoint.tokenizer.decode(batch["labels"][0, counted])
+    assert text.removeprefix("</think>") == "7\n<SPECIAL_12>\n"
+    assert len(counted) == batch["answer_length"]

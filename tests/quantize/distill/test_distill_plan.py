@@ -9,14 +9,19 @@ from checkpoint.faults import BadInput
 from checkpoint.layout import expected_tensors, select_prefix, spec_bytes
 from checkpoint.opened import Checkpoint
 from checkpoint.processes import Processes
+from pipeline.plan import row_faults
 from quantize.distill.plan import (
     activation_bytes,
     gathered_bytes,
     state_bytes,
     training_bytes,
 )
+from quantize.distill.settings import Distill
+from recipes.loading import SHIPPED, load_recipe
 from tests.quantize.distill.distilling import Small, one_thread, small_plan  # noqa: F401
 from tiny.checkpoint import write_tiny
+
+RECIPE = SHIPPED / "tiny/nvfp4_qad.yaml"
 
 
 def test_faults_of_the_plan_are_reported_together(tiny, tmp_path, monkeypatch):
@@ -48,6 +53,25 @@ def test_a_disk_too_small_ends_the_run_before_training_with_the_figures(
     with pytest.raises(BadInput, match=what):
         small_plan(tiny, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["steps", "batch", "pack_length", "held_out"])
+def test_a_number_far_beyond_any_training_is_refused_in_the_recipe(field):
+    """The samples of a pass, their product, fit the 64 bits that libraries count with."""
+    with pytest.raises(BadInput, match=rf"distill\.{field}: is {2**63 - 1}: should be less than"):
+        load_recipe(RECIPE, [f"distill.{field}={2**63 - 1}"])
+    largest = Distill(steps=10**7, batch=10**6, pack_length=2**24, held_out=10**6)
+    assert largest.samples < 2**63
+
+
+def test_packed_rows_that_cannot_fit_are_refused_and_single_samples_may_be_short():
+    (fault,) = row_faults(2**24, peak=21 * 10**9, available=10 * 10**9)
+    assert str(fault) == (
+        "distill.pack_length: rows of 16,777,216 tokens need about 21 GB, 10 GB are free "
+        "(lower it, or start more processes)"
+    )
+    assert not list(row_faults(None, 21 * 10**9, 10 * 10**9))
+    assert not list(row_faults(2**24, 19 * 10**9, 10 * 10**9))
 
 
 def test_what_an_earlier_run_has_left_counts_as_free(tiny, tmp_path, monkeypatch):

@@ -17,9 +17,10 @@ import torch
 
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
-from checkpoint.opened import open_bf16
+from checkpoint.opened import open_bf16, open_checkpoint
 from checkpoint.run_state import RunState
 from export.checks import trained_tensors, unchecked_parts
+from export.load import load_exported
 from export.manifest import read_manifest
 from export.verify import verify
 from pipeline.run import run
@@ -200,6 +201,137 @@ def test_a_run_interrupted_before_its_first_checkpoint_leaves_nothing(tiny, tmp_
     with pytest.raises(KeyboardInterrupt):
         load_and_run(tiny, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def killed(one_thread, tiny, tmp_path_factory):  # noqa: F811
+    """The state of a run that was killed behind its first checkpoint."""
+    directory = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_behind_first_checkpoint(patch)
+        with pytest.raises(KeyboardInterrupt):
+            load_and_run(tiny, directory / "out")
+    return directory / ".out.run"
+
+
+@pytest.fixture
+def state(killed, tmp_path):
+    """A copy of it beside `tmp_path / "out"`."""
+    return shutil.copytree(killed, tmp_path / ".out.run")
+
+
+CHECKPOINT = "distill/checkpoint-1"
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        *((f"{CHECKPOINT}/{file}", Path.unlink, "is missing") for file in (
+            "trained.safetensors",
+            "optimizer.pt",  # transformers goes on without them
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+        )),
+        (f"{CHECKPOINT}/trained.safetensors", cut_short, "is not as it was written"),
+        (f"{CHECKPOINT}/optimizer.pt", cut_short, "is not as it was written"),
+        (f"{CHECKPOINT}/optimizer.pt", garble, "is not as it was written"),
+        (f"{CHECKPOINT}/trainer_state.json", cut_short, "is not as it was written"),
+        (f"{CHECKPOINT}/progress.json", cut_short, "cannot be read as JSON"),
+        (f"{CHECKPOINT}/progress.json", Path.unlink, "no such file"),
+        ("distill/best.safetensors", cut_short, "is missing or cut short"),
+        ("distill/best.safetensors", Path.unlink, "is missing or cut short"),
+        ("progress.json", cut_short, "cannot be read as JSON"),
+        ("run.json", cut_short, "cannot be read as JSON"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_before_the_weights_are_loaded(
+    tiny, state, tmp_path, monkeypatch, name, damage, what
+):
+    monkeypatch.setattr("pipeline.whole.load_model", None)
+    damage(state / name)
+    with pytest.raises(BadInput) as caught:
+        load_and_run(tiny, tmp_path / "out")
+    (fault,) = caught.value.faults
+    assert fault.where == str(state / name)
+    assert what in fault.what
+    assert fault.remedy == f"restore it to resume the run, or remove {state} to start again"
+
+
+def test_what_may_have_stopped_a_run_may_be_changed_to_resume_it(
+    tiny, uninterrupted, state, tmp_path
+):
+    """A sample that cannot be used, memory and patience stop a run after hours."""
+    changed = ["distill.max_skipped=3", "distill.gradient_checkpointing=true"]
+    changed += ["distill.patience=9", "calibrate.max_skipped=1", "accuracy.max_skipped=1"]
+    assert load_and_run(tiny, tmp_path / "out", *changed) in (0, 1)
+    assert_same_tensors(tmp_path / "out", uninterrupted)
+
+
+def test_a_run_that_gains_nothing_exports_what_ptq_would(tiny, tmp_path):
+    wild = ["distill.learning_rate=10", "distill.patience=9", "quantize.layers=[{format: nvfp4}]"]
+    load_and_run(tiny, tmp_path / "distilled", *wild)
+    course = read_manifest(tmp_path / "distilled").distillation
+    assert course["best_step"] == 0
+    assert course["trained"] == []
+    assert len(course["held_out"]) == 5
+    given = [text for text in overrides(tiny, tmp_path / "ptq") if "distill." not in text]
+    given = [text for text in given if not text.startswith("quantize.layers")]
+    run(load_recipe(RECIPE, [*given, "distill=null", "quantize.layers=[{format: nvfp4}]"]))
+    assert_same_tensors(tmp_path / "distilled", tmp_path / "ptq")
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_of_its_own_trains_apart_where_the_config_ties_it(tiny_copy, tmp_path, equal):
+    """vLLM reads both tensors and ignores `tie_word_embeddings`, and so do loading and training."""
+    head = "language_model.lm_head.weight"
+    embeddings = "language_model.backbone.embeddings.weight"
+    edit_json(tiny_copy / "config.json", tie_words)
+    if equal:
+        edit_tensors(tiny_copy, lambda tensors: tensors[head].copy_(tensors[embeddings]))
+    output = tmp_path / "out"
+    nvfp4 = ["quantize.layers=[{format: nvfp4}]", "distill.steps=2"]
+    assert load_and_run(tiny_copy, output, *nvfp4) in (0, 1)
+    source, written = TensorFiles(tiny_copy), TensorFiles(output)
+    assert read_manifest(output).distillation["best_step"] > 0
+    assert is_changed(source, written, head)
+    assert is_changed(source, written, embeddings)
+    assert not torch.equal(written.read(head), written.read(embeddings))
+    assert verify(output, tiny_copy) == []
+    loaded = load_exported(open_checkpoint(output)).language_model
+    assert torch.equal(loaded.lm_head.weight, written.read(head))
+    assert torch.equal(loaded.get_input_embeddings().weight, written.read(embeddings))
+
+
+def tie_words(config):
+    config["llm_config"]["tie_word_embeddings"] = True
+
+
+def test_what_does_not_train_is_exported_as_it_was(tiny, tmp_path):
+    output = tmp_path / "out"
+    some = ["distill.train=down_proj", "distill.learning_rate=1e-3", "distill.steps=1"]
+    assert load_and_run(tiny, output, *some) in (0, 1)
+    trained = set(read_manifest(output).distillation["trained"])
+    assert trained == {name for name in TensorFiles(tiny) if name.endswith("down_proj.weight")}
+    plain = [text for text in overrides(tiny, tmp_path / "ptq") if "distill." not in text]
+    run(load_recipe(RECIPE, [*plain, "distill=null"]))
+    ptq, written = TensorFiles(tmp_path / "ptq"), TensorFiles(output)
+    differing = set()
+    for name in ptq:
+        if not torch.equal(raw_bytes(ptq.read(name)), raw_bytes(written.read(name))):
+            differing.add(name)
+    assert trained <= differing
+    assert {name.replace("_scale", "") for name in differing} == trained
 
 
 def is_changed(source, written, name):

@@ -9,7 +9,14 @@ import torch
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.faults import BadInput
-from quantize.distill.dataset import IGNORE, TrainingDataset, batch_of, packed_rows, row_of
+from quantize.distill.dataset import (
+    IGNORE,
+    TrainingDataset,
+    answer_only,
+    batch_of,
+    packed_rows,
+    row_of,
+)
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed, groups_of_similar, kept_apart
 from quantize.distill.student import own_embeddings, trainable
@@ -30,7 +37,14 @@ def small(tiny, tmp_path_factory):
     return Small(tiny, tmp_path_factory.mktemp("packing"), noise=0.3)
 
 
-def loss_and_gradients(small, rows):
+def media_samples():
+    """Pictures and clips between texts, and a sample without an answer."""
+    question = Sample("question", text_sample(7).messages, "test")
+    kinds = ["video_static", "images", "video_event"]
+    return [text_sample(3), *(draw(kind, 5, 1) for kind in kinds), question, text_sample(5)]
+
+
+def loss_and_gradients(small, rows, is_taught=True):
     """Sum of the loss over the rows, in nats, and the gradients of all that trains, by name."""
     student = small.student
     total = 0.0
@@ -38,8 +52,10 @@ def loss_and_gradients(small, rows):
         for row in rows:
             embeds = row["inputs_embeds"]
             packed = Packed(row["lengths"]) if len(row["lengths"]) > 1 else None
-            with torch.no_grad():
-                theirs = hidden_states(small.teacher, embeds, packed)
+            theirs = None
+            if is_taught:
+                with torch.no_grad():
+                    theirs = hidden_states(small.teacher, embeds, packed)
 
             def loss_of(ours, theirs=theirs, row=row):
                 head = small.teacher.lm_head.weight
@@ -81,6 +97,26 @@ def test_a_row_has_the_loss_and_the_gradients_of_its_samples(small):
     leaked, wrong = loss_and_gradients(small, [crossing])
     assert abs(leaked - apart) > 10 * abs(together - apart)
     assert largest_difference(wrong, own) > 0.2
+
+
+@pytest.mark.parametrize("is_taught", [True, False])
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.1, 1.0])
+def test_a_row_of_texts_pictures_and_clips_has_the_loss_of_its_samples(
+    small, is_taught, prompt_weight
+):
+    batches = []
+    for sample in media_samples():
+        options = {"max_length": 4096, "prompt_weight": prompt_weight}
+        batches.append(batch_of(small.model, sample, small.checkpoint, VIDEO, **options))
+    apart, own = loss_and_gradients(small, batches, is_taught)
+    together, packed = loss_and_gradients(small, [row_of(batches)], is_taught)
+    assert together == pytest.approx(apart, rel=2e-3)
+    assert largest_difference(packed, own) < 0.05
+    # Held out, answers count alone, and a question without an answer whole.
+    held_out = [answer_only(batch) for batch in batches]
+    apart, _ = loss_and_gradients(small, held_out, is_taught)
+    together, _ = loss_and_gradients(small, [row_of(held_out)], is_taught)
+    assert together == pytest.approx(apart, rel=2e-3)
 
 
 def test_samples_of_similar_length_are_computed_together_and_little_is_padded():
@@ -126,10 +162,10 @@ def test_rows_are_filled_with_whole_samples_in_their_order():
 
 
 def packed_dataset(**options):
-    samples = [Sample(str(number), [], "test") for number in range(7)]
+    samples = [text_sample(number) for number in range(7)]
 
     def embed(sample, rate):
-        return sample_of(2 + int(sample.id) % 3)
+        return sample_of(2 + int(sample.id.removeprefix("text-")) % 3)
 
     skipped = Skipped(0)
     defaults = {"rates": (0.0,), "held_out": 1, "seed": 0, "skipped": skipped, "pack_length": 6}

@@ -1,15 +1,23 @@
 """The trainer: its schedule, what it resumes with, and what it leaves of the libraries."""
 
+import errno
 import logging
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel, TrainingArguments, modeling_utils
 
 from checkpoint.native import load_model
-from quantize.distill.trainer import DistillationArguments, DistillationTrainer
-from tests.quantize.distill.distilling import Small, one_thread  # noqa: F401
+from quantize.distill import checkpoints
+from quantize.distill.trainer import (
+    DistillationArguments,
+    DistillationTrainer,
+    training_arguments,
+)
+from tests.quantize.distill.distilling import Small, one_thread, small_plan  # noqa: F401
 
 
 def test_the_schedule_is_adamws_with_a_warm_up_and_a_cosine_and_evaluations_as_far_apart_as_given(
@@ -38,6 +46,34 @@ def test_the_schedule_is_adamws_with_a_warm_up_and_a_cosine_and_evaluations_as_f
     assert [number for number, _ in result.held_out] == [0, 3, 6]
 
 
+@pytest.mark.parametrize(("steps", "warmup", "expected"), [(1, 0.99, 0), (1, 0, 0), (4, 0.99, 3)])
+def test_a_warm_up_leaves_steps_to_train_in(tiny, tmp_path, steps, warmup, expected):
+    """The first step of a warm-up has the rate 0."""
+    plan = small_plan(tiny, tmp_path, steps=steps, warmup=warmup)
+    assert training_arguments(plan).warmup_steps == expected
+
+
+def fill(*_, **__):
+    """Write as torch does to a disk that is full."""
+    with Path("/dev/full").open("wb") as file:
+        torch.save(torch.zeros(10_000), file.name)
+
+
+@pytest.mark.parametrize(("free", "number"), [(0, errno.ENOSPC), (10**12, errno.EIO)])
+def test_a_checkpoint_that_torch_cannot_write_is_an_error_of_the_system(
+    tiny, tmp_path, monkeypatch, free, number
+):
+    """torch.save raises "unexpected pos 64 vs 0" on a full disk."""
+    with pytest.raises(RuntimeError, match=r"unexpected pos|PytorchStreamWriter"):
+        fill()
+    monkeypatch.setattr(DistillationTrainer, "_save_optimizer_and_scheduler", fill)
+    small = Small(tiny, tmp_path, steps=1, batch=1)
+    monkeypatch.setattr("quantize.distill.checkpoints.free_bytes", lambda path: free)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        small.run()
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "distill"))
+
+
 class Killed(Exception):
     """Stands for a kill behind a checkpoint."""
 
@@ -57,6 +93,33 @@ def test_every_whole_checkpoint_is_recorded_and_only_the_newest_kept(tiny, tmp_p
     assert recorded == [1, 2]
     kept = {path.name for path in (tmp_path / "distill").iterdir()}
     assert kept - {".partial", "best.safetensors"} == {"checkpoint-2"}
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1, 5 * 2**16 + 7, 2**20])
+def test_every_byte_of_a_small_file_is_hashed_and_of_a_large_one_some(tmp_path, size):
+    path = tmp_path / "optimizer.pt"
+    content = bytes(size)
+    path.write_bytes(content)
+    digest = checkpoints._digest(path)
+    for place in {0, size // 3, size // 2, size - 2**16 // 2, size - 1}:
+        if place >= 0:
+            path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+            assert checkpoints._digest(path) != digest
+    path.write_bytes(content[:-1])
+    assert checkpoints._digest(path) != digest
+
+
+def test_a_large_file_is_hashed_from_its_beginning_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PIECES", 3)
+    path = tmp_path / "optimizer.pt"
+    content = bytes(20 * 2**16)
+    path.write_bytes(content)
+    digest = checkpoints._digest(path)
+    for place in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+        assert checkpoints._digest(path) != digest
+    path.write_bytes(content + b"x")
+    assert checkpoints._digest(path) != digest
 
 
 def test_a_resumed_run_keeps_the_ranges_it_began_with(tiny, tmp_path):
