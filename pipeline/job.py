@@ -130,9 +130,10 @@ def _plan_distillation(
     skipped = Skipped(section.max_skipped, repeats=True)
     next(training_samples(section, skipped))  # a source that does not exist is reported now
     raise_if_any(training_sample_faults(section))
-    for name in trained_on_sources(section, recipe.accuracy) if processes.is_first else ():
-        message = "accuracy.sources: %s is trained on as well, so the gate is not held out"
-        logger.warning(message, shortened(name))
+    if processes.is_first:
+        for name in trained_on_sources(section, recipe.accuracy):
+            message = "accuracy.sources: %s is trained on as well, so the gate is not held out"
+            logger.warning(message, shortened(name))
     return plan_distillation(
         section,
         lambda: training_samples(section, skipped),
@@ -154,8 +155,9 @@ def _identity(
     weights = sorted(checkpoint.directory.glob("*.safetensors"))
     parts = recipe.model_dump(mode="json", exclude={"output", "device", "serve", "accuracy"})
     for section, names in _NOT_IDENTITY.items():
-        for name in names if parts[section] is not None else ():
-            del parts[section][name]
+        if parts[section] is not None:
+            for name in names:
+                del parts[section][name]
     accuracy = recipe.accuracy.model_dump(mode="json")
     parts["accuracy"] = {name: accuracy[name] for name in ("sources", "samples", "seed")}
     parts["source"] = {file.name: file_stamp(file) for file in weights}
