@@ -8,6 +8,7 @@ vLLM calls `register` in each of its processes, in some more than once.
   HYBRIDQUANT_FAST_VIDEO=0.
 - `media_options` checks and bounds what a request says about how its clips are sampled.
 - `connector` answers requests whose media cannot be had with 400 and the reason.
+- `odd_requests` does so for requests whose numbers or texts cannot be sent to the engine.
 - `key_guard` asks for the server's key at all addresses, where vLLM is given it by --middleware.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
@@ -66,6 +67,12 @@ def register() -> None:
         connector.register()
     except Exception as error:
         logger.warning("hybridquant: bad media may be answered with 500 (%r).", error)
+    try:
+        from hybridquant_vllm import odd_requests
+
+        odd_requests.register()
+    except Exception as error:
+        logger.warning("hybridquant: odd requests may be answered with 500 (%r).", error)
     try:
         from hybridquant_vllm import layer_report
 
