@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE
-from checkpoint.faults import Fault, raise_if_any, shortened
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
@@ -59,6 +59,9 @@ _ERROR = re.compile(
 )
 
 
+_ENGINE = "(EngineCore"
+"""How lines of vLLM's log begin that its engine's process writes."""
+
 _TAKEN_PORT = "Address already in use"
 """What ends vLLM when a port that it has found free is taken before it listens there. It looks for
 several, for its own processes, and another server that starts meanwhile finds the same ones.
@@ -73,7 +76,14 @@ nodes that answers nobody."""
 class ServerDied(Exception):
     """vLLM ended, or did not answer in time; the message holds the cause and the last lines of its
     log.
+
+    Attributes:
+        refusal: Why vLLM refused its configuration, if that is what ended it.
     """
+
+    def __init__(self, message: str, refusal: str | None = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
     @property
     def port_was_taken(self) -> bool:
@@ -243,7 +253,7 @@ def running_server(
         The server, which answers.
 
     Raises:
-        BadInput: The preflight finds faults.
+        BadInput: The preflight finds faults, or vLLM refuses the flags in `extra`.
         ServerDied: vLLM ends before it answers.
     """
     raise_if_any(_elsewhere_faults(extra))
@@ -258,6 +268,9 @@ def running_server(
             server = _start(directory, settings, extra, log, environment, variables)
             break
         except ServerDied as died:
+            if extra and died.refusal and not died.port_was_taken:
+                what = f"vLLM refuses its configuration: {shortened(died.refusal)}"
+                raise BadInput(Fault("flags after --", what, "correct them")) from None
             if not died.port_was_taken or attempt == START_ATTEMPTS:
                 raise
             logger.warning("another process took a port that vLLM had chosen: starting it again")
@@ -340,7 +353,7 @@ def wait_until_ready(process: ServerProcess, reached: OwnServer, seconds: float)
         status = process.poll()
         if status is not None:
             what = f"vLLM ended with status {status} after {waited:.0f} s"
-            raise ServerDied(death_message(process.log, what))
+            raise ServerDied(death_message(process.log, what), refusal(process.log))
         if waited > seconds:
             what = f"vLLM did not answer within {seconds:.0f} s"
             raise ServerDied(death_message(process.log, what))
@@ -360,6 +373,25 @@ def death_message(log: Path, what: str) -> str:
         parts.append(f"last lines of {log}:")
         parts += ["  " + _line(line) for line in lines[-LAST_LINES:]]
     return "\n".join(parts)
+
+
+def refusal(log: Path) -> str | None:
+    """Return the error that ended vLLM before its engine's process had started, None where there is
+    none: until then it reads and checks its configuration.
+    """
+    text = _read_log(log)
+    if _ENGINE in text:
+        return None
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        match = _ERROR.match(line.rstrip())
+        if match is None:
+            continue
+        if "validation error" in match[1] and number + 1 < len(lines):
+            # pydantic's reason follows in a line of its own.
+            return re.sub(r"^(\([^)]*\))?\s*(Value error, )?", "", lines[number + 1])
+        return match[1]
+    return None
 
 
 def _first_error(lines: Sequence[str]) -> str | None:

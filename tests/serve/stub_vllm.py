@@ -1,9 +1,10 @@
 """Stands in for vLLM in tests of the process: the same command line, a child like EngineCore, and
 ways to fail.
 
-STUB_MODE is `serve` (answers), `die` (prints two errors and ends), `taken` (ends because a port is
-in use), `taken once` (so the first time), `stubborn` (answers and ignores SIGTERM) or `silent`
-(never answers). STUB_PIDS names a file for the process ids of the server and its child.
+STUB_MODE is `serve` (answers), `die` (prints two errors and ends), `refuse` (ends as vLLM does that
+does not take its configuration), `taken` (ends because a port is in use), `taken once` (so the
+first time), `stubborn` (answers and ignores SIGTERM) or `silent` (never answers). STUB_PIDS names a
+file for the process ids of the server and its child.
 """
 
 import http.server
@@ -25,6 +26,12 @@ if mode == "die":
     )
     print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
     sys.exit(3)
+if mode == "refuse":
+    print("(APIServer pid=7) Traceback (most recent call last):")
+    print("(APIServer pid=7) pydantic_core.ValidationError: 1 validation error for ModelConfig")
+    print("(APIServer pid=7)   Value error, Unknown quantization method: zzz. [type=value_error]")
+    print("(APIServer pid=7)     For further information visit pydantic", flush=True)
+    sys.exit(1)
 if mode.startswith("taken"):
     starts = Path(os.environ["STUB_PIDS"] + ".starts")
     is_first = not starts.exists()

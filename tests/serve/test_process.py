@@ -112,6 +112,29 @@ def test_a_dying_server_is_reported_with_its_first_error_and_the_end_of_its_log(
     assert rest[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
 
+def test_flags_that_vllm_refuses_are_bad_input(tiny, stub):
+    flags = ["--quantization", "zzz"]
+    with pytest.raises(BadInput) as bad:
+        with running_server(tiny, ANY_PORT, flags, environment=stub("refuse")):
+            raise AssertionError("it never answers")
+    (fault,) = bad.value.faults
+    assert fault.where == "flags after --"
+    assert "refuses its configuration: Unknown quantization method: zzz." in fault.what
+
+
+def test_without_flags_a_refusal_is_no_fault_of_the_user(tiny, stub):
+    with pytest.raises(ServerDied, match="ended with status 1"):
+        with running_server(tiny, ANY_PORT, environment=stub("refuse")):
+            raise AssertionError("it never answers")
+
+
+def test_an_error_of_the_engine_is_no_refusal(tiny, stub):
+    with pytest.raises(ServerDied) as died:
+        with running_server(tiny, ANY_PORT, ["--seed", "1"], environment=stub("die")):
+            raise AssertionError("it never answers")
+    assert died.value.refusal is None
+
+
 def starts_of(stub):
     return Path(os.environ["STUB_PIDS"] + ".starts").read_text().split()
 
