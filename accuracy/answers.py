@@ -15,6 +15,7 @@ from calibrate.forward import Embedded, embed
 from calibrate.prompts import build_prompt
 from calibrate.samples import Sample
 from checkpoint.config import CheckpointConfig
+from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
 from checkpoint.products import float32_products
 from checkpoint.video import Video
@@ -22,6 +23,8 @@ from export.load import load_exported
 
 if TYPE_CHECKING:
     from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
+
+logger = get_logger(__name__)
 
 MAX_ANSWER_TOKENS = 24
 _EMBEDDED_AT_ONCE = 64
@@ -136,6 +139,7 @@ def answer_tasks(
     model = load_exported(checkpoint, device)
     answers: dict[str, list[str | None]] = {}
     for task, asked in samples.items():
+        logger.info("%s: %d items of %s", checkpoint.directory.name, len(asked), task)
         answered = generate(
             model, checkpoint.config, checkpoint.tokenizer, asked, video, describe=task
         )

@@ -10,6 +10,9 @@ import torch
 from checkpoint.layers import LayerBuilder, layer_specs
 from checkpoint.opened import Checkpoint
 
+_REPEATS = 3
+"""Times that a layer is timed; the shortest counts, as other work on the machine only adds."""
+
 _TRIED_TOKENS = {"cpu": 64, "cuda": 2048}
 """Tokens that a layer is timed with, at most."""
 
@@ -29,7 +32,7 @@ class LayerCost:
 
 @torch.no_grad()
 def measure_layer_cost(checkpoint: Checkpoint, device: str, tokens: int) -> LayerCost:
-    """Run one layer of each kind once, on the device and with the weights of the run.
+    """Run one layer of each kind, on the device and with the weights of the run.
 
     Args:
         checkpoint: A layer of each kind is read.
@@ -52,13 +55,17 @@ def measure_layer_cost(checkpoint: Checkpoint, device: str, tokens: int) -> Laye
         model = builder.build(layer, tensors).model
         model(inputs_embeds=inputs, use_cache=False)  # kernels are compiled and chosen here
         before = _begin_measuring(device) if cuda else 0
-        start = time.perf_counter()
-        model(inputs_embeds=inputs, use_cache=False)
+        taken = []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            model(inputs_embeds=inputs, use_cache=False)
+            if cuda:
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
         if cuda:
-            torch.cuda.synchronize(device)
             peak = torch.cuda.max_memory_allocated(device)
             workspace = max(workspace, (peak - before) / tokens)
-        seconds += (time.perf_counter() - start) / tokens * kinds.count(kind)
+        seconds += min(taken) / tokens * kinds.count(kind)
         del model, tensors
     return LayerCost(seconds, workspace or cpu_workspace(checkpoint))
 

@@ -87,7 +87,8 @@ def show_faults(directory: Path, faults: list[Fault]) -> None:
     if not faults:
         console.print(f"{directory}: verified, no faults", highlight=False)
         return
-    table = Table(title=f"{directory}: {len(faults)} faults", title_justify="left")
+    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    table = Table(title=f"{directory}: {number}", title_justify="left")
     for column in ("where", "what", "remedy"):
         table.add_column(column, overflow="fold")
     for fault in faults[:_SHOWN]:

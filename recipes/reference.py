@@ -37,6 +37,8 @@ def render_reference() -> str:
     lines += ["", "## Sources", "", "What `sources` may list, by `type`:"]
     for name, source in sorted(known_sources().items()):
         lines += _section_table(name, source, level=3)
+        if source.example:
+            lines += ["", "```", *source.example.splitlines(), "```"]
     return "\n".join(lines) + "\n"
 
 

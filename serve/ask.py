@@ -29,6 +29,7 @@ from checkpoint.faults import (
     shortened,
 )
 from checkpoint.log import get_logger
+from serve.command import NO_HOST
 from serve.environment import find_environment
 from serve.media import decoding_faults, media_url
 from serve.options import VIDEO_SETTINGS, add_setting_options, given_settings
@@ -136,6 +137,8 @@ def ask(
         if error.status_code >= 500:
             raise RequestRefused(shortened(text)) from None
         remedy = "change the prompt or the server's settings"
+        if NO_HOST in text:
+            remedy = "remote media are off: give the file, or serve with --allowed-media-domains"
         raise BadInput(Fault("request", shortened(text), remedy)) from None
     except APIError as error:
         raise RequestRefused(f"the server went away: {shortened(error)}") from None

@@ -8,9 +8,12 @@ Its weights are those of tiny/weights/model.safetensors, which `tiny.training.tr
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import filecmp
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +57,39 @@ def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> Checkpoi
 
 def tiny_checkpoint(directory: Path) -> CheckpointConfig:
     """Return the tiny checkpoint at `directory`; write it if it is not there or another version
-    wrote it.
+    wrote it. Several processes may ask for it at once.
     """
+    directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = directory.with_name(f".{directory.name}.fresh")
-    shutil.rmtree(fresh, ignore_errors=True)
-    write_tiny(fresh)
-    names = os.listdir(fresh)
-    if directory.is_dir() and filecmp.cmpfiles(fresh, directory, names, shallow=False)[0] == names:
-        shutil.rmtree(fresh)
-    else:
-        shutil.rmtree(directory, ignore_errors=True)
-        fresh.rename(directory)
+    with _one_at_a_time(directory.parent):
+        shutil.rmtree(fresh, ignore_errors=True)
+        write_tiny(fresh)
+        if _has_files_of(directory, fresh):
+            shutil.rmtree(fresh)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+            fresh.rename(directory)
     return read_config(directory)
+
+
+def _has_files_of(directory: Path, fresh: Path) -> bool:
+    """Return whether a directory has all files of another, with the same bytes."""
+    if not directory.is_dir():
+        return False
+    names = os.listdir(fresh)
+    same, _, _ = filecmp.cmpfiles(fresh, directory, names, shallow=False)
+    return same == names
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Let the processes that use a directory run a `with` block one after another."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _untrained_tensors(config: CheckpointConfig, seed: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.source import Source, register_source
@@ -29,6 +29,13 @@ _COMPRESSED = {
 @register_source
 class JsonlSource(Source):
     """A JSON Lines file of OpenAI chat messages with local images and videos."""
+
+    example: ClassVar[str] = """\
+{"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
+{"messages": [{"role": "user", "content": [{"type": "image", "image": "page.png"}, \
+{"type": "text", "text": "Which number is it?"}]}], "answer": "1047"}
+{"messages": [{"role": "user", "content": [{"type": "video", "video": "clips/a.mp4"}, \
+{"type": "text", "text": "What happens?"}]}], "answer": "A door opens."}"""
 
     type: Literal["jsonl"]
     path: Path

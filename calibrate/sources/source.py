@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
@@ -29,6 +29,9 @@ class Source(Section):
 
     A subclass declares `type` as a `Literal` of its name and implements `read`.
     """
+
+    example: ClassVar[str] = ""
+    """What a file of it holds, for docs/recipe.md."""
 
     type: str
     """Which kind of source it is."""

@@ -90,6 +90,9 @@ def test_what_the_server_refuses_is_bad_input(server, client, tmp_path):
     ):
         with pytest.raises(BadInput, match="request: "):
             ask(client, server.model, parts)
+    remote = content_parts(images=["https://example.com/a.png"])
+    with pytest.raises(BadInput, match="serve with --allowed-media-domains"):
+        ask(client, server.model, remote)
     done = run(server.url, "--image", tmp_path / "broken.png")
     assert done.returncode == 2
     assert done.stderr.startswith("error: request: ")
