@@ -22,6 +22,7 @@ from torch import nn
 
 from calibrate.samples import Sample
 from checkpoint.files import DTYPES
+from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.products import float32_products
 from quantize.distill.checkpoints import (
@@ -49,6 +50,8 @@ from quantize.ptq import share_fused_scales
 
 if TYPE_CHECKING:
     from transformers.models.nemotron_h_omni import NemotronH_Omni_Reasoning_V3
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def distill(
         kept_apart(student),
     ):
         dataset = _make_dataset(plan, model)
+        if plan.processes.is_first:
+            logger.info("PTQ's loss on %d held-out samples comes first", plan.settings.held_out)
         held_out = dataset.held_out()
         trainer = DistillationTrainer(plan, student, teacher, trained, dataset, held_out)
         share_ranges(student, plan.processes)
