@@ -171,9 +171,11 @@ def _let_first_process_speak() -> None:
 
 
 def _print_faults(faults: tuple[Fault, ...]) -> None:
-    for fault in faults[:_SHOWN]:
+    # Several sections of a recipe may find the same fault of one source.
+    different = list(dict.fromkeys(faults))
+    for fault in different[:_SHOWN]:
         print(f"error: {fault}", file=sys.stderr)
-    more = len(faults) - _SHOWN
+    more = len(different) - _SHOWN
     if more > 0:
         print(f"error: … and {more} more", file=sys.stderr)
 

@@ -33,6 +33,12 @@ def test_bad_input_prints_every_fault_and_exits_2(capsys):
     assert printed == "error: a: is wrong (fix it)\nerror: b: is wrong too\n"
 
 
+def test_a_fault_that_was_found_twice_is_printed_once(capsys):
+    same = Fault("a", "is wrong", "fix it")
+    _, printed = ending(BadInput(same, Fault("b", "too"), Fault("a", "is wrong", "fix it")), capsys)
+    assert printed == "error: a: is wrong (fix it)\nerror: b: too\n"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_or_read_only_disk_exits_2(number, capsys):
     status, printed = ending(OSError(number, "…", "/somewhere/out"), capsys)
