@@ -83,18 +83,22 @@ class RunState:
             return
         yield from self._differences()
 
+    @property
+    def _remedy(self) -> str:
+        """What to do about a state that this run cannot go on from."""
+        return f"restore it to resume the run, or remove {self.directory} to start again"
+
     def _differences(self) -> Iterator[Fault]:
         """Yield in what this run differs from the one that was begun here."""
         if not self.is_begun:
             return
         before = self._read(_RUN)
-        remedy = f"restore it to resume the run, or remove {self.directory} to start again"
         for name in sorted({*before, *self.identity}):
             old = before.get(name)
             new = self.identity.get(name)
             if old != new:
                 what = f"was {shortened(old)} when {self.directory} was begun, is {shortened(new)}"
-                yield Fault(name, what, remedy)
+                yield Fault(name, what, self._remedy)
 
     def _is_foreign(self) -> bool:
         """Whether something lies at `directory` that no run has put there."""
@@ -149,8 +153,7 @@ class RunState:
         try:
             return read_json(self.directory / name)
         except BadInput as bad:
-            remedy = f"restore it to resume the run, or remove {self.directory} to start again"
-            raise BadInput(*(Fault(f.where, f.what, remedy) for f in bad.faults)) from None
+            raise BadInput(*(Fault(f.where, f.what, self._remedy) for f in bad.faults)) from None
 
     def record(self, **finished: Any) -> None:
         """Add to what is finished."""

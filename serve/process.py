@@ -367,8 +367,8 @@ def death_message(log: Path, what: str) -> str:
     The first error is the cause; vLLM's last one only refers to a "root cause above".
     """
     lines = _read_log(log).splitlines()
-    error = _first_error(lines)
-    parts = [f"{what}: {error}" if error else what]
+    errors = _errors(lines)
+    parts = [f"{what}: {_line(errors[0][1])}" if errors else what]
     if lines:
         parts.append(f"last lines of {log}:")
         parts += ["  " + _line(line) for line in lines[-LAST_LINES:]]
@@ -383,23 +383,24 @@ def refusal(log: Path) -> str | None:
     if _ENGINE in text:
         return None
     lines = text.splitlines()
+    errors = _errors(lines)
+    if not errors:
+        return None
+    number, error = errors[0]
+    if "validation error" in error and number + 1 < len(lines):
+        # pydantic's reason follows in a line of its own.
+        return re.sub(r"^(\([^)]*\))?\s*(Value error, )?", "", lines[number + 1])
+    return error
+
+
+def _errors(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Return the errors in a log, with the numbers of their lines."""
+    found = []
     for number, line in enumerate(lines):
         match = _ERROR.match(line.rstrip())
-        if match is None:
-            continue
-        if "validation error" in match[1] and number + 1 < len(lines):
-            # pydantic's reason follows in a line of its own.
-            return re.sub(r"^(\([^)]*\))?\s*(Value error, )?", "", lines[number + 1])
-        return match[1]
-    return None
-
-
-def _first_error(lines: Sequence[str]) -> str | None:
-    for line in lines:
-        match = _ERROR.match(line.rstrip())
         if match:
-            return _line(match[1])
-    return None
+            found.append((number, match[1]))
+    return found
 
 
 def _line(text: str) -> str:

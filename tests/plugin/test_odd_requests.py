@@ -1,10 +1,7 @@
 """Numbers and texts of a request that vLLM itself finds out about too late, on a running server."""
 
-import json
-import urllib.error
-import urllib.request
-
 import pytest
+from chat_request import post_chat
 
 HALF = "\ud800"
 """Half of a surrogate pair, which JSON can write and UTF-8 cannot."""
@@ -23,15 +20,7 @@ ODD = {
 def post(server, **fields):
     """Ask for two tokens, and return (status, body)."""
     message = {"role": "user", "content": "Say 1."}
-    body = {"model": server.model, "messages": [message], "max_tokens": 2, **fields}
-    headers = {"Content-Type": "application/json"}
-    address = f"{server.url}/chat/completions"
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    return post_chat(server, messages=[message], max_tokens=2, **fields)
 
 
 @pytest.mark.server

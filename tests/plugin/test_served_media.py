@@ -3,11 +3,10 @@
 import base64
 import json
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from chat_request import post_chat
 from plugin_media import CLIPS, ODD_CLIPS, clip, sound
 
 from benchmarks.soak import empty_png
@@ -22,21 +21,12 @@ def ask_url(server, kind, url):
     """Ask about the medium of a URL."""
     parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}]
     parts.append({"type": "text", "text": "What is it?"})
-    body = {
-        "model": server.model,
-        "max_tokens": 4,
-        "messages": [{"role": "user", "content": parts}],
-    }
-    headers = {"Content-Type": "application/json"}
-    address = f"{server.url}/chat/completions"
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     started = time.monotonic()
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer = json.load(response)["choices"][0]["message"]["content"]
-            return response.status, answer, time.monotonic() - started
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(), time.monotonic() - started
+    message = {"role": "user", "content": parts}
+    status, text = post_chat(server, max_tokens=4, messages=[message])
+    if status == 200:
+        text = json.loads(text)["choices"][0]["message"]["content"]
+    return status, text, time.monotonic() - started
 
 
 BAD = {
