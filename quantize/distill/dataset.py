@@ -9,15 +9,17 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset
 
 from calibrate.forward import embed
-from calibrate.prompts import answer_length, build_prompt
+from calibrate.prompts import Prompt, answer_length, build_prompt
 from calibrate.samples import Sample, Skipped
+from checkpoint.ahead import made_ahead
+from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from checkpoint.opened import Checkpoint
@@ -31,6 +33,10 @@ logger = get_logger(__name__)
 
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
+
+_AHEAD = 16
+"""Samples that are decoded while rows train: about one row of 16,384 tokens. A clip of 128 frames
+takes 0.4 GB."""
 
 _MOST_LEFT_OUT = 100_000
 """Samples in a row that say the same as held-out ones before an endless source is given up."""
@@ -73,29 +79,27 @@ def ends_with_nothing(sample: Sample) -> bool:
     return all(part["type"] == "text" and not part["text"].strip() for part in parts)
 
 
-def batch_of(
-    model: NemotronH_Omni_Reasoning_V3,
-    sample: Sample,
-    checkpoint: Checkpoint,
-    video: Video,
-    max_length: int,
-    prompt_weight: float = 1.0,
-) -> Batch:
-    """Embed one sample; teacher and student are both given these embeddings, unless the student's
-    own train.
+@dataclass(frozen=True)
+class Prepared:
+    """A sample before it is embedded: decoded, cut into tiles and tokenized.
 
-    Every token counts in the loss, by default prompt and answer alike (arXiv 2511.03929), except
-    visual placeholders: what the model predicts for one is never read. So the loss is the KL
-    divergence of `accuracy.agreement`.
+    Attributes:
+        prompt: The conversation with its answer.
+        answer_length: How many of its last tokens are the answer.
+    """
+
+    prompt: Prompt
+    answer_length: int
+
+
+def prepare(sample: Sample, checkpoint: Checkpoint, video: Video, max_length: int) -> Prepared:
+    """Do all that needs no model for a sample's batch.
 
     Args:
-        model: Embeds tokens, tiles and frames.
         sample: An image, video or text conversation.
         checkpoint: The model's.
         video: How clips are sampled and pruned.
         max_length: Most tokens after EVS.
-        prompt_weight: What a token of the prompt counts beside one of the answer. A sample without
-            an answer counts whole.
 
     Raises:
         BadInput: The sample cannot be used, as in `calibrate.prompts.build_prompt`, or its answer
@@ -108,13 +112,40 @@ def batch_of(
         raise BadInput(Fault(sample.where, what, "remove the sample, or its last turn"))
     limit = min(max_length, config.max_length)
     prompt = build_prompt(sample, config, checkpoint.tokenizer, video, max_length=limit)
-    embedded = embed(model, prompt, config)
+    return Prepared(prompt, answer_length(sample, config, checkpoint.tokenizer))
+
+
+def batch_of(
+    model: NemotronH_Omni_Reasoning_V3,
+    prepared: Prepared,
+    config: CheckpointConfig,
+    prompt_weight: float = 1.0,
+) -> Batch:
+    """Embed one sample; teacher and student are both given these embeddings, unless the student's
+    own train.
+
+    Every token counts in the loss, by default prompt and answer alike (arXiv 2511.03929), except
+    visual placeholders: what the model predicts for one is never read. So the loss is the KL
+    divergence of `accuracy.agreement`.
+
+    Args:
+        model: Embeds tokens, tiles and frames.
+        prepared: The sample.
+        config: The model's.
+        prompt_weight: What a token of the prompt counts beside one of the answer. A sample without
+            an answer counts whole.
+
+    Raises:
+        BadInput: The sample has no token to learn from.
+    """
+    embedded = embed(model, prepared.prompt, config)
     is_visual = embedded.token_ids == config.image_token_id
     text_ids = embedded.token_ids.masked_fill(is_visual, IGNORE)
     labels = text_ids.clone()
     if not bool((labels[1:] != IGNORE).any()):
-        raise BadInput(Fault(sample.where, "has no token to learn from", "give it some text"))
-    answer = answer_length(sample, config, checkpoint.tokenizer)
+        where = prepared.prompt.sample_id
+        raise BadInput(Fault(where, "has no token to learn from", "give it some text"))
+    answer = prepared.answer_length
     weights = torch.ones(labels.shape)
     if answer:
         weights[:-answer] = prompt_weight
@@ -214,7 +245,8 @@ class TrainingDataset(IterableDataset):
     def __init__(
         self,
         samples: Callable[[], Iterator[Sample]],
-        embed_sample: Callable[[Sample, float], Batch],
+        prepare: Callable[[Sample, float], Prepared],
+        embed: Callable[[Prepared], Batch],
         rates: Sequence[float],
         held_out: int,
         seed: int,
@@ -227,7 +259,8 @@ class TrainingDataset(IterableDataset):
 
         Args:
             samples: Opens one pass over the samples, the same at every call.
-            embed_sample: Makes the batch of a sample at an EVS rate.
+            prepare: Decodes a sample for an EVS rate. Called in a thread for the samples to come.
+            embed: Makes the batch of a decoded sample.
             rates: EVS rates. Each batch draws one by `seed` and its position, in whatever process.
             held_out: Samples at the head of every pass that are not trained on.
             seed: Draws the EVS rates.
@@ -244,7 +277,8 @@ class TrainingDataset(IterableDataset):
         self.skipped = skipped
         self.answered: dict[int, bool] = {}
         self._samples = samples
-        self._embed_sample = embed_sample
+        self._prepare = prepare
+        self._embed = embed
         self._rates = list(rates)
         self._held_out = held_out
         self._seed = seed
@@ -266,7 +300,8 @@ class TrainingDataset(IterableDataset):
         unanswered = 0
         for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
             try:
-                batch = self._embed_sample(sample, self._rates[number % len(self._rates)])
+                rate = self._rates[number % len(self._rates)]
+                batch = self._embed(self._prepare(sample, rate))
             except BadInput as bad:
                 self.skipped.add(*bad.faults)
                 continue
@@ -299,20 +334,31 @@ class TrainingDataset(IterableDataset):
 
     def _in_order(self) -> Iterator[Batch]:
         unusable = 0
+        for decoded in made_ahead(self._decoded(), _AHEAD):
+            batch = self._batch(decoded)
+            if batch is None:
+                unusable += 1
+                self._check_any_usable(unusable)
+            else:
+                unusable = 0
+                self.answered[decoded.number] = batch["answer_length"] > 0
+                yield batch | {"position": decoded.position}
+
+    def _decoded(self) -> Iterator[_Decoded]:
+        """Yield this process's samples from `start` on."""
         for position, (number, sample) in enumerate(self._repeated()):
             if position < self.start:
                 continue
             if position % self._processes.count != self._processes.index:
                 continue
             rate = random.Random(f"{self._seed} {position}").choice(self._rates)
-            batch = self._batch(number, sample, rate)
-            if batch is None:
-                unusable += 1
-                self._check_any_usable(unusable)
-            else:
-                unusable = 0
-                self.answered[number] = batch["answer_length"] > 0
-                yield batch | {"position": position}
+            if rate in self._unusable_at.get(number, set()):
+                yield _Decoded(position, number, rate, None)
+                continue
+            try:
+                yield _Decoded(position, number, rate, self._prepare(sample, rate))
+            except BadInput as bad:
+                yield _Decoded(position, number, rate, bad)
 
     def _check_any_usable(self, unusable: int) -> None:
         """Raise once this process has tried every sample that it ever gets, and none was usable.
@@ -357,18 +403,38 @@ class TrainingDataset(IterableDataset):
             message = "%s: says the same as a held-out sample; such samples are not trained on"
             logger.warning(message, sample.where)
 
-    def _batch(self, number: int, sample: Sample, rate: float) -> Batch | None:
+    def _batch(self, decoded: _Decoded) -> Batch | None:
         """The batch of a sample; None if the sample cannot be used at this rate."""
-        unusable_at = self._unusable_at.get(number, set())
-        if rate in unusable_at:
+        unusable_at = self._unusable_at.get(decoded.number, set())
+        result = decoded.result
+        if result is None:
             return None
-        try:
-            return self._embed_sample(sample, rate)
-        except BadInput as bad:
-            self._unusable_at[number] = unusable_at | {rate}
-            if not unusable_at:
-                self.skipped.add(*bad.faults)
-            return None
+        if not isinstance(result, BadInput):
+            try:
+                return self._embed(result)
+            except BadInput as bad:
+                result = bad
+        self._unusable_at[decoded.number] = unusable_at | {decoded.rate}
+        if not unusable_at:
+            self.skipped.add(*result.faults)
+        return None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A sample at its turn.
+
+    Attributes:
+        position: In all passes.
+        number: In its pass.
+        rate: Its EVS rate.
+        result: None if the sample is known to be unusable at this rate.
+    """
+
+    position: int
+    number: int
+    rate: float
+    result: Prepared | BadInput | None
 
 
 def _content(sample: Sample) -> bytes:

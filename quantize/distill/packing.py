@@ -3,6 +3,10 @@
 Norms, projections and the loss work token by token: they run over the whole row. The convolution,
 the scan and attention look back, so they run over the samples, those of similar length at once and
 padded at their ends. All three are causal: what follows a sample changes nothing in it.
+
+Where mamba_ssm's kernels run, convolution and scan take the whole row as well, and are told where
+samples begin. Bringing samples out of the row and back took a fifth of a GPU's time
+(benchmarks/results/training_attention_h200.json).
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from checkpoint.libraries import language_model_classes
+from checkpoint.libraries import find_mamba_kernels, language_model_classes
+from quantize.distill.fused import compiled_convolution
 
 _LARGEST_PADDED = 1.25
 """A group of samples, padded, may have this many times the tokens of its samples."""
@@ -36,6 +41,8 @@ class Packed:
 
     Attributes:
         lengths: Tokens of the samples, in the row's order.
+        numbers: int32 [1, length], the number of each token's sample in the row.
+        offsets: int64 [length], the place of each token in its sample.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -46,6 +53,10 @@ class Packed:
             device: Of the row.
         """
         self.lengths = tuple(lengths)
+        counts = torch.tensor(self.lengths)
+        numbers = torch.arange(len(counts), dtype=torch.int32)
+        self.numbers = numbers.repeat_interleave(counts)[None].to(device)
+        self.offsets = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
@@ -139,8 +150,13 @@ def kept_apart(model: nn.Module) -> Iterator[None]:
     convolution = getattr(modeling, _CONVOLUTION)
     scan = getattr(modeling, _SCAN)
     attention = ALL_ATTENTION_FUNCTIONS[_ATTENTION]
-    setattr(modeling, _CONVOLUTION, partial(_convolution, convolution))
-    setattr(modeling, _SCAN, partial(_scan, scan))
+    if find_mamba_kernels() is None:
+        of_row = partial(_convolution_of_row, convolution, compiled_convolution())
+        setattr(modeling, _CONVOLUTION, of_row)
+        setattr(modeling, _SCAN, partial(_scan_of_row, scan))
+    else:
+        setattr(modeling, _CONVOLUTION, partial(_convolution, convolution))
+        setattr(modeling, _SCAN, partial(_scan, scan))
     ALL_ATTENTION_FUNCTIONS[_ATTENTION] = partial(_attend, attention)
     try:
         yield
@@ -165,6 +181,31 @@ def _convolution(
         return original(channels, *weights, **options)
 
     return packed.apart(convolve, [channels], dim=2, result_dim=2)
+
+
+def _convolution_of_row(
+    original: Callable[..., torch.Tensor],
+    of_row: Callable[..., torch.Tensor],
+    channels: torch.Tensor,
+    *weights: Any,
+    packed: Packed | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Convolve [1, channels, length] as `convolved_row` does."""
+    if packed is None:
+        return original(channels, *weights, **options)
+    if options.get("activation") != "silu":
+        raise RuntimeError(f"the convolution's activation is not SiLU: {options}")
+    return of_row(channels, *weights, packed.offsets)
+
+
+def _scan_of_row(
+    original: Callable[..., Any], *tensors: Any, packed: Packed | None = None, **options: Any
+) -> Any:
+    """Scan [1, length, heads, width] by mamba_ssm, which clears the state between samples."""
+    if packed is not None:
+        options["seq_idx"] = packed.numbers
+    return original(*tensors, **options)
 
 
 def _scan(

@@ -32,7 +32,8 @@ from quantize.distill.checkpoints import (
     remove_partial,
     step_of,
 )
-from quantize.distill.dataset import Batch, TrainingDataset, batch_of
+from quantize.distill.dataset import Batch, Prepared, TrainingDataset, batch_of, prepare
+from quantize.distill.fused import fused_elementwise
 from quantize.distill.guards import check_ranges, copied_ranges
 from quantize.distill.packing import kept_apart
 from quantize.distill.plan import DistillationPlan
@@ -126,6 +127,7 @@ def distill(
         embedding_only(model),
         trainable(student, trained),
         kept_apart(student),
+        fused_elementwise(),
     ):
         dataset = _make_dataset(plan, model)
         if plan.processes.is_first:
@@ -196,6 +198,7 @@ def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) ->
     settings = plan.settings
     return TrainingDataset(
         plan.samples,
+        partial(_prepare_sample, plan),
         partial(_embed_sample, plan, model),
         plan.rates,
         settings.held_out,
@@ -207,14 +210,14 @@ def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) ->
     )
 
 
+def _prepare_sample(plan: DistillationPlan, sample: Sample, rate: float) -> Prepared:
+    return prepare(sample, plan.checkpoint, plan.video.with_rate(rate), plan.settings.max_length)
+
+
 def _embed_sample(
-    plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, sample: Sample, rate: float
+    plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, prepared: Prepared
 ) -> Batch:
-    video = plan.video.with_rate(rate)
-    settings = plan.settings
-    return batch_of(
-        model, sample, plan.checkpoint, video, settings.max_length, settings.prompt_weight
-    )
+    return batch_of(model, prepared, plan.checkpoint.config, plan.settings.prompt_weight)
 
 
 @contextlib.contextmanager

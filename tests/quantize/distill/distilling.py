@@ -17,7 +17,7 @@ from checkpoint.opened import open_bf16
 from checkpoint.processes import ALONE
 from checkpoint.products import float32_products
 from checkpoint.video import Video
-from quantize.distill.dataset import batch_of
+from quantize.distill.dataset import batch_of, prepare
 from quantize.distill.plan import plan_distillation
 from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy
@@ -49,6 +49,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def sample_batch(model, checkpoint, sample, max_length=4096, prompt_weight=1.0, video=VIDEO):
+    prepared = prepare(sample, checkpoint, video, max_length)
+    return batch_of(model, prepared, checkpoint.config, prompt_weight)
 
 
 @contextlib.contextmanager
@@ -190,7 +195,8 @@ class Small:
 
     def batch(self, sample):
         video = VIDEO.with_rate(self.plan.rates[0])
-        return batch_of(self.model, sample, self.checkpoint, video, self.plan.settings.max_length)
+        length = self.plan.settings.max_length
+        return sample_batch(self.model, self.checkpoint, sample, length, video=video)
 
     def run_student(self, samples):
         for sample in samples:

@@ -21,11 +21,10 @@ from quantize.distill.dataset import (
     IGNORE,
     TrainingDataset,
     answer_only,
-    batch_of,
     ends_with_nothing,
     with_answer,
 )
-from tests.quantize.distill.distilling import VIDEO, text_sample
+from tests.quantize.distill.distilling import sample_batch, text_sample
 
 SECOND = Processes(1, 2)
 
@@ -63,7 +62,13 @@ def named(sample, rate):
 def dataset(samples=five, embed=named, rates=(0.5,), **options):
     skipped = Skipped(options.pop("max_skipped", 0), repeats=True)
     defaults = {"held_out": 2, "seed": 1, "skipped": skipped}
-    return TrainingDataset(samples, embed, rates, **(defaults | options))
+    return TrainingDataset(
+        samples,
+        lambda sample, rate: (sample, rate),
+        lambda prepared: embed(*prepared),
+        rates,
+        **(defaults | options),
+    )
 
 
 def taken(dataset, count):
@@ -296,7 +301,7 @@ def test_too_few_samples_are_refused_instead_of_waited_for():
 @pytest.mark.parametrize("kind", ["chart", "video_static", "text"])
 def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(model, checkpoint, kind):
     sample = draw(kind, 5, 2)
-    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
+    batch = sample_batch(model, checkpoint, sample)
     length = batch["labels"].shape[1]
     assert batch["inputs_embeds"].shape[:2] == (1, length)
     is_counted = batch["labels"] != IGNORE
@@ -316,7 +321,7 @@ def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(model,
     sample = draw("chart", 5, 2)
     system = {"role": "system", "content": think}
     sample = replace(sample, messages=[system, *sample.messages[1:]])
-    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
+    batch = sample_batch(model, checkpoint, sample)
     (held,) = dataset(lambda: iter([sample]), lambda *_: batch, held_out=1).held_out()
     counted = held["labels"][held["labels"] != IGNORE]
     # Where the model thinks, the template opens a thought that the answer's turn ends at once.
@@ -328,7 +333,7 @@ def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(model,
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_held_out_a_sample_without_an_answer_or_a_question_counts_whole(model, checkpoint, role):
     sample = Sample("1", [{"role": role, "content": "Nothing is asked."}], "test")
-    batch = batch_of(model, sample, checkpoint, VIDEO, 4096)
+    batch = sample_batch(model, checkpoint, sample)
     assert torch.equal(answer_only(batch)["labels"], batch["labels"])
 
 
@@ -342,21 +347,21 @@ def test_the_answer_becomes_the_assistants_turn_once():
 def test_an_empty_expected_answer_is_none(model, checkpoint, answer):
     sample = replace(text_sample(1), answer=answer)
     assert with_answer(sample) == sample
-    assert batch_of(model, sample, checkpoint, VIDEO, 4096)["answer_length"] == 0
+    assert sample_batch(model, checkpoint, sample)["answer_length"] == 0
 
 
 @pytest.mark.parametrize("content", ["", " \n", [{"type": "text", "text": " "}]])
 def test_a_turn_of_the_assistant_that_says_nothing_is_refused(model, checkpoint, content):
     messages = [*text_sample(1).messages, {"role": "assistant", "content": content}]
     with pytest.raises(BadInput, match="sample 1: ends with an empty answer"):
-        batch_of(model, Sample("1", messages, "test"), checkpoint, VIDEO, 4096)
+        sample_batch(model, checkpoint, Sample("1", messages, "test"))
     called = messages[-1] | {"tool_calls": [{"function": {"name": "f"}}]}
     assert not ends_with_nothing(Sample("1", [*messages[:-1], called], "test"))
 
 
 def test_an_answer_of_one_token_counts(model, checkpoint):
     sample = replace(text_sample(1), answer="7")
-    batch = batch_of(model, sample, checkpoint, VIDEO, 4096, prompt_weight=0.0)
+    batch = sample_batch(model, checkpoint, sample, prompt_weight=0.0)
     counted = batch["weights"][0].nonzero().flatten()
     text = checkpoint.tokenizer.decode(batch["labels"][0, counted])
     assert text.removeprefix("</think>") == "7\n<SPECIAL_12>\n"

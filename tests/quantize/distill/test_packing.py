@@ -13,7 +13,6 @@ from quantize.distill.dataset import (
     IGNORE,
     TrainingDataset,
     answer_only,
-    batch_of,
     packed_rows,
     row_of,
 )
@@ -24,6 +23,7 @@ from tests.quantize.distill.distilling import (  # noqa: F401
     VIDEO,
     Small,
     one_thread,
+    sample_batch,
     small_plan,
     text_sample,
 )
@@ -107,7 +107,7 @@ def test_a_row_of_texts_pictures_and_clips_has_the_loss_of_its_samples(
     batches = []
     for sample in media_samples():
         options = {"max_length": 4096, "prompt_weight": prompt_weight}
-        batches.append(batch_of(small.model, sample, small.checkpoint, VIDEO, **options))
+        batches.append(sample_batch(small.model, small.checkpoint, sample, **options))
     apart, own = loss_and_gradients(small, batches, is_taught)
     together, packed = loss_and_gradients(small, [row_of(batches)], is_taught)
     assert together == pytest.approx(apart, rel=2e-3)
@@ -164,12 +164,14 @@ def test_rows_are_filled_with_whole_samples_in_their_order():
 def packed_dataset(**options):
     samples = [text_sample(number) for number in range(7)]
 
-    def embed(sample, rate):
+    def embed(sample):
         return sample_of(2 + int(sample.id.removeprefix("text-")) % 3)
 
     skipped = Skipped(0)
     defaults = {"rates": (0.0,), "held_out": 1, "seed": 0, "skipped": skipped, "pack_length": 6}
-    return TrainingDataset(lambda: iter(samples), embed, **(defaults | options))
+    return TrainingDataset(
+        lambda: iter(samples), lambda sample, rate: sample, embed, **(defaults | options)
+    )
 
 
 def test_a_packed_step_says_where_the_next_one_begins_and_is_resumed_there():
@@ -200,11 +202,11 @@ def test_prompts_count_as_much_as_they_are_given_and_samples_without_an_answer_w
     length = whole["answer_length"]
     assert bool((whole["weights"] == 1).all())
     options = {"max_length": 4096, "prompt_weight": 0.25}
-    batch = batch_of(small.model, sample, small.checkpoint, VIDEO, **options)
+    batch = sample_batch(small.model, small.checkpoint, sample, **options)
     assert batch["weights"][0, -length:].tolist() == [1.0] * length
     assert set(batch["weights"][0, :-length].tolist()) == {0.25}
     question = Sample("1", sample.messages, "test")
-    unanswered = batch_of(small.model, question, small.checkpoint, VIDEO, **options)
+    unanswered = sample_batch(small.model, small.checkpoint, question, **options)
     assert bool((unanswered["weights"] == 1).all())
 
 
