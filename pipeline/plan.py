@@ -28,8 +28,8 @@ from pipeline.job import Job, Way
 from pipeline.layer_by_layer import LayerByLayer
 from pipeline.layer_state import LAYER_PROGRESS
 from pipeline.whole import WholeModel
+from quantize.distill.batches import with_answer
 from quantize.distill.checkpoints import checkpoint_faults
-from quantize.distill.dataset import with_answer
 from quantize.distill.plan import DistillationPlan
 
 logger = get_logger(__name__)

@@ -12,7 +12,7 @@ from modelopt.torch.distill.losses import LogitsDistillationLoss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantize.distill.dataset import IGNORE
+from quantize.distill.batches import IGNORE
 from quantize.distill.packing import Packed
 
 POSITIONS = 512

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from checkpoint.faults import BadInput, Fault
+from quantize.distill.batches import IGNORE, Batch
 from quantize.distill.checkpoints import (
     BEST,
     PARTIAL,
@@ -40,7 +41,7 @@ from quantize.distill.checkpoints import (
     last_checkpoint,
     read_progress,
 )
-from quantize.distill.dataset import IGNORE, Batch, TrainingDataset
+from quantize.distill.dataset import TrainingDataset
 from quantize.distill.guards import GradientCheck, watched_quantizers
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed
@@ -268,7 +269,10 @@ class DistillationTrainer(QADTrainer):
             OSError: A checkpoint cannot be written.
         """
         with disk_errors(self._plan.directory, self._plan.state_bytes):
-            return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
+            try:
+                return Trainer.train(self, resume_from_checkpoint=resume_from_checkpoint, **options)
+            finally:
+                self._dataset.close()
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
@@ -290,6 +294,8 @@ class DistillationTrainer(QADTrainer):
             raise BadInput(Fault("distill", what, self._advice()))
         self._next_position = inputs["next_position"]
         self.tokens += inputs["labels"].numel()
+        if self.state.global_step + 1 < self.state.max_steps:
+            self._dataset.embed_ahead()
         return loss
 
     # Held-out loss.

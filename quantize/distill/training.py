@@ -25,6 +25,7 @@ from checkpoint.files import DTYPES
 from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.products import float32_products
+from quantize.distill.batches import Batch, Prepared, batch_of, prepare
 from quantize.distill.checkpoints import (
     BEST,
     WEIGHTS,
@@ -32,7 +33,7 @@ from quantize.distill.checkpoints import (
     remove_partial,
     step_of,
 )
-from quantize.distill.dataset import Batch, Prepared, TrainingDataset, batch_of, prepare
+from quantize.distill.dataset import TrainingDataset
 from quantize.distill.fused import fused_elementwise
 from quantize.distill.guards import check_ranges, copied_ranges
 from quantize.distill.packing import kept_apart

@@ -17,7 +17,7 @@ from checkpoint.opened import open_bf16
 from checkpoint.processes import ALONE
 from checkpoint.products import float32_products
 from checkpoint.video import Video
-from quantize.distill.dataset import batch_of, prepare
+from quantize.distill.batches import batch_of, prepare
 from quantize.distill.plan import plan_distillation
 from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy

@@ -17,13 +17,13 @@ from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
 from checkpoint.processes import Processes
 from checkpoint.video import Video
-from quantize.distill.dataset import (
+from quantize.distill.batches import (
     IGNORE,
-    TrainingDataset,
     answer_only,
     ends_with_nothing,
     with_answer,
 )
+from quantize.distill.dataset import TrainingDataset
 from tests.quantize.distill.distilling import sample_batch, text_sample
 
 SECOND = Processes(1, 2)
@@ -55,6 +55,7 @@ def named(sample, rate):
         "name": sample.id,
         "rate": rate,
         "labels": torch.zeros(1, int(sample.id) + 1),
+        "lengths": (int(sample.id) + 1,),
         "answer_length": 0,
     }
 

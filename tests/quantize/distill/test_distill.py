@@ -9,7 +9,7 @@ import torch
 from calibrate.forward import embed
 from calibrate.prompts import build_prompt
 from checkpoint.native import load_model
-from quantize.distill.dataset import IGNORE, with_answer
+from quantize.distill.batches import IGNORE, with_answer
 from quantize.distill.student import own_embeddings, trainable
 from quantize.distill.trainer import DistillationTrainer
 from quantize.distill.weights import ranges_of

@@ -9,13 +9,13 @@ import torch
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.faults import BadInput
-from quantize.distill.dataset import (
+from quantize.distill.batches import (
     IGNORE,
-    TrainingDataset,
     answer_only,
     packed_rows,
     row_of,
 )
+from quantize.distill.dataset import TrainingDataset
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed, groups_of_similar, kept_apart
 from quantize.distill.student import own_embeddings, trainable

@@ -1,0 +1,120 @@
+"""Samples of the next step are decoded and embedded while a step trains, and judged at their
+turn.
+"""
+
+import itertools
+import threading
+import time
+
+import pytest
+
+from checkpoint.faults import BadInput, Fault
+from quantize.distill.ahead import MadeAhead, Turn
+from tests.quantize.distill.test_dataset import dataset, five, named, numbered
+
+
+def turns(count):
+    for number in range(count):
+        yield Turn(number, number, 0.0, f"sample {number}")
+
+
+def wait_until(condition):
+    limit = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+def test_samples_keep_their_order_whether_or_not_they_were_embedded_ahead():
+    ahead = MadeAhead(turns(100), str.upper)
+    found = [next(ahead), next(ahead)]
+    wait_until(lambda: ahead._waiting[-1].done())
+    ahead.embed_decoded(3)
+    assert len(ahead._embedded) == 3
+    found += ahead
+    assert [turn.result for turn in found] == [f"SAMPLE {number}" for number in range(100)]
+    ahead.close()
+
+
+def test_decoding_goes_on_in_another_thread_and_embedding_in_this_one():
+    decoded_by = []
+    embedded_by = []
+
+    def decode():
+        for turn in turns(3):
+            decoded_by.append(threading.current_thread())
+            yield turn
+
+    def embed(prepared):
+        embedded_by.append(threading.current_thread())
+        return {}
+
+    ahead = MadeAhead(decode(), embed)
+    wait_until(lambda: len(decoded_by) == 3)
+    assert not embedded_by
+    ahead.embed_decoded(2)
+    assert set(embedded_by) == {threading.current_thread()}
+    assert threading.current_thread() not in decoded_by
+    ahead.close()
+
+
+def test_no_more_samples_are_decoded_than_may_wait():
+    decoded = []
+
+    def decode():
+        for turn in turns(1000):
+            decoded.append(turn)
+            yield turn
+
+    ahead = MadeAhead(decode(), lambda prepared: {})
+    wait_until(lambda: all(future.done() for future in ahead._waiting))
+    assert len(decoded) == 16
+    ahead.close()
+
+
+def test_what_later_samples_raise_waits_for_their_turn():
+    def broken():
+        yield from turns(2)
+        raise BadInput(Fault("line 3", "is no JSON"))
+
+    ahead = MadeAhead(broken(), lambda prepared: {})
+    wait_until(lambda: ahead._waiting[-1].done())
+    ahead.embed_decoded(9)
+    assert [next(ahead).number, next(ahead).number] == [0, 1]
+    with pytest.raises(BadInput, match="line 3: is no JSON"):
+        next(ahead)
+    ahead.close()
+
+
+def test_a_sample_that_cannot_be_embedded_counts_at_its_turn():
+    def embed(sample, rate):
+        if sample.id == "4":
+            raise BadInput(Fault("4", "has no token to learn from"))
+        return named(sample, rate)
+
+    rows = dataset(five, embed, step_batches=1)
+    begun = iter(rows)
+    assert next(begun)["name"] == "2"
+    wait_until(lambda: rows._ahead._waiting[-1].done())
+    rows._step_samples = 9
+    rows.embed_ahead()
+    assert next(begun)["name"] == "3"
+    with pytest.raises(BadInput, match="has no token to learn from"):
+        next(begun)
+    rows.close()
+
+
+def test_a_dataset_yields_the_same_rows_with_and_without_embedding_ahead():
+    def endless():
+        return map(numbered, itertools.count())
+
+    plain = dataset(endless, step_batches=3)
+    expected = [row["name"] for row in itertools.islice(plain, 30)]
+    hurried = dataset(endless, step_batches=3)
+    found = []
+    for row in itertools.islice(hurried, 30):
+        hurried.embed_ahead()
+        found.append(row["name"])
+    assert found == expected
+    plain.close()
+    hurried.close()
