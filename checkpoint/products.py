@@ -9,8 +9,8 @@ in float32 instead of BF16.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ def float32_products() -> Iterator[None]:
 
     Modules call these functions by their names in torch.nn.functional, where they are replaced. A
     `TorchFunctionMode` would not reach what is computed again in a backward.
+
+    Trap of torch.compile: it reads the names of all functions there, so a `partial` will not do.
     """
     before = {name: getattr(F, name) for name in _PRODUCTS}
     for name, function in before.items():
-        setattr(F, name, partial(_product, function))
+        setattr(F, name, _in_float32_on_a_cpu(function))
     try:
         yield
     finally:
@@ -37,14 +39,16 @@ def float32_products() -> Iterator[None]:
             setattr(F, name, function)
 
 
-def _product(
-    function: Callable[..., torch.Tensor], values: torch.Tensor, *others: Any, **options: Any
-) -> torch.Tensor:
-    if values.dtype != torch.bfloat16 or values.device.type != "cpu":
-        return function(values, *others, **options)
-    given = [_in_float32(value) for value in others]
-    named = {name: _in_float32(value) for name, value in options.items()}
-    return function(values.float(), *given, **named).to(torch.bfloat16)
+def _in_float32_on_a_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def product(values: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        if values.dtype != torch.bfloat16 or values.device.type != "cpu":
+            return function(values, *others, **options)
+        given = [_in_float32(value) for value in others]
+        named = {name: _in_float32(value) for name, value in options.items()}
+        return function(values.float(), *given, **named).to(torch.bfloat16)
+
+    return product
 
 
 def _in_float32(value: Any) -> Any:

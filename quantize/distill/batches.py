@@ -1,4 +1,6 @@
-"""The batch of a sample, in two parts: what needs no model, and what does. Rows of several samples."""
+"""The batch of a sample, in two parts: what needs no model, and what does. Rows of several
+samples.
+"""
 
 from __future__ import annotations
 
