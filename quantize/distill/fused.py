@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from transformers.activations import ReLUSquaredActivation
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from checkpoint.libraries import find_mamba_kernels, language_model_classes
+
+_ROUNDED = {"emulate_precision_casts": True}
+"""Round to BF16 where the layers do. torch.compile would keep float32 from one operation to the
+next, and a quarter of the results would be other numbers than those that were calibrated on.
+"""
+
+_Forward = Callable[..., torch.Tensor]
 
 
 @contextlib.contextmanager
@@ -46,9 +54,6 @@ def fused_elementwise() -> Iterator[None]:
             kind.forward = forward  # type: ignore[method-assign]
 
 
-_Forward = Callable[..., torch.Tensor]
-
-
 @dataclass
 class _Norm:
     """What transformers' norms read of themselves."""
@@ -63,7 +68,7 @@ class _Norm:
 
 
 def _compiled_norm(forward: _Forward) -> _Forward:
-    @torch.compile
+    @partial(torch.compile, options=_ROUNDED)
     def compute(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         return forward(_Norm(weight, epsilon), hidden)
 
@@ -75,7 +80,7 @@ def _compiled_norm(forward: _Forward) -> _Forward:
 
 
 def _compiled_gated_norm(forward: _Forward) -> _Forward:
-    @torch.compile
+    @partial(torch.compile, options=_ROUNDED)
     def compute(
         hidden: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, epsilon: float, group: int
     ) -> torch.Tensor:
@@ -89,7 +94,7 @@ def _compiled_gated_norm(forward: _Forward) -> _Forward:
 
 
 def _compiled_activation(forward: _Forward) -> _Forward:
-    @torch.compile
+    @partial(torch.compile, options=_ROUNDED)
     def compute(hidden: torch.Tensor) -> torch.Tensor:
         return forward(None, hidden)
 
@@ -108,7 +113,7 @@ def _mark_length(*tensors: torch.Tensor, dim: int = 1) -> None:
 
 def compiled_convolution() -> Callable[..., torch.Tensor]:
     """Return `convolved_row`, compiled."""
-    compute = torch.compile(convolved_row)
+    compute = torch.compile(convolved_row, options=_ROUNDED)
 
     def convolve(
         channels: torch.Tensor,
@@ -136,7 +141,7 @@ def convolved_row(
             before it than that.
 
     Returns:
-        [1, channels, length] in the dtype of `channels`, computed in float32.
+        [1, channels, length] in the dtype of `channels`, summed in float32.
     """
     length = channels.shape[-1]
     width = weight.shape[-1]
@@ -148,4 +153,4 @@ def convolved_row(
         total = total + earlier * weight[:, width - 1 - back, None].float()
     if bias is not None:
         total = total + bias[:, None].float()
-    return nn.functional.silu(total).to(channels.dtype)
+    return nn.functional.silu(total.to(channels.dtype))

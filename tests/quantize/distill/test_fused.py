@@ -21,7 +21,7 @@ def compiled(monkeypatch):
     compile_for = torch.compile
     found = []
 
-    def compile_in_front(function):
+    def compile_in_front(function, options):
         def remember(graph, inputs):
             found.append(function.__name__)
             return graph
@@ -114,6 +114,17 @@ def test_a_convolved_row_is_its_samples_convolved_each_by_itself(has_bias):
     ours = torch.autograd.grad(found.square().sum(), leaves)
     theirs = torch.autograd.grad(expected.square().sum(), leaves)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_for_a_cpu_it_rounds_where_the_layers_do(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(fused, "find_mamba_kernels", lambda: None)
+    row = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    (layer, *_) = layers_of("gated norm")
+    with torch.no_grad():
+        expected = layer(row, row)
+        with fused_elementwise():
+            assert torch.equal(layer(row, row), expected)
 
 
 @pytest.fixture(scope="module")

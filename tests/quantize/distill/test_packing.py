@@ -9,6 +9,7 @@ import torch
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.faults import BadInput
+from quantize.distill import packing
 from quantize.distill.batches import (
     IGNORE,
     answer_only,
@@ -16,6 +17,7 @@ from quantize.distill.batches import (
     row_of,
 )
 from quantize.distill.dataset import TrainingDataset
+from quantize.distill.fused import convolved_row
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed, groups_of_similar, kept_apart
 from quantize.distill.student import own_embeddings, trainable
@@ -97,6 +99,20 @@ def test_a_row_has_the_loss_and_the_gradients_of_its_samples(small):
     leaked, wrong = loss_and_gradients(small, [crossing])
     assert abs(leaked - apart) > 10 * abs(together - apart)
     assert largest_difference(wrong, own) > 0.2
+
+
+def test_a_row_convolved_as_a_whole_has_the_loss_and_the_gradients_of_its_samples(
+    small, monkeypatch
+):
+    """As on a GPU, but not compiled, and the scan still takes the samples one by one."""
+    batches = [small.batch(sample) for sample in SAMPLES]
+    apart, own = loss_and_gradients(small, batches)
+    monkeypatch.setattr(packing, "find_mamba_kernels", lambda: None)
+    monkeypatch.setattr(packing, "compiled_convolution", lambda: convolved_row)
+    monkeypatch.setattr(packing, "_scan_of_row", packing._scan)
+    together, packed = loss_and_gradients(small, [row_of(batches)])
+    assert together == pytest.approx(apart, rel=2e-3)
+    assert largest_difference(packed, own) < 0.08
 
 
 @pytest.mark.parametrize("is_taught", [True, False])
