@@ -31,10 +31,9 @@ import torch
 from benchmarks.environment import device_name, mamba_kernels
 from benchmarks.parts import write_json
 from benchmarks.processes import FSDP2, visible
-from checkpoint.command import command_parser
+from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, shortened
 from checkpoint.libraries import installed_versions
-from checkpoint.log import set_up_logging
 from checkpoint.run_state import RunState
 from recipes.loading import SHIPPED
 
@@ -224,10 +223,7 @@ def _command(given: argparse.Namespace, output: Path) -> list[str]:
 
 
 def _run() -> int:
-    # A plain parse_args gives the positional `key=value` its words together with the model, and
-    # then refuses those after the options.
-    given = _parser().parse_intermixed_args()
-    set_up_logging(given.verbose, given.quiet)
+    given = parse_command(_parser())
     if torch.cuda.device_count() < given.processes:
         what = f"{given.processes} are too many for {torch.cuda.device_count()} CUDA devices"
         raise BadInput(Fault("--processes", what, "give as many as there are GPUs"))

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parts import write_json
-from checkpoint.command import command_parser, parse_command
+from checkpoint.command import command_parser
 from checkpoint.faults import main
+from checkpoint.log import set_up_logging
 from checkpoint.video import Video
 from serve.clips import looped, scaled
 
@@ -276,7 +277,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run() -> int:
-    given = parse_command(_parser())
+    given = _parser().parse_args()
+    set_up_logging(given.verbose, given.quiet)
     return int(given.run(given))
 
 

@@ -30,7 +30,11 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 def parse_command(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parse the command line and set up logging as it says."""
-    parsed = parser.parse_args(arguments)
+    """Parse the command line and set up logging as it says.
+
+    Options may stand anywhere. A plain `parse_args` gives a list of words such as `key=value` those
+    before the first option alone, and refuses the others.
+    """
+    parsed = parser.parse_intermixed_args(arguments)
     set_up_logging(parsed.verbose, parsed.quiet)
     return parsed

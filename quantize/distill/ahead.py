@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from checkpoint.faults import BadInput
 from quantize.distill.batches import Batch, Prepared
@@ -20,21 +19,25 @@ _DECODED = 16
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A sample at its turn.
+class Place:
+    """A sample's place in the endless row of all passes.
 
     Attributes:
-        position: Its place in all passes.
-        number: Its place in a pass.
-        rate: Its EVS rate.
-        result: What has become of it: prepared, a batch, or why it cannot be used. None if it is
-            known already that it cannot be used at this rate.
+        position: In all passes.
+        number: In its pass.
+        rate: Its EVS rate there.
     """
 
     position: int
     number: int
     rate: float
-    result: Prepared | Batch | BadInput | None
+
+
+Decoded = tuple[Place, Prepared | BadInput | None]
+"""A sample that is decoded, or why it cannot be used; None if that is known already."""
+
+Embedded = tuple[Place, Batch | BadInput | None]
+"""A sample that is embedded, or why it cannot be used; None if that is known already."""
 
 
 class MadeAhead:
@@ -43,32 +46,32 @@ class MadeAhead:
     Only what is asked for is judged: an error among later samples is raised at its turn.
     """
 
-    def __init__(self, prepared: Iterator[Turn], embed: Callable[[Prepared], Batch]) -> None:
+    def __init__(self, decoded: Iterator[Decoded], embed: Callable[[Prepared], Batch]) -> None:
         """Begin to decode.
 
         Args:
-            prepared: Iterated in a thread.
+            decoded: Iterated in a thread.
             embed: Makes a batch; called in the thread that iterates.
         """
-        self._prepared = prepared
+        self._decoded = decoded
         self._embed = embed
         self._thread = ThreadPoolExecutor(1, "decode")
-        self._waiting: deque[Future[Turn | None]] = deque()
-        self._embedded: deque[Turn] = deque()
+        self._waiting: deque[Future[Decoded | None]] = deque()
+        self._embedded: deque[Embedded] = deque()
         for _ in range(_DECODED):
             self._submit()
 
-    def __iter__(self) -> Iterator[Turn]:
+    def __iter__(self) -> Iterator[Embedded]:
         return self
 
-    def __next__(self) -> Turn:
+    def __next__(self) -> Embedded:
         if self._embedded:
             return self._embedded.popleft()
-        turn = self._waiting.popleft().result()
-        if turn is None:
+        decoded = self._waiting.popleft().result()
+        if decoded is None:
             raise StopIteration
         self._submit()
-        return self._with_batch(turn)
+        return self._with_batch(decoded)
 
     def embed_decoded(self, most: int) -> None:
         """Embed the samples that are decoded by now.
@@ -79,25 +82,25 @@ class MadeAhead:
         while len(self._embedded) < most and self._waiting[0].done():
             if self._waiting[0].exception() is not None:
                 return
-            turn = self._waiting[0].result()
-            if turn is None:
+            decoded = self._waiting[0].result()
+            if decoded is None:
                 return
             self._waiting.popleft()
             self._submit()
-            self._embedded.append(self._with_batch(turn))
+            self._embedded.append(self._with_batch(decoded))
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def _submit(self) -> None:
-        self._waiting.append(self._thread.submit(next, self._prepared, None))
+        self._waiting.append(self._thread.submit(next, self._decoded, None))
 
-    def _with_batch(self, turn: Turn) -> Turn:
-        prepared: Any = turn.result
+    def _with_batch(self, decoded: Decoded) -> Embedded:
+        place, prepared = decoded
         if prepared is None or isinstance(prepared, BadInput):
-            return turn
+            return place, prepared
         try:
-            return replace(turn, result=self._embed(prepared))
+            return place, self._embed(prepared)
         except BadInput as bad:
-            return replace(turn, result=bad)
+            return place, bad

@@ -14,7 +14,7 @@ from calibrate.samples import Sample, Skipped
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from checkpoint.processes import ALONE, Processes
-from quantize.distill.ahead import MadeAhead, Turn
+from quantize.distill.ahead import Decoded, Embedded, MadeAhead, Place
 from quantize.distill.batches import (
     Batch,
     Prepared,
@@ -130,7 +130,7 @@ class TrainingDataset(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's rows from `start` on; never ends."""
         self.close()
-        self._ahead = MadeAhead(self._prepared(), self._embed)
+        self._ahead = MadeAhead(self._decoded(), self._embed)
         rows = packed_rows(self._in_order(self._ahead), self._pack_length)
         while True:
             group = list(itertools.islice(rows, self._step_batches))
@@ -149,19 +149,19 @@ class TrainingDataset(IterableDataset):
         if self._ahead is not None:
             self._ahead.close()
 
-    def _in_order(self, turns: Iterable[Turn]) -> Iterator[Batch]:
+    def _in_order(self, samples: Iterable[Embedded]) -> Iterator[Batch]:
         unusable = 0
-        for turn in turns:
-            if turn.result is None or isinstance(turn.result, BadInput):
-                self._note_unusable(turn)
+        for place, batch in samples:
+            if batch is None or isinstance(batch, BadInput):
+                self._note_unusable(place, batch)
                 unusable += 1
                 self._check_any_usable(unusable)
             else:
                 unusable = 0
-                self.answered[turn.number] = turn.result["answer_length"] > 0
-                yield turn.result | {"position": turn.position}
+                self.answered[place.number] = batch["answer_length"] > 0
+                yield batch | {"position": place.position}
 
-    def _prepared(self) -> Iterator[Turn]:
+    def _decoded(self) -> Iterator[Decoded]:
         """Yield this process's samples from `start` on."""
         for position, (number, sample) in enumerate(self._repeated()):
             if position < self.start:
@@ -169,19 +169,20 @@ class TrainingDataset(IterableDataset):
             if position % self._processes.count != self._processes.index:
                 continue
             rate = random.Random(f"{self._seed} {position}").choice(self._rates)
-            result: Prepared | BadInput | None = None
-            if rate not in self._unusable_at.get(number, set()):
-                try:
-                    result = self._prepare(sample, rate)
-                except BadInput as bad:
-                    result = bad
-            yield Turn(position, number, rate, result)
+            place = Place(position, number, rate)
+            if rate in self._unusable_at.get(number, set()):
+                yield place, None
+                continue
+            try:
+                yield place, self._prepare(sample, rate)
+            except BadInput as bad:
+                yield place, bad
 
-    def _note_unusable(self, turn: Turn) -> None:
-        unusable_at = self._unusable_at.get(turn.number, set())
-        self._unusable_at[turn.number] = unusable_at | {turn.rate}
-        if isinstance(turn.result, BadInput) and not unusable_at:
-            self.skipped.add(*turn.result.faults)
+    def _note_unusable(self, place: Place, reason: BadInput | None) -> None:
+        unusable_at = self._unusable_at.get(place.number, set())
+        self._unusable_at[place.number] = unusable_at | {place.rate}
+        if reason is not None and not unusable_at:
+            self.skipped.add(*reason.faults)
 
     def _check_any_usable(self, unusable: int) -> None:
         """Raise once this process has tried every sample that it ever gets, and none was usable.

@@ -19,7 +19,7 @@ from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from checkpoint.libraries import find_mamba_kernels, language_model_classes
 
-_ROUNDED = {"emulate_precision_casts": True}
+_ROUNDED: dict[str, Any] = {"emulate_precision_casts": True}
 """Round to BF16 where the layers do. torch.compile would keep float32 from one operation to the
 next, and a quarter of the results would be other numbers than those that were calibrated on.
 """
@@ -38,7 +38,7 @@ def fused_elementwise() -> Iterator[None]:
     if find_mamba_kernels() is not None:
         yield
         return
-    makers: dict[type[nn.Module], Callable[[_Forward], _Forward]] = {
+    makers: dict[Any, Callable[[_Forward], _Forward]] = {
         language_model_classes().NemotronHRMSNorm: _compiled_norm,
         Zamba2RMSNormGated: _compiled_gated_norm,
         ReLUSquaredActivation: _compiled_activation,
@@ -46,12 +46,12 @@ def fused_elementwise() -> Iterator[None]:
     originals = {}
     for kind, compiled in makers.items():
         originals[kind] = kind.forward
-        kind.forward = compiled(kind.forward)  # type: ignore[method-assign]
+        kind.forward = compiled(kind.forward)
     try:
         yield
     finally:
         for kind, forward in originals.items():
-            kind.forward = forward  # type: ignore[method-assign]
+            kind.forward = forward
 
 
 @dataclass

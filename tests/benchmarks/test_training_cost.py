@@ -1,5 +1,6 @@
 """Distillation is measured by the lines that its own command logs."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,3 +101,14 @@ def test_one_process_runs_without_a_launcher_and_several_with_fsdp2(tmp_path):
     assert two[:4] == ["-m", "accelerate.commands.launch", "--num_processes", "2"]
     assert "--use_fsdp" in two
     assert "distill.held_out=4" in two
+
+
+def test_the_measured_command_is_one_that_quantize_qad_takes(tmp_path):
+    given = [str(tmp_path / "none"), "--work", str(tmp_path), "--json", "j", "distill.batch=4"]
+    options = training._parser().parse_intermixed_args(given)
+    command = training._command(options, tmp_path / "qad")
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert result.returncode == 2
+    # It has got as far as the model that is missing.
+    assert str(tmp_path / "none") in result.stderr
+    assert "usage:" not in result.stderr

@@ -9,13 +9,13 @@ import time
 import pytest
 
 from checkpoint.faults import BadInput, Fault
-from quantize.distill.ahead import MadeAhead, Turn
+from quantize.distill.ahead import MadeAhead, Place
 from tests.quantize.distill.test_dataset import dataset, five, named, numbered
 
 
-def turns(count):
+def places(count):
     for number in range(count):
-        yield Turn(number, number, 0.0, f"sample {number}")
+        yield Place(number, number, 0.0), f"sample {number}"
 
 
 def wait_until(condition):
@@ -26,13 +26,13 @@ def wait_until(condition):
 
 
 def test_samples_keep_their_order_whether_or_not_they_were_embedded_ahead():
-    ahead = MadeAhead(turns(100), str.upper)
+    ahead = MadeAhead(places(100), str.upper)
     found = [next(ahead), next(ahead)]
     wait_until(lambda: ahead._waiting[-1].done())
     ahead.embed_decoded(3)
     assert len(ahead._embedded) == 3
     found += ahead
-    assert [turn.result for turn in found] == [f"SAMPLE {number}" for number in range(100)]
+    assert [batch for _, batch in found] == [f"SAMPLE {number}" for number in range(100)]
     ahead.close()
 
 
@@ -41,9 +41,9 @@ def test_decoding_goes_on_in_another_thread_and_embedding_in_this_one():
     embedded_by = []
 
     def decode():
-        for turn in turns(3):
+        for sample in places(3):
             decoded_by.append(threading.current_thread())
-            yield turn
+            yield sample
 
     def embed(prepared):
         embedded_by.append(threading.current_thread())
@@ -62,9 +62,9 @@ def test_no_more_samples_are_decoded_than_may_wait():
     decoded = []
 
     def decode():
-        for turn in turns(1000):
-            decoded.append(turn)
-            yield turn
+        for sample in places(1000):
+            decoded.append(sample)
+            yield sample
 
     ahead = MadeAhead(decode(), lambda prepared: {})
     wait_until(lambda: all(future.done() for future in ahead._waiting))
@@ -74,13 +74,13 @@ def test_no_more_samples_are_decoded_than_may_wait():
 
 def test_what_later_samples_raise_waits_for_their_turn():
     def broken():
-        yield from turns(2)
+        yield from places(2)
         raise BadInput(Fault("line 3", "is no JSON"))
 
     ahead = MadeAhead(broken(), lambda prepared: {})
     wait_until(lambda: ahead._waiting[-1].done())
     ahead.embed_decoded(9)
-    assert [next(ahead).number, next(ahead).number] == [0, 1]
+    assert [next(ahead)[0].number, next(ahead)[0].number] == [0, 1]
     with pytest.raises(BadInput, match="line 3: is no JSON"):
         next(ahead)
     ahead.close()
