@@ -35,9 +35,11 @@ from serve.memory import (
 from serve.precision import PRECISIONS, read_quantization
 from serve.settings import ServeSettings
 from serve.state_update import (
+    DEFAULT_STATE,
     FOLDER_VARIABLE,
     SHIPPED,
     STATE_BYTES,
+    STATE_FLAG,
     Tuned,
     find_tuned,
     state_type,
@@ -379,11 +381,19 @@ def _state_update(tuned: Tuned, state: str, settings: ServeSettings) -> Choice:
             whose = f"given by {FOLDER_VARIABLE}"
         elif tuned.folder == SHIPPED:
             whose = "measured for this GPU, and shipped"
-        return Choice(name, f"tuned, {kept}", whose)
+        return Choice(name, f"tuned, {kept}", f"{whose}{_of_half_the_size(state)}")
+    value = f"vLLM's own choice, {kept}"
     if tuned.is_given:
         missing = f"{tuned.folder} has no {tuned.name}"
-        return Choice(name, f"vLLM's own choice, {kept}", f"{FOLDER_VARIABLE} is given: {missing}")
-    return Choice(name, f"vLLM's own choice, {kept}", "not tuned for this GPU: hybridquant tune")
+        return Choice(name, value, f"{FOLDER_VARIABLE} is given: {missing}")
+    return Choice(name, value, "not tuned for this GPU: hybridquant tune")
+
+
+def _of_half_the_size(state: str) -> str:
+    """Return what tells a user how to halve the states; nothing where they are halved."""
+    if state != DEFAULT_STATE:
+        return ""
+    return f"; -- {STATE_FLAG} float16 halves them: docs/serving.md"
 
 
 def _with_reason(state: str) -> tuple[str, str]:
