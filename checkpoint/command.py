@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from checkpoint.log import add_verbosity_options, set_up_logging
@@ -33,8 +34,12 @@ def parse_command(
     """Parse the command line and set up logging as it says.
 
     Options may stand anywhere. A plain `parse_args` gives a list of words such as `key=value` those
-    before the first option alone, and refuses the others.
+    before the first option alone, and refuses the others. `--` ends the options, which
+    `parse_intermixed_args` of Python 3.11 does not know.
     """
-    parsed = parser.parse_intermixed_args(arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    parse = parser.parse_args if "--" in arguments else parser.parse_intermixed_args
+    parsed = parse(arguments)
     set_up_logging(parsed.verbose, parsed.quiet)
     return parsed

@@ -17,6 +17,12 @@ def test_options_may_stand_before_after_and_among_the_words_of_a_list(line):
     assert parsed.verbose
 
 
+def test_after_two_dashes_nothing_is_an_option():
+    parser = command_parser("benchmarks.memory", "Measures.")
+    parser.add_argument("words", nargs="*")
+    assert parse_command(parser, ["-q", "--", "timeit", "-v", "x"]).words == ["timeit", "-v", "x"]
+
+
 def test_an_unknown_option_is_refused_by_name(capsys):
     parser = command_parser("quantize.fp8", "Quantizes.")
     parser.add_argument("words", nargs="*")
