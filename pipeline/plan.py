@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from calibrate.prompts import build_prompts
 from calibrate.samples import Skipped
 from checkpoint.atomic import output_faults, space_faults
+from checkpoint.command import command_name
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layer_cost import LayerCost, measure_layer_cost
 from checkpoint.layers import largest_layer, outside_layers
@@ -268,7 +269,7 @@ def _choose(job: Job, whole: int, available: int) -> tuple[bool, str]:
 def _task_faults(job: Job, layer_by_layer: bool, reason: str) -> Iterator[Fault]:
     if layer_by_layer and job.recipe.accuracy.tasks is not None:
         what = f"the whole model answers them, and this run goes {reason}"
-        remedy = "give accuracy.tasks=null, then measure with python -m accuracy"
+        remedy = f"give accuracy.tasks=null, then measure with {command_name('accuracy')}"
         yield Fault("accuracy.tasks", what, remedy)
 
 

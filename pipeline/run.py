@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.command import command_name
 from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.opened import check_finite
@@ -47,7 +48,7 @@ def run(recipe: Recipe) -> int:
     else:
         passed = outcome.passed
     if outcome.is_first:
-        message = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
+        message = f"done; next: {command_name('serve')} {recipe.output}" if passed else "FAILED"
         logger.info("%s: %s", recipe.output, message)
     return 0 if passed else 1
 

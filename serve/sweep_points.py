@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import atomic
+from checkpoint.command import command_name
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from serve.bench import concurrencies
@@ -121,7 +122,8 @@ def measure_target(
             failed = len(load.errors)
             if failed > MOST_FAILED * len(samples):
                 what = f"{failed} of {len(samples)} requests failed: {load.errors[0]}"
-                raise BenchFailed(f"{target.name}: {what}; python -m serve.ask says more")
+                more = f"{command_name('serve.ask')} says more"
+                raise BenchFailed(f"{target.name}: {what}; {more}")
             row = summarize(target.name, count, [load], None)
             logger.info("%s", row)
             point["load"].append(rounded(row))
