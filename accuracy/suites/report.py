@@ -18,8 +18,14 @@ _COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "verd
 _SHOWN_REASONS = 3
 
 
-def show(compared: Sequence[Compared], reference: Model) -> None:
-    """Print a table for each checkpoint, and what its gate says."""
+def show(compared: Sequence[Compared], reference: Model, max_loss: float) -> None:
+    """Print a table for each checkpoint, and what its gate says.
+
+    Args:
+        compared: The checkpoints.
+        reference: BF16.
+        max_loss: Points that no task may lose, for the gate's line.
+    """
     console = Console()
     for one in compared:
         title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
@@ -34,10 +40,18 @@ def show(compared: Sequence[Compared], reference: Model) -> None:
             for note in _notes(row):
                 console.print(f"{row.task}: {note}", highlight=False)
         if one.passed:
-            console.print("gate passed", style="green")
+            console.print(_passed_line(one.rows, max_loss), style="green", highlight=False)
         else:
             missed = [row.task for row in one.rows if row.outcome != "passed"]
             console.print(f"gate missed: {', '.join(missed)}", style="red", highlight=False)
+
+
+def _passed_line(rows: Sequence[Row], max_loss: float) -> str:
+    """What is said of a gate that passed: how near its nearest task came to the limit."""
+    nearest = min((row for row in rows if row.task != MEAN), key=lambda row: row.found.low)
+    lowest = 100 * nearest.found.low
+    allowed = f"{-max_loss:+g} allowed"
+    return f"gate passed: no interval begins below {lowest:+.1f} points ({nearest.task}), {allowed}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
