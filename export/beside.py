@@ -22,11 +22,11 @@ from checkpoint.companions import (
 from checkpoint.config import CheckpointConfig
 from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.files import INDEX
 from checkpoint.json_differences import MISSING, json_differences
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import checkpoint_file_fault
 from checkpoint.run_state import file_digest
+from checkpoint.weight_files import INDEX
 from quantize.sensitivity import SENSITIVITY
 
 CONFIG = "config.json"

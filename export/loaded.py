@@ -93,8 +93,8 @@ def kernels_of(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def kernel_lines(config: CheckpointConfig, layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each kernel: how many linears of the checkpoint it runs, and in how many
-    layers of vLLM, which loads several linears into one.
+    """Return a sentence for each kernel: how many of the checkpoint's linears it runs, and in how
+    many of vLLM's layers, some of which hold several linears.
 
     Args:
         config: Of the exported directory.

@@ -10,6 +10,7 @@ from checkpoint.command import command_name, command_parser, parse_command
 from checkpoint.faults import Fault, main, raise_if_any, raise_on_termination
 from checkpoint.libraries import prepare_libraries
 from checkpoint.memory import let_segments_grow
+from pipeline.first_checks import first_faults
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -45,10 +46,11 @@ def _run(
         arguments = arguments[1:]
     recipe = load_recipe(path, arguments)
     raise_if_any(purpose_faults(recipe, module, formats, distils))
+    # torch and ModelOpt take seconds to import; what can be told without them is told before.
+    raise_if_any(first_faults(recipe))
     raise_on_termination()
     if recipe.distill is not None:
         let_segments_grow()
-    # torch and ModelOpt take seconds to import; a mistake in a recipe is reported before.
     prepare_libraries()
     from pipeline.run import run
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from calibrate.prompts import build_prompts
 from calibrate.samples import Skipped
-from checkpoint.atomic import output_faults, space_faults
+from checkpoint.atomic import space_faults
 from checkpoint.command import command_name
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layer_cost import LayerCost, measure_layer_cost
@@ -286,14 +286,9 @@ def _memory_faults(job: Job, needed: int, available: int, layer_by_layer: bool) 
 
 
 def _disk_faults(job: Job, needed: int) -> Iterator[Fault]:
-    """Yield what is wrong with the output and its disk; a resumed run has had its place checked."""
-    if job.state.is_written:
-        return
-    output = job.recipe.output
-    faults = list(output_faults(output))
-    if not faults and not job.state.is_begun:
-        faults = list(space_faults(output, needed, " with what is kept beside it"))
-    yield from faults
+    """Yield a fault of a disk that is too small; that of a resumed run has been checked."""
+    if not job.state.is_written and not job.state.is_begun:
+        yield from space_faults(job.recipe.output, needed, " with what is kept beside it")
 
 
 def _samples_line(job: Job, needs: Needs, reason: str) -> str:

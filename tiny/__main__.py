@@ -1,14 +1,14 @@
 """Writes the tiny checkpoint.
 
-    python -m tiny OUT
-    python -m tiny OUT --untrained     # of random weights
+python -m tiny OUT
+python -m tiny OUT --untrained     # of random weights
 """
 
 from __future__ import annotations
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
-from checkpoint.files import SINGLE
+from checkpoint.weight_files import SINGLE
 from tiny.checkpoint import write_tiny
 
 

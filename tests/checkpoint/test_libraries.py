@@ -393,7 +393,9 @@ def test_every_command_that_loads_the_model_prepares_the_libraries(project):
             assert "prepare_libraries()" in path.read_text(encoding="utf-8"), name
 
 
-@pytest.mark.parametrize("module", ["recipes.loading", "recipes.reference", "pipeline.command"])
+@pytest.mark.parametrize(
+    "module", ["recipes.loading", "recipes.reference", "pipeline.command", "pipeline.first_checks"]
+)
 def test_a_mistake_in_a_recipe_does_not_wait_for_torch(module, project):
     names = reached({module}, project)
     heavy = {name for name in names if name.partition(".")[0] in ("torch", "modelopt")}
@@ -412,6 +414,7 @@ TORCH_FREE = (
     "checkpoint.run_state",
     "checkpoint.settings",
     "checkpoint.video",
+    "checkpoint.weight_files",
 )
 
 
