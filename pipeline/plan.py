@@ -341,7 +341,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
     row = settings.pack_length or mean
     tokens = row * settings.steps * settings.batch / plan.processes.count
-    trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
+    trained = f"{len(plan.trained)} tensors, {plan.weight_count / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
     if settings.pack_length is not None:
         rows = "1 row" if settings.batch == 1 else f"{settings.batch} rows"
