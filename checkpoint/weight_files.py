@@ -19,7 +19,19 @@ SINGLE = "model.safetensors"
 MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
 """The remedy of an adapter in place of a model."""
 
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
+OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".pkl",
+    ".npz",
+)
+"""How names of files end that hold weights and are not safetensors."""
 
 
 def weight_faults(directory: Path) -> list[Fault]:
@@ -77,7 +89,7 @@ def _no_weights(directory: Path) -> Fault:
     remedy = "copy the weights"
     others = []
     for path in sorted(directory.iterdir()):
-        if path.suffix in _OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
+        if path.suffix in OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
             others.append(path.name)
     if "adapter_model.safetensors" in others:
         remedy = f"it is an adapter: {MERGE}"

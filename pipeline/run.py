@@ -69,7 +69,11 @@ class Outcome:
 
 
 def run_until_measured(recipe: Recipe) -> Outcome:
-    """Write, verify and measure the output; nothing of the models is left when it returns."""
+    """Write, verify and measure the output; nothing of the models is left when it returns.
+
+    All processes calibrate and train. The first one writes, and keeps the run's lock when it
+    verifies and measures alone.
+    """
     device = pick_device(recipe.device)
     with contextlib.ExitStack() as until_measured:
         with joined_processes(device) as processes:
@@ -98,6 +102,8 @@ def run_until_measured(recipe: Recipe) -> Outcome:
 def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
     """Calibrate, quantize and write; the output appears under its name when it is whole.
 
+    Every process must call this, because each has a share of the samples; the first one writes.
+
     Args:
         job: The run.
         way: How it is carried out.
@@ -110,8 +116,8 @@ def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
     job.state.begin()
     with open_writer(job.checkpoint, job.policy, job.state.checkpoint, way.read) as writer:
         for layer in way.packed_layers(writer.drain):
-            then = functools.partial(way.on_written, layer.index)
-            writer.put(layer.index, layer.tensors(), then)
+            on_written = functools.partial(way.on_written, layer.index)
+            writer.put(layer.index, layer.tensors(), on_written)
     manifest = make_manifest(job, way.record(), source_weights)
     write_companions(job.checkpoint, job.policy, job.state.checkpoint, manifest)
     if job.search is not None:
