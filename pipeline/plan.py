@@ -144,17 +144,20 @@ def make_plan(job: Job) -> Plan:
         )
     faults += _disk_faults(job, needs.written + kept)
     raise_if_any(faults)
-    layer_bytes = largest_layer(job.checkpoint)
-    host = _PROCESS_BYTES + in_memory + (needed if job.device == "cpu" else 3 * layer_bytes)
-    memory = f"{_gb(needed)} of {_gb(available)} on {job.device}, {_gb(host)} of"
-    memory = f"{memory} {_gb(host_available())} host memory, {_gb(needs.written + kept)} of disk"
+    layers_in_host = needed if job.device == "cpu" else 3 * largest_layer(job.checkpoint)
+    host = _PROCESS_BYTES + in_memory + layers_in_host
     seconds = needs.cost.seconds * needs.mean_length * needs.samples / job.processes.count
+    needed_parts = [
+        f"{_gb(needed)} of {_gb(available)} on {job.device}",
+        f"{_gb(host)} of {_gb(host_available())} host memory",
+        f"{_gb(needs.written + kept)} of disk; about {_duration(seconds)} for the layers",
+    ]
     lines = [
         _size_line(job, needs.written),
         _samples_line(job, needs, reason),
         f"video: {job.recipe.video}",
         job.checkpoint.companions.summary(),
-        f"needs about {memory}; about {_duration(seconds)} for the layers",
+        f"needs about {', '.join(needed_parts)}",
     ]
     lines += kernel_lines(job.device)
     if job.distillation is not None:
@@ -252,10 +255,15 @@ def _choose(job: Job, whole: int, available: int) -> tuple[bool, str]:
     quantize = job.recipe.quantize
     if quantize.memory != "auto":
         return quantize.memory == "layers", f"quantize.memory is {quantize.memory}"
-    needs_whole = quantize.algorithm != "max" or quantize.auto is not None
-    if needs_whole or job.recipe.distill is not None:
-        reason = "the whole model in memory, as distillation, quantize.auto and every algorithm"
-        return False, f"{reason} but max need it"
+    needing_whole = []
+    if job.recipe.distill is not None:
+        needing_whole.append("distillation")
+    if quantize.auto is not None:
+        needing_whole.append("quantize.auto")
+    if quantize.algorithm != "max":
+        needing_whole.append(f"quantize.algorithm={quantize.algorithm}")
+    if needing_whole:
+        return False, f"the whole model in memory, for {' and '.join(needing_whole)}"
     if job.processes.count > 1:
         return True, f"shared by {job.processes.count} processes layer by layer"
     if not LAYER_PROGRESS.isdisjoint(job.state.progress()):
