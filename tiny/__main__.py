@@ -1,7 +1,9 @@
-"""Writes the tiny checkpoint.
+"""Writes the tiny checkpoint, whose tensors have the released layout at a thousandth of the size.
 
-python -m tiny OUT
-python -m tiny OUT --untrained     # of random weights
+    python -m tiny OUT
+    python -m tiny OUT --untrained
+
+With --untrained its weights are random. OUT must not exist.
 """
 
 from __future__ import annotations
