@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from accuracy.agreement import Agreement, agreement_rows
@@ -121,8 +121,8 @@ def show(verdict: Verdict) -> None:
     """Print the tables, and each limit that was missed; if none was, how near all of them are."""
     table = Table(title="agreement with BF16 on held-out samples", title_justify="left")
     for column in _COLUMNS:
-        justify = "left" if column == "samples" else "right"
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        justify: JustifyMethod = "left" if column == "samples" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for row in agreement_rows(verdict.measured):
         table.add_row(*row)
     console = Console()

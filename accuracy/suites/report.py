@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from accuracy.suites.outcome import Asked, Compared, CurvePoint, Noise
@@ -31,8 +31,8 @@ def show(compared: Sequence[Compared], reference: Model, max_loss: float) -> Non
         title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
         table = Table(title=title, title_justify="left")
         for column in _COLUMNS:
-            is_text = column in ("task", "verdict")
-            table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+            justify: JustifyMethod = "left" if column in ("task", "verdict") else "right"
+            table.add_column(column, justify=justify, no_wrap=True)
         for row in one.rows:
             table.add_row(*_cells(row))
         console.print(table)
