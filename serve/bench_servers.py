@@ -15,6 +15,7 @@ from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE, connect, first_model, is_url
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.log import get_logger
+from checkpoint.naming import path_endings, shortest_different
 from serve.bench_runs import Target
 from serve.environment import ServeEnvironment
 from serve.options import given_settings
@@ -170,23 +171,13 @@ def _started(planned: Planned, environment: ServeEnvironment) -> Iterator[Runnin
 
 
 def server_names(targets: Sequence[str]) -> list[str]:
-    """Return short names that tell one or two servers apart.
+    """Return short names that tell servers apart: the last part of a directory's path and the host
+    of a URL, or as much more of both as they differ by.
 
     Args:
-        targets: Directories or URLs.
-
-    Returns:
-        The last part of a directory's path and the host of a URL, or as much more of both as they
-        differ by: `a/export` and `b/export`. The same directory with other flags is `export (2)`.
+        targets: Directories or URLs. The same directory with other flags is `export (2)`.
     """
-    choices = [_names_of(target) for target in targets]
-    names = [found[0] for found in choices]
-    longest = max(len(found) for found in choices)
-    for last in range(longest):
-        longer = [found[min(last, len(found) - 1)] for found in choices]
-        if len(set(longer)) == len(longer):
-            return longer
-    return [names[0], f"{names[0]} (2)"]
+    return shortest_different([_names_of(target) for target in targets])
 
 
 def _names_of(target: str) -> list[str]:
@@ -194,8 +185,7 @@ def _names_of(target: str) -> list[str]:
     if is_url(target):
         address = root_of(target).partition("://")[2]
         return [address.partition("/")[0], address, root_of(target)]
-    parts = Path(target).resolve().parts
-    return [str(Path(*parts[start:])) for start in range(len(parts) - 1, -1, -1)]
+    return path_endings(Path(target))
 
 
 def _found(url: str, name: str, options: argparse.Namespace) -> Running:

@@ -13,6 +13,7 @@ from accuracy.suites.published import source_of
 from accuracy.suites.run import SuitePlan, SuiteRun
 from accuracy.suites.serving import Model
 from accuracy.suites.verdict import MEAN, Row
+from checkpoint.naming import directory_names
 
 _COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "verdict")
 _SHOWN_REASONS = 3
@@ -27,8 +28,10 @@ def show(compared: Sequence[Compared], reference: Model, max_loss: float) -> Non
         max_loss: Points that no task may lose, for the gate's line.
     """
     console = Console()
-    for one in compared:
-        title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
+    directories = [reference.directory, *(one.model.directory for one in compared)]
+    reference_name, *names = directory_names(directories)
+    for name, one in zip(names, compared, strict=True):
+        title = f"{name} against {reference_name}, in percent"
         table = Table(title=title, title_justify="left")
         for column in _COLUMNS:
             justify: JustifyMethod = "left" if column in ("task", "verdict") else "right"

@@ -410,6 +410,7 @@ TORCH_FREE = (
     "checkpoint.family",
     "checkpoint.faults",
     "checkpoint.log",
+    "checkpoint.naming",
     "checkpoint.processes",
     "checkpoint.run_state",
     "checkpoint.settings",
