@@ -38,7 +38,8 @@ def _run(
     from recipes.reference import render_fields
 
     parser = command_parser(module, f"{(doc or '').rstrip()}\n\nFields:\n{render_fields()}")
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value")
+    arguments_help = "a recipe, if it is not the default one, and fields of it"
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value", help=arguments_help)
     arguments = parse_command(parser).arguments
     path = SHIPPED / default
     if arguments and "=" not in arguments[0]:
