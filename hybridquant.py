@@ -16,6 +16,7 @@ import runpy
 import sys
 from dataclasses import dataclass
 
+from checkpoint.command import use_command_names
 from checkpoint.faults import BadInput, Fault, main, nearest
 
 __version__ = "0.2.0"
@@ -122,6 +123,21 @@ def find_module(arguments: list[str]) -> tuple[str, list[str]]:
     return f"{command.module}.{variant}", rest
 
 
+def command_names(program: str) -> dict[str, str]:
+    """Return what a user types for each module that a command runs, such as `hybridquant verify`.
+
+    Args:
+        program: How the user has called us.
+    """
+    names = {}
+    for name, command in COMMANDS.items():
+        if not command.variants:
+            names[command.module] = f"{program} {name}"
+        for variant in command.variants:
+            names[f"{command.module}.{variant}"] = f"{program} {name} {variant}"
+    return names
+
+
 def wants_overview(arguments: list[str]) -> bool:
     """Return whether the command line asks for `help_text` and not for the help of a module."""
     name, *rest = arguments
@@ -133,11 +149,12 @@ def wants_overview(arguments: list[str]) -> bool:
     return is_half and rest[0] in HELP_OPTIONS
 
 
-def run_command(arguments: list[str]) -> int:
+def run_command(arguments: list[str], program: str = "hybridquant") -> int:
     """Run a command line.
 
     Args:
         arguments: The command line without the program's name.
+        program: How the user has called us, for help and messages.
 
     Returns:
         The exit status. A command's module leaves the process with its own by `SystemExit`.
@@ -155,15 +172,20 @@ def run_command(arguments: list[str]) -> int:
         print(version_text())
         return 0
     module, rest = find_module(arguments)
+    use_command_names(command_names(program))
     sys.argv = [f"python -m {module}", *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 
 
-def console() -> None:
-    """Run the process's command line and leave the process with its exit status."""
-    main(lambda: run_command(sys.argv[1:]))
+def console(program: str = "hybridquant") -> None:
+    """Run the process's command line and leave the process with its exit status.
+
+    Args:
+        program: As in `run_command`.
+    """
+    main(lambda: run_command(sys.argv[1:], program))
 
 
 if __name__ == "__main__":
-    console()
+    console("python -m hybridquant")

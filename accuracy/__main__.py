@@ -27,6 +27,7 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import BadInput, Fault, main, raise_if_any
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
+from checkpoint.naming import directory_names
 from checkpoint.video import Video
 from tiny.tasks import TASKS, TEST_ITEMS, check_tasks, items
 
@@ -113,8 +114,8 @@ def _run() -> int:
     else:
         answers = answer_tasks(variant, samples, video)
     rows = pair(samples, answer_tasks(reference, samples, video), answers)
-    shown = arguments.endpoint or directory.name
-    Console().print(paired_table(rows, arguments.reference.name, shown))
+    names = directory_names([arguments.reference, directory])
+    Console().print(paired_table(rows, names[0], arguments.endpoint or names[1]))
     if arguments.json:
         plain = [dataclasses.asdict(row) for row in rows]
         write_text(arguments.json, json.dumps(plain, indent=2) + "\n")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from accuracy.agreement import Agreement, agreement_rows
@@ -19,18 +19,62 @@ _COLUMNS = ("samples", "prompts", "tokens", "KL (nats)", "top-1", "perplexity", 
 
 
 @dataclass(frozen=True)
+class Limit:
+    """One requirement of a recipe beside what was measured.
+
+    Attributes:
+        name: What is limited.
+        value: As measured.
+        allowed: The largest value that is allowed; the smallest if `is_smallest`.
+        is_smallest: Whether larger values are better.
+    """
+
+    name: str
+    value: float
+    allowed: float
+    is_smallest: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the value is allowed; NaN and infinity never are."""
+        if not math.isfinite(self.value):
+            return False
+        if self.is_smallest:
+            return self.value >= self.allowed
+        return self.value <= self.allowed
+
+    @property
+    def missed(self) -> str:
+        """The sentence about a limit that is not met."""
+        bound = "at least" if self.is_smallest else "at most"
+        return f"{self.name} is {self.value:.4g}, allowed is {bound} {self.allowed:g}"
+
+    def __str__(self) -> str:
+        sign = "≥" if self.is_smallest else "≤"
+        return f"{self.name} {self.value:.4g} {sign} {self.allowed:g}"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The gate's outcome.
 
     Attributes:
         measured: Agreement by kind of sample; `all` decides.
-        missed: One sentence per requirement that was not met.
+        limits: The recipe's requirements.
         tasks: The tasks' rows, the mean last.
     """
 
     measured: dict[str, Agreement]
-    missed: tuple[str, ...]
+    limits: tuple[Limit, ...]
     tasks: tuple[Paired, ...] = ()
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """One sentence per requirement that was not met."""
+        sentences = [limit.missed for limit in self.limits if not limit.is_met]
+        if not self.measured["all"].tokens:
+            sentences.insert(0, "no position was compared")
+        return tuple(sentences)
 
     @property
     def passed(self) -> bool:
@@ -58,40 +102,27 @@ def judge(
         required: The recipe's section.
         tasks: The tasks' rows, the mean last; empty if none were asked.
     """
-    missed = tuple(_missed(measured["all"], required, tasks))
-    return Verdict(measured, missed, tuple(tasks))
-
-
-def _missed(overall: Agreement, required: Accuracy, tasks: Sequence[Paired]) -> Iterator[str]:
-    if not overall.tokens:
-        yield "no position was compared"
-    yield from _above("KL", overall.kl, required.max_kl)
-    yield from _below("top-1 agreement", overall.top1, required.min_top1)
-    ratio = overall.perplexity_ratio
-    yield from _above("perplexity ratio", ratio, required.max_perplexity_ratio)
-    max_loss = required.tasks.max_loss if required.tasks else None
-    if tasks and max_loss is not None:
-        lost = -100 * tasks[-1].difference
-        if not lost <= max_loss:  # a NaN must not pass
-            yield f"the tasks' mean is {lost:.1f} points below BF16, allowed are {max_loss:g}"
-
-
-def _above(name: str, value: float, limit: float | None) -> Iterator[str]:
-    if limit is not None and not (math.isfinite(value) and value <= limit):
-        yield f"{name} is {value:.4g}, allowed is at most {limit:g}"
-
-
-def _below(name: str, value: float, limit: float | None) -> Iterator[str]:
-    if limit is not None and not (math.isfinite(value) and value >= limit):
-        yield f"{name} is {value:.4g}, allowed is at least {limit:g}"
+    overall = measured["all"]
+    limits = []
+    if required.max_kl is not None:
+        limits.append(Limit("KL", overall.kl, required.max_kl))
+    if required.min_top1 is not None:
+        limits.append(Limit("top-1 agreement", overall.top1, required.min_top1, is_smallest=True))
+    if required.max_perplexity_ratio is not None:
+        ratio = overall.perplexity_ratio
+        limits.append(Limit("perplexity ratio", ratio, required.max_perplexity_ratio))
+    if tasks and required.tasks is not None and required.tasks.max_loss is not None:
+        lost = 100 * (tasks[-1].reference - tasks[-1].variant)
+        limits.append(Limit("task loss in points", lost, required.tasks.max_loss))
+    return Verdict(measured, tuple(limits), tuple(tasks))
 
 
 def show(verdict: Verdict) -> None:
-    """Print the tables and what was missed."""
+    """Print the tables, and each limit that was missed; if none was, how near all of them are."""
     table = Table(title="agreement with BF16 on held-out samples", title_justify="left")
     for column in _COLUMNS:
-        justify = "left" if column == "samples" else "right"
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        justify: JustifyMethod = "left" if column == "samples" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for row in agreement_rows(verdict.measured):
         table.add_row(*row)
     console = Console()
@@ -101,4 +132,6 @@ def show(verdict: Verdict) -> None:
     for sentence in verdict.missed:
         console.print(f"gate missed: {sentence}", style="red", highlight=False)
     if verdict.passed:
-        console.print("gate passed", style="green")
+        limits = ", ".join(str(limit) for limit in verdict.limits)
+        sentence = f"gate passed: {limits or 'the recipe sets no limits'}"
+        console.print(sentence, style="green", highlight=False, soft_wrap=True)

@@ -1,12 +1,36 @@
-"""What all commands have in common: the parser with `-v` and `-q`, and logging set up by them."""
+"""What all commands have in common: their names, the parser with `-v` and `-q`, and logging set up
+by them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from checkpoint.log import add_verbosity_options, set_up_logging
+
+_NAMES: dict[str, str] = {}
+"""What the user of this process calls a command, by module; empty where that is `python -m`."""
+
+_PYTHON_M = re.compile(r"python -m ([\w.]+\w)")
+
+
+def use_command_names(names: Mapping[str, str]) -> None:
+    """Let help and messages name commands otherwise than `python -m MODULE`.
+
+    Args:
+        names: Such as `hybridquant verify`, by module.
+    """
+    _NAMES.update(names)
+
+
+def command_name(module: str) -> str:
+    """Return how the user of this process runs a module: `hybridquant verify`, for one who has
+    begun with `hybridquant`, and otherwise `python -m export.verify`.
+    """
+    return _NAMES.get(module, f"python -m {module}")
 
 
 def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
@@ -15,11 +39,12 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     Args:
         module: The module that is run, `export.verify`.
         doc: Its docstring: the first paragraph describes the command, the rest stands below the
-            options.
+            options. Every `python -m MODULE` in it is shown as the user would type it.
     """
-    first, _, rest = (doc or "").strip().partition("\n\n")
+    shown = _PYTHON_M.sub(lambda found: command_name(found[1]), (doc or "").strip())
+    first, _, rest = shown.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
+        prog=command_name(module),
         description=first,
         epilog=rest.strip("\n") or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -231,6 +231,13 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     return CheckpointConfig(directory, raw, family)
 
 
+def bf16_faults(config: CheckpointConfig) -> Iterator[Fault]:
+    """Yield a fault when a config says that the checkpoint is not BF16."""
+    if "quantization_config" in config.raw:
+        what = "is quantized already"
+        yield Fault(str(config.directory), what, "give the BF16 checkpoint")
+
+
 def _config_faults(raw: Mapping[str, Any], family: Family, where: str) -> Iterator[Fault]:
     for key in _TOP_KEYS:
         if key not in raw:

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from checkpoint.command import command_name
 from checkpoint.faults import BadInput, Fault, shortened
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def first_model(client: OpenAI) -> str:
         raise BadInput(Fault(where, "refuses the API key", remedy)) from None
     except OpenAIError as error:
         what = f"no server answers: {shortened(error)}"
-        raise BadInput(Fault(where, what, "start one: python -m serve DIR")) from None
+        raise BadInput(Fault(where, what, f"start one: {command_name('serve')} DIR")) from None
     except (ValueError, AttributeError, TypeError):
         what = "does not answer as an OpenAI-compatible server: a web page, or another program"
         raise BadInput(Fault(where, what, "check host and port")) from None

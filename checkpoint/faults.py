@@ -159,13 +159,20 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated(number)
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the first that a launcher started, or started without one: the
+    one whose messages the user reads.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _let_first_process_speak() -> None:
     """Wait on all processes of a launcher but the first.
 
     Most faults are found by all of them alike. The launcher stops the others as soon as one has
     ended, so that only what the first does not find is printed by another.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(FIRST_SPEAKS_SECONDS)
 

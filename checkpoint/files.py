@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint.config import read_json
 from checkpoint.dtypes import TORCH_NAMES
-from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.faults import Fault, raise_if_any, shortened
 from checkpoint.layout import Specs, TensorSpec
 from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer
+from checkpoint.weight_files import INDEX, SINGLE, read_weight_map
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
 """torch's dtypes by the names that safetensors gives them."""
@@ -31,10 +31,6 @@ THREADS = 8
 """Threads that read and compare tensors. Each holds one tensor of the source and a few copies of a
 part of it.
 """
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
-MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class TensorFiles:
@@ -57,25 +53,12 @@ class TensorFiles:
         self.location: dict[str, str] = {}
         self._start: dict[str, int] = {}
         self._header_bytes: dict[str, int] = {}
-        index = self._read_index()
+        index = read_weight_map(self.directory)
         self.files = sorted(set(index.values())) if index else [SINGLE]
         faults = [fault for file in self.files for fault in self._read_header(file)]
         if not faults:
             faults = list(self._index_faults(index))
         raise_if_any(faults)
-
-    def _read_index(self) -> dict[str, str]:
-        """File name of each tensor by the index; empty for a single file."""
-        path = self.directory / INDEX
-        if path.exists():
-            weight_map = read_json(path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise BadInput(Fault(str(path), "has no weight_map", "copy the file again"))
-            raise_if_any(_file_name_faults(weight_map, path))
-            return weight_map
-        if not (self.directory / SINGLE).exists():
-            raise BadInput(_no_weights(self.directory))
-        return {}
 
     def _index_faults(self, index: Mapping[str, str]) -> Iterator[Fault]:
         where = str(self.directory / INDEX)
@@ -176,40 +159,6 @@ class TensorFiles:
     def total_bytes(self) -> int:
         """Size of all weight files on disk."""
         return sum((self.directory / file).stat().st_size for file in self.files)
-
-
-def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fault]:
-    """Yield the entries of an index that do not name a safetensors file of its directory.
-
-    vLLM looks for the files of the directory, so that one elsewhere would not be the one it loads.
-    """
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            what = f"weight_map.{shortened(name, 120)} is not a file name"
-            yield Fault(str(path), what, "copy the file again")
-        elif "/" in file or "\\" in file or file.startswith(".") or not file.isprintable():
-            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, not the name"
-            yield Fault(str(path), f"{what} of a file beside it", "copy the file again")
-        elif not file.endswith(".safetensors"):
-            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, which vLLM"
-            yield Fault(str(path), f"{what} does not load", "copy the file again")
-
-
-def _no_weights(directory: Path) -> Fault:
-    """What is wrong with a directory without safetensors, by what it holds instead."""
-    what = f"contains neither {INDEX} nor {SINGLE}"
-    remedy = "copy the weights"
-    others = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix in _OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
-            others.append(path.name)
-    if "adapter_model.safetensors" in others:
-        remedy = f"it is an adapter: {MERGE}"
-    elif others:
-        remedy = "save the model again with save_pretrained(…, safe_serialization=True)"
-    if others:
-        what = f"{what}, but {shortened(', '.join(others))}"
-    return Fault(str(directory), what, remedy)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -11,18 +11,25 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
 
-from checkpoint.faults import shortened
+from checkpoint.faults import is_first_process, shortened
 from checkpoint.log import get_logger
 
 logger = get_logger(__name__)
 
 _LANGUAGE_MODEL = "transformers.models.nemotron_h.modeling_nemotron_h"
 _MODEL = "transformers.models.nemotron_h_omni.modeling_nemotron_h_omni"
+
+_IGNORED_WARNINGS = (
+    "transformers .* is not tested with current version of modelopt",
+    "Distributed training is initialized but no parallel_state is set for",
+)
+"""Beginnings of warnings of ModelOpt 0.47 that say nothing to a user, as patterns."""
 
 
 def prepare_libraries() -> None:
@@ -32,13 +39,19 @@ def prepare_libraries() -> None:
       raised by `checkpoint.native`.
     - ModelOpt 0.47 warns at import that it is not tested with transformers 5.15 and newer. Older
       ones cannot run this architecture with a cache, and our tests run the pinned pair.
+    - Under a launcher ModelOpt warns of each kind of layer that it takes all processes for data
+      parallel, which they are.
+    - What libraries warn of, every process of a launcher would print: the first one's is enough.
     """
+    if not is_first_process():
+        warnings.simplefilter("ignore")
+        # torch reads it when it is imported: DDP warns from C++.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if _LANGUAGE_MODEL in sys.modules and "mamba_ssm" not in sys.modules:
         logger.warning("transformers' Mamba-2 was imported before its kernels were prepared")
     find_mamba_kernels()
-    warnings.filterwarnings(
-        "ignore", message="transformers .* is not tested with current version of modelopt"
-    )
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     from transformers import logging
 
     logging.set_verbosity_error()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from checkpoint.command import command_name
 from checkpoint.config import CheckpointConfig
 from checkpoint.faults import BadInput, Fault
 from checkpoint.files import Reader, TensorFiles
@@ -155,7 +156,7 @@ def _refuse(checkpoint: Checkpoint, missing: list[str], left_over: list[str]) ->
     """Raise `BadInput` if tensors are missing or left over."""
     if missing or left_over:
         what = f"tensors missing: {missing[:5]}, left over: {left_over[:5]}"
-        remedy = "check it with python -m export.verify"
+        remedy = f"check it with {command_name('export.verify')}"
         raise BadInput(Fault(str(checkpoint.directory), what, remedy))
 
 

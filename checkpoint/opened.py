@@ -11,12 +11,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint.companions import Companions, companion_faults, find_companions
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig, bf16_faults, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.files import MERGE, TensorFiles, layout_faults
+from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.hashing import digests_of_finite
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
 from checkpoint.reading import tokenizer_faults
+from checkpoint.weight_files import MERGE
 
 _ADAPTER = re.compile(
     r"\.(lora_\w+|base_layer|modules_to_save|ia3_\w+|vera_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)"
@@ -100,9 +101,7 @@ def open_bf16(directory: str | Path) -> Checkpoint:
         BadInput: With every fault found; also when it is quantized.
     """
     config = read_config(directory)
-    if "quantization_config" in config.raw:
-        what = "is quantized already"
-        raise BadInput(Fault(str(config.directory), what, "give the BF16 checkpoint"))
+    raise_if_any(bf16_faults(config))
     checkpoint = Checkpoint(config, TensorFiles(directory))
     raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors

@@ -70,18 +70,9 @@ class RunState:
         return written and self.output.exists() and not self.checkpoint.exists()
 
     def faults(self) -> Iterator[Fault]:
-        """Yield why a run cannot work here: another one does, what lies here is not a run's, or it
-        differs from the run that was begun here.
-        """
-        held = list(lock_faults(self.directory))
-        if held:
-            yield from held
-            return
-        if self._is_foreign():
-            what = "is in the way of the run's state, and no run has made it"
-            yield Fault(str(self.directory), what, "move it, or give another output")
-            return
-        yield from self._differences()
+        """Yield why this run cannot work here: no run can, or another than this one was begun."""
+        faults = list(place_faults(self.output))
+        yield from faults or self._differences()
 
     @property
     def _remedy(self) -> str:
@@ -99,14 +90,6 @@ class RunState:
             if old != new:
                 what = f"was {shortened(old)} when {self.directory} was begun, is {shortened(new)}"
                 yield Fault(name, what, self._remedy)
-
-    def _is_foreign(self) -> bool:
-        """Whether something lies at `directory` that no run has put there."""
-        directory = self.directory
-        if directory.is_symlink() or not directory.is_dir():
-            return directory.is_symlink() or directory.exists()
-        # `locked` creates the lock before anything else.
-        return any(directory.iterdir()) and not (directory / LOCK).is_file()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -178,6 +161,29 @@ class RunState:
         """Remove a state that a later run could not resume from."""
         if not self.is_begun:
             self.remove()
+
+
+def place_faults(output: Path) -> Iterator[Fault]:
+    """Yield why no run can write an output: another one does, what lies in its state's place is not
+    a run's, or the output exists and no run has left it to be verified.
+    """
+    state = RunState(output, {})
+    held = list(lock_faults(state.directory))
+    if held:
+        yield from held
+    elif _is_foreign(state.directory):
+        what = "is in the way of the run's state, and no run has made it"
+        yield Fault(str(state.directory), what, "move it, or give another output")
+    elif not state.is_written:
+        yield from output_faults(output)
+
+
+def _is_foreign(directory: Path) -> bool:
+    """Whether something lies in the place of a run's state that no run has put there."""
+    if directory.is_symlink() or not directory.is_dir():
+        return directory.is_symlink() or directory.exists()
+    # `locked` creates the lock before anything else.
+    return any(directory.iterdir()) and not (directory / LOCK).is_file()
 
 
 def identity_of(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from checkpoint.atomic import check_output, replaced_directory, write_json, writ
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.faults import main
-from checkpoint.files import INDEX
 from checkpoint.layout import TensorSpec, expected_tensors, spec_bytes, split_by_size
 from checkpoint.tokenizer import RELEASED, write_tokenizer
+from checkpoint.weight_files import INDEX
 
 SIZES = ("full", "medium")
 SHARD_BYTES = 4_900_000_000

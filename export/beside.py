@@ -22,17 +22,16 @@ from checkpoint.companions import (
 from checkpoint.config import CheckpointConfig
 from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
-from checkpoint.files import INDEX
 from checkpoint.json_differences import MISSING, json_differences
 from checkpoint.opened import Checkpoint
 from checkpoint.reading import checkpoint_file_fault
 from checkpoint.run_state import file_digest
+from checkpoint.weight_files import INDEX, OTHER_WEIGHTS
 from quantize.sensitivity import SENSITIVITY
 
 CONFIG = "config.json"
 LEGACY = "hf_quant_config.json"
 _OWN = (INDEX, CONFIG, LEGACY, MANIFEST, SENSITIVITY)
-_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".npz")
 _MOST_FILES = 10_000
 _REMOVE = "remove it"
 
@@ -57,7 +56,7 @@ def stray_faults(directory: Path, files: Mapping[str, str], is_complete: bool) -
         elif short.endswith(".safetensors"):
             what = f"is not named in {INDEX}; vLLM loads it all the same, or in place of the others"
             yield Fault(str(path), what, _REMOVE)
-        elif path.suffix in _WEIGHTS:
+        elif path.suffix in OTHER_WEIGHTS:
             yield Fault(str(path), "holds weights that nothing vouches for", _REMOVE)
         elif path.suffix in (".py", ".pyc", ".so"):
             yield Fault(str(path), "is code that is not the model's", _REMOVE)

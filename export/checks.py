@@ -69,17 +69,17 @@ class Verification:
         return {fault.where.partition(": ")[0] for fault in self.faults}
 
 
-def inspect(directory: Path, source: Path | None, run_prompts: bool = True) -> Verification:
+def inspect(directory: Path, source_path: Path | None, run_prompts: bool = True) -> Verification:
     """Check an exported directory; `export.verify.verify` describes arguments and exceptions.
 
     Args:
         directory: The exported directory.
-        source: The BF16 checkpoint that it was made from.
+        source_path: The BF16 checkpoint that it was made from.
         run_prompts: Whether input scales that the manifest does not vouch for are compared with
             what the source observes.
     """
     result = Verification()
-    original = None if source is None else open_checkpoint(source)
+    source = None if source_path is None else open_checkpoint(source_path)
     result.add(content_faults(directory))
     recorded = recorded_digests(directory)
     try:
@@ -90,46 +90,46 @@ def inspect(directory: Path, source: Path | None, run_prompts: bool = True) -> V
         result.add(bad.faults)
         result.add(manifest_faults(directory, recorded, {}))
         return result
-    if original is not None:
-        other = _other_dimensions(config, original)
+    if source is not None:
+        other = _other_dimensions(config, source)
         if other is not None:
             result.add([other])
-            original = None
+            source = None
     tensors: TensorFiles | None = None
     try:
         tensors = TensorFiles(directory)
     except BadInput as bad:
         result.add(bad.faults)
-    _check_files(result, config, tensors, original, recorded)
+    _check_files(result, config, tensors, source, recorded)
     if tensors is not None:
-        _check_weights(result, Checkpoint(config, tensors), original, recorded, run_prompts)
+        _check_weights(result, Checkpoint(config, tensors), source, recorded, run_prompts)
     broken = result.broken_files
     for fault in manifest_faults(directory, recorded, result.digests):
         if fault.where not in broken:
             result.faults.append(fault)
-    result.unchecked += unchecked_parts(directory, original, recorded)
+    result.unchecked += unchecked_parts(directory, source, recorded)
     return result
 
 
-def _other_dimensions(config: CheckpointConfig, original: Checkpoint) -> Fault | None:
+def _other_dimensions(config: CheckpointConfig, source: Checkpoint) -> Fault | None:
     """The fault of a source whose tensors are not those that the export's config describes."""
-    if Checkpoint(config, original.tensors).layout == original.layout:
+    if Checkpoint(config, source.tensors).layout == source.layout:
         return None
     keys = []
-    for fault in source_faults(config, original):
+    for fault in source_faults(config, source):
         if fault.where.endswith(CONFIG):
             keys.append(fault.what.partition(", in ")[0])
     what = "describes a model of other dimensions"
     if keys:
         what = f"{what} than {config.directory / CONFIG}, where {'; '.join(keys[:3])}"
-    return Fault(str(original.directory), what, "is this the right --source?")
+    return Fault(str(source.directory), what, "is this the right --source?")
 
 
 def _check_files(
     result: Verification,
     config: CheckpointConfig,
     tensors: TensorFiles | None,
-    original: Checkpoint | None,
+    source: Checkpoint | None,
     recorded: Mapping[str, str],
 ) -> None:
     """Check the files beside the weights."""
@@ -137,9 +137,9 @@ def _check_files(
     known = dict(recorded)
     if tensors is not None:
         known |= dict.fromkeys(tensors.files, "")
-    if original is not None:
-        known |= original.companions.digests
-    is_complete = bool(recorded) or original is not None
+    if source is not None:
+        known |= source.companions.digests
+    is_complete = bool(recorded) or source is not None
     broken_before = result.broken_files
     for fault in companion_faults(directory):
         if fault.where not in broken_before:
@@ -148,8 +148,8 @@ def _check_files(
         if fault.where not in result.broken_files:
             result.faults.append(fault)
     broken = result.broken_files
-    if original is not None:
-        found = list(source_faults(config, original))
+    if source is not None:
+        found = list(source_faults(config, source))
         result.faults += [fault for fault in found if fault.where not in broken]
         return
     if not is_proven(directory / CONFIG, recorded):
@@ -166,7 +166,7 @@ def _check_files(
 def _check_weights(
     result: Verification,
     exported: Checkpoint,
-    original: Checkpoint | None,
+    source: Checkpoint | None,
     recorded: Mapping[str, str],
     run_prompts: bool,
 ) -> None:
@@ -182,17 +182,17 @@ def _check_weights(
     result.faults += wrong_layout
     if wrong_layout:  # with tensors missing or mis-shaped there is nothing to compare
         return
-    values = _values(exported, formats, original)
+    values = _values(exported, formats, source)
     result.digests = values.digests
     scales = [*fused_scale_faults(exported, formats), *range_faults(exported, formats)]
     result.faults += [*values.faults, *scales]
-    if original is None or not run_prompts or values.faults or scales:
+    if source is None or not run_prompts or values.faults or scales:
         return
     # Weight files with the SHA-256 that the run has recorded hold the scales that it calibrated and
     # measured; on another model than the tiny one, three prompts know less than that.
     if all(recorded.get(file) == digest for file, digest in values.digests.items()):
         return
-    result.faults += input_range_faults(exported, formats, original)
+    result.faults += input_range_faults(exported, formats, source)
 
 
 def _layout_faults(exported: Checkpoint, formats: Mapping[str, str]) -> Iterator[Fault]:
@@ -215,29 +215,27 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _values(
-    exported: Checkpoint, formats: Mapping[str, str], original: Checkpoint | None
-) -> Values:
-    source = None if original is None else original.tensors
+def _values(exported: Checkpoint, formats: Mapping[str, str], source: Checkpoint | None) -> Values:
+    tensors = None if source is None else source.tensors
     trained = trained_tensors(exported.directory)
     change = weight_change(exported.directory)
-    return ValueCheck(exported, formats, source, trained, change).run()
+    return ValueCheck(exported, formats, tensors, trained, change).run()
 
 
 def unchecked_parts(
-    directory: Path, original: Checkpoint | None, recorded: Mapping[str, str]
+    directory: Path, source: Checkpoint | None, recorded: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield what is not checked of a directory, and why.
 
     Args:
         directory: The exported directory.
-        original: The source that it is compared with.
+        source: The source that it is compared with.
         recorded: The digests that the manifest records.
     """
     if not recorded:
         what = "whether sound files are those that were written"
         yield f"{what} ({MANIFEST} records no SHA-256)"
-    if original is None:
+    if source is None:
         yield "how far weights and input scales are from the BF16 model (give --source)"
         return
     trained = trained_tensors(directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +88,36 @@ def read_report(path: Path) -> list[dict[str, Any]]:
 
 
 def kernels_of(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the number of quantized layers by kernel."""
-    counts: dict[str, int] = {}
+    """Return the number of vLLM's quantized layers by kernel."""
+    return dict(Counter(_kernel_of(layer) for layer in layers if is_quantized(layer)))
+
+
+def kernel_lines(config: CheckpointConfig, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each kernel: how many of the checkpoint's linears it runs, and in how
+    many of vLLM's layers, some of which hold several linears.
+
+    Args:
+        config: Of the exported directory.
+        layers: The plug-in's report.
+    """
+    family = config.family
+    parts = Counter(family.fused_module(linear) for linear in linear_formats(config))
+    linears: Counter[str] = Counter()
     for layer in layers:
         if is_quantized(layer):
-            name = str(layer["kernel"] or layer["method"])
-            counts[name] = counts.get(name, 0) + 1
-    return counts
+            linears[_kernel_of(layer)] += parts[str(layer["name"])]
+    fused = [f"{' + '.join(names)} as {name}" for name, names in family.fused.items()]
+    lines = []
+    for kernel, count in kernels_of(layers).items():
+        line = f"vLLM runs {linears[kernel]} linears by {kernel}"
+        if linears[kernel] != count:
+            line = f"{line}, in {count} layers: it runs {', '.join(fused)}"
+        lines.append(line)
+    return lines
+
+
+def _kernel_of(layer: Mapping[str, Any]) -> str:
+    return str(layer["kernel"] or layer["method"])
 
 
 def is_quantized(layer: Mapping[str, Any]) -> bool:
@@ -118,7 +142,7 @@ def layer_faults(config: CheckpointConfig, layers: Sequence[Mapping[str, Any]]) 
         if layer is None:
             yield Fault(f"{where}: {name}", "is not a layer that vLLM has loaded", _EXPORT)
             continue
-        kernel = str(layer["kernel"] or layer["method"])
+        kernel = _kernel_of(layer)
         if not is_quantized(layer):
             yield Fault(f"{where}: {name}", f"runs in BF16, not in {format.algo}", _EXPORT)
         elif _KERNELS.get(format.algo, "") not in kernel.lower():

@@ -54,11 +54,22 @@ _TEXT_LIKE_RELEASED = (
 )
 """The same of `llm_config`."""
 
-_MEAN = (0.1, 0.9)
-_DEVIATION = (0.1, 0.9)
-"""What pixels between 0 and 1 are normalized by. CLIP's are 0.41 to 0.48 and 0.26 to 0.28."""
+_NORMALIZATION = {"norm_mean": (0.1, 0.9), "norm_std": (0.1, 0.9)}
+"""Least and most that pixels between 0 and 1 are normalized by. CLIP's means are 0.41 to 0.48, its
+deviations 0.26 to 0.28."""
+
+_SAMPLING = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.01, 1.0),
+    "min_p": (0.0, 0.5),
+    "repetition_penalty": (1.0, 1.5),
+    "max_new_tokens": (16, 10_000_000),
+}
+"""Least and most that a release would give in generation_config.json. vLLM takes more, as
+`serve.companions.SAMPLING` says, and would answer nonsense."""
 
 _TEXT = "Which of the 3 signs, seen at 12:30, is red?"
+"""What must come back from the tokenizer and be found in a rendered chat."""
 
 
 def config_faults(config: CheckpointConfig) -> Iterator[Fault]:
@@ -68,38 +79,44 @@ def config_faults(config: CheckpointConfig) -> Iterator[Fault]:
     yield from _unlike(config.raw, released, _LIKE_RELEASED, "", where)
     text = released["llm_config"]
     yield from _unlike(config.text, text, _TEXT_LIKE_RELEASED, "llm_config.", where)
-    for key, allowed in (("norm_mean", _MEAN), ("norm_std", _DEVIATION)):
+    for key, (least, most) in _NORMALIZATION.items():
         values = config.raw[key]
-        if not all(allowed[0] <= value <= allowed[1] for value in values):
+        if not all(least <= value <= most for value in values):
             what = f"{key} is {shortened(values, 60)}, of pixels between 0 and 1 it is"
-            yield Fault(where, f"{what} {allowed[0]} to {allowed[1]}", _COPY)
+            yield Fault(where, f"{what} {least} to {most}", _COPY)
+    yield from _vision_size_faults(config, where)
+    yield from _group_faults(config, where)
+    yield from auto_map_faults(config.directory / "config.json", config.raw)
+
+
+def _vision_size_faults(config: CheckpointConfig, where: str) -> Iterator[Fault]:
+    """Yield sizes of pictures that the vision tower cannot take."""
     tower = config.vision
+    patch_size = config.raw["vision_config"].get("patch_size", tower.patch_size)
     sizes = {
         "vit_hidden_size": (config.raw["vit_hidden_size"], tower.hidden_size),
-        "vision_config.patch_size": (
-            config.raw["vision_config"].get("patch_size", tower.patch_size),
-            tower.patch_size,
-        ),
+        "vision_config.patch_size": (patch_size, tower.patch_size),
     }
     for key, (found, expected) in sizes.items():
         if found != expected:
             what = f"{key} is {shortened(found, 60)}, the vision tower has {expected}"
             yield Fault(where, what, _COPY)
-    unit = config.raw["patch_size"] / config.raw["downsample_ratio"]
+    # Pixels across what becomes one token, after pixel shuffle.
+    token_side = config.raw["patch_size"] / config.raw["downsample_ratio"]
     side = config.tile_size
-    if side % unit or not side <= tower.position_side * tower.patch_size:
+    if side % token_side or side > tower.position_side * tower.patch_size:
         what = f"force_image_size is {side}, which the vision tower cannot take"
         yield Fault(where, what, _COPY)
-    heads = config.text["mamba_num_heads"]
-    if heads % config.text["n_groups"]:
-        what = f"llm_config.n_groups is {config.text['n_groups']}, for {heads} heads"
-        yield Fault(where, what, _COPY)
-    queries = config.text["num_attention_heads"]
-    if queries % config.text["num_key_value_heads"]:
-        keys = config.text["num_key_value_heads"]
-        what = f"llm_config.num_key_value_heads is {keys}, for {queries} heads"
-        yield Fault(where, what, _COPY)
-    yield from auto_map_faults(config.directory / "config.json", config.raw)
+
+
+def _group_faults(config: CheckpointConfig, where: str) -> Iterator[Fault]:
+    """Yield numbers of groups that do not divide the heads they are shared by."""
+    groups = {"n_groups": "mamba_num_heads", "num_key_value_heads": "num_attention_heads"}
+    for key, heads_key in groups.items():
+        heads = config.text[heads_key]
+        if heads % config.text[key]:
+            what = f"llm_config.{key} is {config.text[key]}, for {heads} heads"
+            yield Fault(where, what, _COPY)
 
 
 def _unlike(
@@ -225,15 +242,6 @@ def _end_faults(config: CheckpointConfig, tokenizer: Any) -> Iterator[Fault]:
         ):
             what = f"{name} is {shortened(found, 60)}, expected is {low} to {high}"
             yield Fault(str(path), what, _COPY)
-
-
-_SAMPLING = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.01, 1.0),
-    "min_p": (0.0, 0.5),
-    "repetition_penalty": (1.0, 1.5),
-    "max_new_tokens": (16, 10_000_000),
-}
 
 
 def _chat_faults(config: CheckpointConfig, tokenizer: Any) -> Iterator[Fault]:

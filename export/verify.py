@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoint.command import command_parser, parse_command
+from checkpoint.config import read_config
 from checkpoint.faults import Fault, main
 from checkpoint.libraries import prepare_libraries
 
@@ -114,12 +115,14 @@ def _run() -> int:
     prepare_libraries()
     found = verification(arguments.directory, arguments.source)
     kernels: dict[str, int] = {}
+    lines: list[str] = []
     if arguments.load and not found.faults:
-        from export.loaded import kernels_of, load_and_ask
+        from export.loaded import kernel_lines, kernels_of, load_and_ask
 
         loaded = load_and_ask(arguments.directory)
         found.faults += loaded.faults
         kernels = kernels_of(loaded.layers)
+        lines = kernel_lines(read_config(arguments.directory), loaded.layers)
     if arguments.json:
         answer = {
             "directory": str(arguments.directory),
@@ -129,8 +132,8 @@ def _run() -> int:
         }
         print(json.dumps(answer, indent=2))
     else:
-        for kernel, count in kernels.items():
-            print(f"{arguments.directory}: vLLM runs {count} layers by {kernel}")
+        for line in lines:
+            print(f"{arguments.directory}: {line}")
         show_verification(arguments.directory, found)
     return 1 if found.faults else 0
 

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint.command import command_parser, parse_command
+from checkpoint.command import command_name, command_parser, parse_command
 from checkpoint.faults import Fault, main, raise_if_any, raise_on_termination
 from checkpoint.libraries import prepare_libraries
 from checkpoint.memory import let_segments_grow
+from pipeline.first_checks import first_faults
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -37,7 +38,8 @@ def _run(
     from recipes.reference import render_fields
 
     parser = command_parser(module, f"{(doc or '').rstrip()}\n\nFields:\n{render_fields()}")
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value")
+    arguments_help = "a recipe, if it is not the default one, and fields of it"
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value", help=arguments_help)
     arguments = parse_command(parser).arguments
     path = SHIPPED / default
     if arguments and "=" not in arguments[0]:
@@ -45,10 +47,11 @@ def _run(
         arguments = arguments[1:]
     recipe = load_recipe(path, arguments)
     raise_if_any(purpose_faults(recipe, module, formats, distils))
+    # torch and ModelOpt take seconds to import; what can be told without them is told before.
+    raise_if_any(first_faults(recipe))
     raise_on_termination()
     if recipe.distill is not None:
         let_segments_grow()
-    # torch and ModelOpt take seconds to import; a mistake in a recipe is reported before.
     prepare_libraries()
     from pipeline.run import run
 
@@ -66,15 +69,18 @@ def purpose_faults(
         formats: As in `front_door`.
         distils: As in `front_door`.
     """
+    command = command_name(module)
     if distils and recipe.distill is None:
-        what = f"is missing, and {module} distils"
-        yield Fault("distill", what, "add the section, or run quantize.fp8 or quantize.nvfp4")
+        what = f"is missing, and {command} distils"
+        others = f"{command_name('quantize.fp8')} or {command_name('quantize.nvfp4')}"
+        yield Fault("distill", what, f"add the section, or run {others}")
     if not distils and recipe.distill is not None:
-        what = f"is given, and {module} does not distil"
-        yield Fault("distill", what, "run quantize.qad, or give distill=null")
+        what = f"is given, and {command} does not distil"
+        remedy = f"run {command_name('quantize.qad')}, or give distill=null"
+        yield Fault("distill", what, remedy)
     given = {rule.format for rule in recipe.quantize.layers}
     if recipe.quantize.auto is not None:
         given.update(recipe.quantize.auto.formats)
     if formats and given.isdisjoint(formats):
-        what = f"has no rule with {' or '.join(formats)}, which {module} is for"
+        what = f"has no rule with {' or '.join(formats)}, which {command} is for"
         yield Fault("quantize.layers", what, "add one, or run the command of the recipe's format")

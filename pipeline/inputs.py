@@ -12,7 +12,6 @@ from calibrate.prompts import Prompt, build_prompts
 from calibrate.samples import Sample, Skipped
 from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
-from calibrate.sources.source import Source
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
@@ -163,8 +162,5 @@ def _begun(samples: Iterator[Sample]) -> Iterator[Sample]:
 
 def source_digests(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every file that a recipe's samples come from, by path."""
-    sources: list[Source] = [*recipe.calibrate.sources, *recipe.accuracy.sources]
-    if recipe.distill is not None:
-        sources += recipe.distill.sources
-    files = {path for source in sources for path in source.files()}
+    files = {path for source in recipe.sources() for path in source.files()}
     return {str(path): file_digest(path) for path in sorted(files)}

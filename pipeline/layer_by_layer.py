@@ -115,6 +115,7 @@ class LayerByLayer:
             "held_out": self._job.held_out_prompts(),
         }
         if saved is not None and self._state.samples() is not None:
+            # Nothing is embedded again, but the prompts must be those of the saved activations.
             for prompts in opened.values():
                 for _ in digest.over(prompts):
                     pass

@@ -35,9 +35,9 @@ def measure(
     Returns:
         The gate's outcome, for the manifest.
     """
-    answers, lm_head = read_back()
+    states, lm_head = read_back()
     image_token = job.checkpoint.config.image_token_id
-    agreement = compare(reference(), answers, lm_head, image_token)
+    agreement = compare(reference(), states, lm_head, image_token)
     verdict = judge(agreement, job.recipe.accuracy, _task_rows(job))
     show(verdict)
     return verdict.as_dict()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from calibrate.prompts import build_prompts
 from calibrate.samples import Skipped
-from checkpoint.atomic import output_faults, space_faults
+from checkpoint.atomic import space_faults
+from checkpoint.command import command_name
 from checkpoint.faults import Fault, raise_if_any
 from checkpoint.layer_cost import LayerCost, measure_layer_cost
 from checkpoint.layers import largest_layer, outside_layers
@@ -143,17 +144,20 @@ def make_plan(job: Job) -> Plan:
         )
     faults += _disk_faults(job, needs.written + kept)
     raise_if_any(faults)
-    layer_bytes = largest_layer(job.checkpoint)
-    host = _PROCESS_BYTES + in_memory + (needed if job.device == "cpu" else 3 * layer_bytes)
-    memory = f"{_gb(needed)} of {_gb(available)} on {job.device}, {_gb(host)} of"
-    memory = f"{memory} {_gb(host_available())} host memory, {_gb(needs.written + kept)} of disk"
+    layers_in_host = needed if job.device == "cpu" else 3 * largest_layer(job.checkpoint)
+    host = _PROCESS_BYTES + in_memory + layers_in_host
     seconds = needs.cost.seconds * needs.mean_length * needs.samples / job.processes.count
+    needed_parts = [
+        f"{_gb(needed)} of {_gb(available)} on {job.device}",
+        f"{_gb(host)} of {_gb(host_available())} host memory",
+        f"{_gb(needs.written + kept)} of disk; about {_duration(seconds)} for the layers",
+    ]
     lines = [
         _size_line(job, needs.written),
         _samples_line(job, needs, reason),
         f"video: {job.recipe.video}",
         job.checkpoint.companions.summary(),
-        f"needs about {memory}; about {_duration(seconds)} for the layers",
+        f"needs about {', '.join(needed_parts)}",
     ]
     lines += kernel_lines(job.device)
     if job.distillation is not None:
@@ -251,10 +255,15 @@ def _choose(job: Job, whole: int, available: int) -> tuple[bool, str]:
     quantize = job.recipe.quantize
     if quantize.memory != "auto":
         return quantize.memory == "layers", f"quantize.memory is {quantize.memory}"
-    needs_whole = quantize.algorithm != "max" or quantize.auto is not None
-    if needs_whole or job.recipe.distill is not None:
-        reason = "the whole model in memory, as distillation, quantize.auto and every algorithm"
-        return False, f"{reason} but max need it"
+    needing_whole = []
+    if job.recipe.distill is not None:
+        needing_whole.append("distillation")
+    if quantize.auto is not None:
+        needing_whole.append("quantize.auto")
+    if quantize.algorithm != "max":
+        needing_whole.append(f"quantize.algorithm={quantize.algorithm}")
+    if needing_whole:
+        return False, f"the whole model in memory, for {' and '.join(needing_whole)}"
     if job.processes.count > 1:
         return True, f"shared by {job.processes.count} processes layer by layer"
     if not LAYER_PROGRESS.isdisjoint(job.state.progress()):
@@ -268,7 +277,7 @@ def _choose(job: Job, whole: int, available: int) -> tuple[bool, str]:
 def _task_faults(job: Job, layer_by_layer: bool, reason: str) -> Iterator[Fault]:
     if layer_by_layer and job.recipe.accuracy.tasks is not None:
         what = f"the whole model answers them, and this run goes {reason}"
-        remedy = "give accuracy.tasks=null, then measure with python -m accuracy"
+        remedy = f"give accuracy.tasks=null, then measure with {command_name('accuracy')}"
         yield Fault("accuracy.tasks", what, remedy)
 
 
@@ -285,14 +294,9 @@ def _memory_faults(job: Job, needed: int, available: int, layer_by_layer: bool) 
 
 
 def _disk_faults(job: Job, needed: int) -> Iterator[Fault]:
-    """Yield what is wrong with the output and its disk; a resumed run has had its place checked."""
-    if job.state.is_written:
-        return
-    output = job.recipe.output
-    faults = list(output_faults(output))
-    if not faults and not job.state.is_begun:
-        faults = list(space_faults(output, needed, " with what is kept beside it"))
-    yield from faults
+    """Yield a fault of a disk that is too small; that of a resumed run has been checked."""
+    if not job.state.is_written and not job.state.is_begun:
+        yield from space_faults(job.recipe.output, needed, " with what is kept beside it")
 
 
 def _samples_line(job: Job, needs: Needs, reason: str) -> str:
@@ -345,7 +349,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     forwards = 3 + int(plan.is_taught) + int(settings.gradient_checkpointing)
     row = settings.pack_length or mean
     tokens = row * settings.steps * settings.batch / plan.processes.count
-    trained = f"{len(plan.trained)} tensors, {plan.weights / 1e6:,.1f} million weights"
+    trained = f"{len(plan.trained)} tensors, {plan.weight_count / 1e6:,.1f} million weights"
     steps = f"{settings.steps} steps of {settings.batch} samples of about {mean:,.0f} tokens"
     if settings.pack_length is not None:
         rows = "1 row" if settings.batch == 1 else f"{settings.batch} rows"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.command import command_name
 from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.opened import check_finite
@@ -47,7 +48,7 @@ def run(recipe: Recipe) -> int:
     else:
         passed = outcome.passed
     if outcome.is_first:
-        message = f"done; next: python -m serve {recipe.output}" if passed else "FAILED"
+        message = f"done; next: {command_name('serve')} {recipe.output}" if passed else "FAILED"
         logger.info("%s: %s", recipe.output, message)
     return 0 if passed else 1
 
@@ -68,7 +69,11 @@ class Outcome:
 
 
 def run_until_measured(recipe: Recipe) -> Outcome:
-    """Write, verify and measure the output; nothing of the models is left when it returns."""
+    """Write, verify and measure the output; nothing of the models is left when it returns.
+
+    All processes calibrate and train. The first one writes, and keeps the run's lock when it
+    verifies and measures alone.
+    """
     device = pick_device(recipe.device)
     with contextlib.ExitStack() as until_measured:
         with joined_processes(device) as processes:
@@ -97,6 +102,8 @@ def run_until_measured(recipe: Recipe) -> Outcome:
 def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
     """Calibrate, quantize and write; the output appears under its name when it is whole.
 
+    Every process must call this, because each has a share of the samples; the first one writes.
+
     Args:
         job: The run.
         way: How it is carried out.
@@ -109,8 +116,8 @@ def write_result(job: Job, way: Way, source_weights: Mapping[str, str]) -> None:
     job.state.begin()
     with open_writer(job.checkpoint, job.policy, job.state.checkpoint, way.read) as writer:
         for layer in way.packed_layers(writer.drain):
-            then = functools.partial(way.on_written, layer.index)
-            writer.put(layer.index, layer.tensors(), then)
+            on_written = functools.partial(way.on_written, layer.index)
+            writer.put(layer.index, layer.tensors(), on_written)
     manifest = make_manifest(job, way.record(), source_weights)
     write_companions(job.checkpoint, job.policy, job.state.checkpoint, manifest)
     if job.search is not None:

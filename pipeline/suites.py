@@ -10,6 +10,7 @@ import torch
 
 from accuracy.suites.gate import measure_gate
 from accuracy.suites.harness import HarnessFailed
+from checkpoint.command import command_name
 from checkpoint.faults import BadInput, shortened
 from checkpoint.log import get_logger
 from export.manifest import read_manifest, write_manifest
@@ -42,7 +43,7 @@ def measure_suites(recipe: Recipe, reference: Path) -> bool:
     required = recipe.accuracy.suites
     assert required is not None
     out = recipe.output.with_name(f"{recipe.output.name}-suites")
-    later = f"python -m accuracy {recipe.output} --reference {reference} --suite report"
+    later = f"{command_name('accuracy')} {recipe.output} --reference {reference} --suite report"
     try:
         outcome = measure_gate(required, recipe.output, reference, recipe.video, out)
     except BadInput as missing:

@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 class WholeModel:
     """Quantizes the model in place.
 
-    BF16 answers the held-out prompts before it is quantized. A run that was killed after the last
+    BF16 runs over the held-out prompts before it is quantized. A run that was killed after the last
     step of a distillation, or after writing, loads and calibrates BF16 again.
     """
 
@@ -55,7 +55,7 @@ class WholeModel:
         """
         job = self._job
         model = load_model(job.checkpoint, job.device)
-        self._reference = self._reference_answers(model)
+        self._reference = self._reference_states(model)
         teacher = None
         if job.distillation is not None and job.distillation.is_taught:
             teacher = frozen_copy(model.language_model)
@@ -97,12 +97,12 @@ class WholeModel:
         job.warn_of_fewer("calibrate", counts.samples)
         return dataclasses.asdict(counts) | {"skipped": skipped.samples, "digests": digest.each}
 
-    def _reference_answers(self, model: NemotronH_Omni_Reasoning_V3) -> list[States]:
-        states = self._answers(model, "BF16 answers")
+    def _reference_states(self, model: NemotronH_Omni_Reasoning_V3) -> list[States]:
+        states = self._states(model, "BF16 answers")
         self._job.warn_of_fewer("accuracy", len(states))
         return states
 
-    def _answers(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
+    def _states(self, model: NemotronH_Omni_Reasoning_V3, describe: str) -> list[States]:
         config = self._job.checkpoint.config
         return final_states(model, self._job.held_out_prompts(), config, describe)
 
@@ -123,11 +123,11 @@ class WholeModel:
         """BF16's states of the held-out prompts; loads BF16 again in a resumed run."""
         if self._reference is None:
             model = load_model(self._job.checkpoint, self._job.device)
-            self._reference = self._reference_answers(model)
+            self._reference = self._reference_states(model)
         return self._reference
 
     def read_back(self) -> tuple[list[States], nn.Module]:
         """The written directory's states of the held-out prompts, and its `lm_head`."""
         exported = open_checkpoint(self._job.recipe.output)
         model = load_exported(exported, self._job.device)
-        return self._answers(model, "quantized answers"), model.language_model.lm_head
+        return self._states(model, "quantized answers"), model.language_model.lm_head

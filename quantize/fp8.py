@@ -2,12 +2,13 @@
 
     python -m quantize.fp8 [RECIPE] [key=value …]
 
-    python -m quantize.fp8                                           # the tiny checkpoint, on a CPU
-    python -m quantize.fp8 recipes/fp8.yaml model=BF16_DIR output=OUT   # the 12B, on a GPU
+    python -m quantize.fp8
+    python -m quantize.fp8 recipes/fp8.yaml model=BF16_DIR output=OUT
     python -m quantize.fp8 calibrate.samples=64 quantize.kv_cache=fp8
 
-RECIPE is recipes/tiny/fp8.yaml by default; key=value reaches any of its fields. Exit status: 0 done
-and the gate passed, 1 a verification or the gate failed, 2 bad input.
+The first takes the tiny checkpoint and runs on a CPU, the second the 12B on a GPU. RECIPE is
+recipes/tiny/fp8.yaml by default; key=value reaches any of its fields. Exit status: 0 done and the
+gate passed, 1 a verification or the gate failed, 2 bad input.
 """
 
 from pipeline.command import front_door

@@ -2,12 +2,12 @@
 
     python -m quantize.nvfp4 [RECIPE] [key=value …]
 
-    python -m quantize.nvfp4                                              # the tiny checkpoint, on
-    a CPU
-    python -m quantize.nvfp4 recipes/nvfp4.yaml model=BF16_DIR output=OUT   # the 12B, on a GPU
+    python -m quantize.nvfp4
+    python -m quantize.nvfp4 recipes/nvfp4.yaml model=BF16_DIR output=OUT
 
-RECIPE is recipes/tiny/nvfp4.yaml by default; key=value reaches any of its fields. Exit status: 0
-done and the gate passed, 1 a verification or the gate failed, 2 bad input.
+The first takes the tiny checkpoint and runs on a CPU, the second the 12B on a GPU. RECIPE is
+recipes/tiny/nvfp4.yaml by default; key=value reaches any of its fields. Exit status: 0 done and the
+gate passed, 1 a verification or the gate failed, 2 bad input.
 """
 
 from pipeline.command import front_door

@@ -8,6 +8,7 @@ from pydantic import field_validator
 
 from accuracy.settings import Accuracy
 from calibrate.settings import Calibrate
+from calibrate.sources.source import Source
 from checkpoint.settings import Section
 from checkpoint.video import Video
 from quantize.distill.settings import Distill
@@ -39,6 +40,13 @@ class Recipe(Section):
     """What is measured against BF16, and what is required."""
     serve: Serve = Serve()
     """How `python -m serve` starts vLLM on the result."""
+
+    def sources(self) -> list[Source]:
+        """Return the sources of all samples: those of calibration, accuracy and distillation."""
+        sources: list[Source] = [*self.calibrate.sources, *self.accuracy.sources]
+        if self.distill is not None:
+            sources += self.distill.sources
+        return sources
 
     @field_validator("output")
     @classmethod

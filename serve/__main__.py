@@ -28,7 +28,7 @@ from checkpoint.faults import main, raise_on_termination
 from checkpoint.log import get_logger
 from serve.command import build_environment
 from serve.environment import ServeEnvironment, environment_and_flags
-from serve.fast_video import fast_video_state
+from serve.fast_video import FastVideo, fast_video_of
 from serve.options import add_setting_options, given_settings
 from serve.own_server import own_server
 from serve.plan import serving_plan
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str], environment: ServeEnvironment | None = None) -
     warn_about_gate(options.directory)
     if "--trust-remote-code" in named_flags(extra):
         logger.warning("--trust-remote-code: vLLM runs the Python files of %s", options.directory)
-    fast_video = fast_video_state(environment)
+    fast_video = fast_video_of(environment)
     # In a dry run nothing will listen, so a port that is taken is no fault.
     checked = override(settings, {"port": 0}) if options.dry_run else settings
     config = preflight(options.directory, checked, environment, extra, options.log)
@@ -130,7 +130,7 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _summary(directory: Path, server: Server, fast_video: str) -> str:
+def _summary(directory: Path, server: Server, fast_video: FastVideo) -> str:
     precision = precision_name(read_config(directory))
     rate = server.settings.video.pruning_rate
     evs = f"EVS drops {rate:.0%} of a clip's visual tokens" if rate else "EVS off"

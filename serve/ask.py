@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.command import command_parser, parse_command
+from checkpoint.command import command_name, command_parser, parse_command
 from checkpoint.endpoint import connect, first_model, is_url
 from checkpoint.faults import (
     BadInput,
@@ -216,7 +216,7 @@ def _option_faults(options: argparse.Namespace) -> Iterator[Fault]:
 
 def _ask_server(options: argparse.Namespace, parts: list[dict[str, Any]]) -> Answer:
     """Ask the server whose URL is given."""
-    remedy = "start it with python -m serve DIR and the option"
+    remedy = f"start it with {command_name('serve')} DIR and the option"
     fixed = given_settings(options)
     fixed.pop("api_key", None)
     raise_if_any(Fault(name, "cannot be changed on a running server", remedy) for name in fixed)

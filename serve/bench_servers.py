@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE, connect, first_model, is_url
 from checkpoint.faults import BadInput, Fault, raise_if_any
 from checkpoint.log import get_logger
+from checkpoint.naming import path_endings, shortest_different
 from serve.bench_runs import Target
 from serve.environment import ServeEnvironment
 from serve.options import given_settings
@@ -107,16 +107,12 @@ def planned_servers(
         overrides.setdefault("gpu_memory_utilization", SHARED_MEMORY)
     faults: list[Fault] = []
     planned: list[Planned | Running] = []
-    names: list[str] = []
-    for target, of_server in zip(targets, flags, strict=True):
+    for name, target, of_server in zip(server_names(targets), targets, flags, strict=True):
         try:
             if is_url(target):
-                found = _found(target, names, options)
-                names.append(found.target.name)
-                planned.append(found)
+                planned.append(_found(target, name, options))
                 continue
-            server = _checked(target, names, of_server, overrides, environment)
-            names.append(server.name)
+            server = _checked(target, name, of_server, overrides, environment)
             planned.append(server)
             tokens = options.output_tokens
             faults += token_faults("--output-tokens", tokens, server.directory, server.settings)
@@ -130,7 +126,7 @@ def planned_servers(
 
 def _checked(
     target: str,
-    names: Sequence[str],
+    name: str,
     flags: Sequence[str],
     overrides: Mapping[str, Any],
     environment: ServeEnvironment,
@@ -143,7 +139,7 @@ def _checked(
     directory = Path(target)
     settings = checked_settings(directory, overrides, flags, environment)
     preflight(directory, settings, environment, flags)
-    return Planned(_free_name(directory.resolve().name, names), directory, settings, flags)
+    return Planned(name, directory, settings, flags)
 
 
 def _warn_of_the_same(planned: Sequence[Planned | Running]) -> None:
@@ -174,11 +170,25 @@ def _started(planned: Planned, environment: ServeEnvironment) -> Iterator[Runnin
         yield Running(target, described, server.process.pid)
 
 
-def _free_name(name: str, taken: Sequence[str]) -> str:
-    return f"{name} (2)" if name in taken else name
+def server_names(targets: Sequence[str]) -> list[str]:
+    """Return short names that tell servers apart: the last part of a directory's path and the host
+    of a URL, or as much more of both as they differ by.
+
+    Args:
+        targets: Directories or URLs. The same directory with other flags is `export (2)`.
+    """
+    return shortest_different([_names_of(target) for target in targets])
 
 
-def _found(url: str, names: Sequence[str], options: argparse.Namespace) -> Running:
+def _names_of(target: str) -> list[str]:
+    """What a directory or a URL may be called, from its shortest name to the full one."""
+    if is_url(target):
+        address = root_of(target).partition("://")[2]
+        return [address.partition("/")[0], address, root_of(target)]
+    return path_endings(Path(target))
+
+
+def _found(url: str, name: str, options: argparse.Namespace) -> Running:
     """A server that runs already.
 
     Raises:
@@ -187,7 +197,6 @@ def _found(url: str, names: Sequence[str], options: argparse.Namespace) -> Runni
     root = root_of(url)
     key = options.api_key or os.environ.get(KEY_VARIABLE)
     model = first_model(connect(root, key))
-    name = _free_name(urlsplit(root).netloc, names)
     described: dict[str, Any] = {"name": name, "target": root}
     for unknown in ("precision", "video_pruning_rate", "flags"):
         described[unknown] = None

@@ -13,7 +13,7 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.faults import Fault
 from hybridquant_vllm.fast_video import TESTED
 from serve.environment import ServeEnvironment
-from serve.fast_video import fast_video_state
+from serve.fast_video import fast_video_of
 from serve.precision import precision_name
 from serve.settings import ServeSettings
 from serve.vllm_flags import flag_value, named_flags
@@ -83,10 +83,10 @@ def _replayssm_faults(environment: ServeEnvironment) -> Iterator[Fault]:
         yield Fault(where, "needs a GPU: it is a Triton kernel of vLLM", "leave it out")
     if environment.vllm[:2] not in TESTED:
         yield Fault(where, f"has not been tried with vLLM {environment.version}", _versions())
-    state = fast_video_state(environment)
-    if state != "on":
+    fast_video = fast_video_of(environment)
+    if not fast_video.is_on:
         what = "vLLM has it for this model through the plug-in's class, and fast video is"
-        yield Fault(where, f"{what} {state}", "leave it out, or turn fast video on")
+        yield Fault(where, f"{what} {fast_video}", "leave it out, or turn fast video on")
     if os.environ.get(RUNNER_VARIABLE, "0").lower() in ("1", "true"):
         what = f"runs in vLLM's V1 model runner, and {RUNNER_VARIABLE} is set"
         yield Fault(where, what, f"unset {RUNNER_VARIABLE}")

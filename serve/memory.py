@@ -83,7 +83,7 @@ def cache_of(
     ranks: int = 1,
     alignment: int = GPU_ALIGNMENT,
     value_bytes: int = BF16,
-    key_bytes: int | None = None,
+    kv_bytes: int | None = None,
     ring_tokens: int = 0,
     state_bytes: int = _FLOAT32,
 ) -> Cache:
@@ -93,22 +93,23 @@ def cache_of(
         config: A checkpoint's.
         ranks: GPUs that the model is split over.
         alignment: Tokens that the size of a block is a multiple of.
-        value_bytes: Bytes of a value of the convolution's state.
-        key_bytes: Bytes of a value of the KV cache; those of `value_bytes` when None.
+        value_bytes: Bytes of a value that the model computes with, as in the convolution's state.
+        kv_bytes: Bytes of a value of the KV cache; `value_bytes` when None.
         ring_tokens: Tokens that are kept beside each state: ReplaySSM's.
         state_bytes: Bytes of a value of the Mamba state.
     """
     text = config.text
     heads = max(1, text["num_key_value_heads"] // ranks)
-    layer_token = 2 * heads * text["head_dim"] * (key_bytes or value_bytes)
-    state = text["mamba_num_heads"] * text["mamba_head_dim"] * text["ssm_state_size"] * state_bytes
-    channels = text["mamba_num_heads"] * text["mamba_head_dim"]
-    channels += 2 * max(text["n_groups"], ranks) * text["ssm_state_size"]
-    convolution = channels * (text["conv_kernel"] - 1) * value_bytes
-    # Of each token the input and B, and the step in float32.
-    kept = text["mamba_num_heads"] * text["mamba_head_dim"]
-    kept += max(text["n_groups"], ranks) * text["ssm_state_size"]
-    ring = ring_tokens * (kept * value_bytes + text["mamba_num_heads"] * _FLOAT32)
+    layer_token = 2 * heads * text["head_dim"] * (kv_bytes or value_bytes)
+    # The Mamba mixer's input x, and its B, which has the size of C. vLLM copies groups so that each
+    # rank has one.
+    x_values = text["mamba_num_heads"] * text["mamba_head_dim"]
+    b_values = max(text["n_groups"], ranks) * text["ssm_state_size"]
+    state = x_values * text["ssm_state_size"] * state_bytes
+    convolution = (x_values + 2 * b_values) * (text["conv_kernel"] - 1) * value_bytes
+    # Of each token x and B, and of each head its step in float32.
+    kept = (x_values + b_values) * value_bytes + text["mamba_num_heads"] * _FLOAT32
+    ring = ring_tokens * kept
     layer_state = (state + convolution + ring) // ranks
     block_tokens = alignment * math.ceil(layer_state / (alignment * layer_token))
 

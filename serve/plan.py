@@ -17,7 +17,7 @@ from serve.command import (
 )
 from serve.decoding import RING_TOKENS
 from serve.environment import ServeEnvironment
-from serve.fast_video import fast_video_state
+from serve.fast_video import fast_video_of
 from serve.known_faults import Situation, faults_of
 from serve.memory import (
     BF16,
@@ -57,11 +57,11 @@ _OTHER_LAYOUTS = (
     "--num-gpu-blocks-override",
     "--enable-prefix-caching",
 )
-"""Flags of vLLM after which its memory is divided otherwise than computed here."""
+"""Flags with which vLLM divides its memory otherwise than is computed here."""
 
-_KEY_FLAG = "--kv-cache-dtype"
+_KV_TYPE_FLAG = "--kv-cache-dtype"
 
-_KEY_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_KV_VALUE_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of a value of the KV cache, by its type. vLLM's other types keep scales beside the values,
 and are not computed."""
 
@@ -112,10 +112,10 @@ class Room:
         return self.cache.sequences(self.pool, self.length)
 
     @property
-    def shortest_sequences(self) -> int:
-        """Sequences of up to one block that fit."""
-        shortest = 1 + self.cache.state_blocks
-        return int(self.pool // self.cache.block_bytes) // shortest
+    def one_block_sequences(self) -> int:
+        """Sequences of at most one block of tokens that fit, each with the blocks of its state."""
+        blocks = 1 + self.cache.state_blocks
+        return int(self.pool // self.cache.block_bytes) // blocks
 
 
 def serving_plan(
@@ -132,22 +132,23 @@ def serving_plan(
         environment: Where vLLM is.
         extra: Flags of vLLM that will be added.
     """
-    fast_video = fast_video_state(environment)
+    fast_video = fast_video_of(environment)
     choices = [_precision(config, environment, settings)]
     choices += _memory(config, settings, environment, extra)
     choices.append(_step(config, settings, extra))
     choices.append(_processes(extra))
     tuned = find_tuned(config, environment.device, extra)
     if tuned is not None:
-        state = state_type(config, extra, settings.replayssm)
-        choices.append(_state_update(tuned, state, settings))
-    choices.append(Choice("fast video", *_with_reason(fast_video)))
+        dtype = state_type(config, extra, settings.replayssm)
+        choices.append(_state_update(tuned, dtype, settings))
+    state = "on" if fast_video.is_on else "off"
+    choices.append(Choice("fast video", state, fast_video.reason))
     situation = Situation(
         vllm=environment.vllm,
         device=environment.device.first(settings.tensor_parallel_size),
         ranks=settings.tensor_parallel_size,
         is_quantized=read_quantization(config) is not None,
-        has_fast_video=fast_video == "on",
+        has_fast_video=fast_video.is_on,
         # ReplaySSM has its own kernel, which reads no file.
         is_tuned=settings.replayssm or (tuned is not None and tuned.is_there),
         flags=frozenset(switched_on(extra)),
@@ -173,8 +174,9 @@ def room_for_sequences(
     alignment = CPU_ALIGNMENT if on_cpu else GPU_ALIGNMENT
     value_bytes = 4 if settings.dtype == "float32" else BF16
     ring = RING_TOKENS if settings.replayssm else 0
-    state = STATE_BYTES.get(state_type(config, extra, settings.replayssm), 4)
-    cache = cache_of(config, ranks, alignment, value_bytes, _key_bytes(config, extra), ring, state)
+    state_bytes = STATE_BYTES.get(state_type(config, extra, settings.replayssm), 4)
+    kv_bytes = _kv_value_bytes(config, extra)
+    cache = cache_of(config, ranks, alignment, value_bytes, kv_bytes, ring, state_bytes)
     memory = None
     given = flag_value(extra, _POOL_FLAG)
     if given is not None:
@@ -222,7 +224,7 @@ def sequence_limit(
     room = room_for_sequences(config, settings, environment, extra)
     if room is None:
         return None
-    fitting = room.shortest_sequences
+    fitting = room.one_block_sequences
     is_large = device.memory >= LARGE_GPU
     default = MOST_SEQUENCES if is_large else DEFAULT_SEQUENCES
     return max(fitting, 1) if fitting < default else None
@@ -331,7 +333,7 @@ def _memory(
     choices = [Choice("memory", pool, reason), Choice("sequences", value, each)]
     given = flag_value(extra, SEQUENCES_FLAG)
     if given is not None:
-        fitting = f"given; {room.shortest_sequences:,} of up to one block fit"
+        fitting = f"given; {room.one_block_sequences:,} of up to one block fit"
         choices.append(Choice("at once", f"at most {given} sequences", fitting))
     limit = sequence_limit(config, settings, environment, extra)
     if limit is not None:
@@ -369,9 +371,9 @@ def _processes(extra: Sequence[str]) -> Choice:
     return Choice("requests", value, reason)
 
 
-def _state_update(tuned: Tuned, state: str, settings: ServeSettings) -> Choice:
+def _state_update(tuned: Tuned, dtype: str, settings: ServeSettings) -> Choice:
     name = "state update"
-    kept = f"states in {state}"
+    kept = f"states in {dtype}"
     if settings.replayssm:
         reason = f"given; each state is written every {RING_TOKENS} tokens, by vLLM's V1 runner"
         return Choice(name, f"ReplaySSM, {kept}", reason)
@@ -396,30 +398,25 @@ def _of_half_the_size(state: str) -> str:
     return f"; -- {STATE_FLAG} float16 halves them: docs/serving.md"
 
 
-def _with_reason(state: str) -> tuple[str, str]:
-    value, _, reason = state.partition(", ")
-    if not reason and " by " in state:
-        value, _, reason = state.partition(" ")
-    return value, reason or "the plug-in is tested with this vLLM"
-
-
 def _changed_layout(extra: Sequence[str]) -> str | None:
-    """Return a flag after which the memory is divided otherwise; None when there is none."""
+    """Return a given flag with which memory is divided otherwise; None when there is none."""
     given = switched_on(extra)
     for flag in _OTHER_LAYOUTS:
         if flag in given:
             return flag
-    key_type = flag_value(extra, _KEY_FLAG)
-    if key_type is not None and key_type != "auto" and key_type not in _KEY_BYTES:
-        return f"{_KEY_FLAG} {key_type}"
+    kv_type = flag_value(extra, _KV_TYPE_FLAG)
+    if kv_type is not None and kv_type != "auto" and kv_type not in _KV_VALUE_BYTES:
+        return f"{_KV_TYPE_FLAG} {kv_type}"
     return None
 
 
-def _key_bytes(config: CheckpointConfig, extra: Sequence[str]) -> int | None:
-    """Return the bytes of a value of the KV cache where a flag or the checkpoint says so."""
-    given = flag_value(extra, _KEY_FLAG)
-    if given in _KEY_BYTES:
-        return _KEY_BYTES[given]
+def _kv_value_bytes(config: CheckpointConfig, extra: Sequence[str]) -> int | None:
+    """Return the bytes of a value of the KV cache, by a flag or the checkpoint; None where neither
+    says them: it is then of the model's own type.
+    """
+    given = flag_value(extra, _KV_TYPE_FLAG)
+    if given in _KV_VALUE_BYTES:
+        return _KV_VALUE_BYTES[given]
     section = config.raw.get("quantization_config") or {}
     return 1 if section.get("kv_cache_scheme") else None
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import CheckpointConfig, read_config, read_json
+from checkpoint.config import CheckpointConfig, read_config
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
+from checkpoint.weight_files import weight_faults
 from serve.command import has_key, longest_sequence
 from serve.companions import companion_faults
 from serve.decoding import decoding_faults
@@ -28,9 +27,6 @@ from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
 from serve.step_faults import step_faults
 from serve.variables import variable_faults
 from serve.vllm_flags import flag_faults
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """vLLM's variable that lets a context be longer than the model's."""
@@ -126,68 +122,6 @@ def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int 
         faults += weight_faults(directory)
         faults += companion_faults(directory)
     return faults
-
-
-def weight_faults(directory: Path) -> list[Fault]:
-    """Return faults of the weights, from the files' headers: none there, a missing shard, a
-    truncated file.
-    """
-    try:
-        files = _weight_files(directory)
-    except BadInput as bad:
-        return list(bad.faults)
-    faults: list[Fault] = []
-    for name in files:
-        faults += _safetensors_faults(directory / name, directory)
-    return faults
-
-
-def _weight_files(directory: Path) -> list[str]:
-    index = directory / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadInput(Fault(str(index), "has no weight_map", "copy the file again"))
-        return sorted({str(name) for name in weight_map.values()})
-    if (directory / SINGLE).exists():
-        return [SINGLE]
-    what = f"contains neither {INDEX} nor {SINGLE}"
-    raise BadInput(Fault(str(directory), what, "copy the weights"))
-
-
-def _safetensors_faults(path: Path, directory: Path) -> Iterator[Fault]:
-    # vLLM finds this out after it has loaded the shards before it, and names neither the file nor
-    # the reason.
-    fault = checkpoint_file_fault(path, directory)
-    if fault is not None and path.exists():
-        yield fault
-        return
-    try:
-        if is_lfs_pointer(path):
-            yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
-            return
-        expected = _expected_size(path)
-        size = path.stat().st_size
-    except FileNotFoundError:
-        yield Fault(str(path), "no such file, though the index names it", "copy the shard")
-        return
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"is not a safetensors file: {shortened(error)}"
-        yield Fault(str(path), what, "copy the file again")
-        return
-    if size != expected:
-        what = f"is truncated: it has {size} bytes, and by its header {expected}"
-        yield Fault(str(path), what, "copy it again")
-
-
-def _expected_size(path: Path) -> int:
-    """Return the size in bytes that a safetensors file has by its header."""
-    header, header_length = safetensors_header(path)
-    end = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            end = max(end, entry["data_offsets"][1])
-    return 8 + header_length + end
 
 
 def precision_faults(

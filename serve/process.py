@@ -34,14 +34,26 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 GUARD = Path(__file__).with_name("guard.py")
+"""The program that starts vLLM, and stops it when this process ends."""
+
 GRACE_SECONDS = 10.0
+"""Seconds between SIGTERM and SIGKILL."""
+
 KILL_SECONDS = 10.0
 """Seconds that processes get to disappear after SIGKILL: the system may still free their memory."""
+
 READY_SECONDS = 1800.0
+"""Seconds that vLLM gets to answer."""
+
 START_ATTEMPTS = 3
 """Times that vLLM is started while it ends because a port was taken."""
+
 LAST_LINES = 12
+"""Lines of the log in the message about a vLLM that has ended."""
+
 _LONGEST_LINE = 400
+"""Characters of a line in that message."""
+
 REPORT_SECONDS = 30.0
 """Seconds after which the stage of a starting vLLM is logged again."""
 
@@ -57,7 +69,8 @@ _STAGES = (
 _ERROR = re.compile(
     r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$"
 )
-
+"""An error in vLLM's log: its process in parentheses and a head such as `ERROR 11-28 [core.py:1]`,
+where they are, and the last line of a traceback or `error: …`."""
 
 _ENGINE = "(EngineCore"
 """How lines of vLLM's log begin that its engine's process writes."""
@@ -66,7 +79,6 @@ _TAKEN_PORT = "Address already in use"
 """What ends vLLM when a port that it has found free is taken before it listens there. It looks for
 several, for its own processes, and another server that starts meanwhile finds the same ones.
 """
-
 
 _ELSEWHERE = {"--uds", "--grpc", "--headless"}
 """Flags of vLLM: it listens at a socket of the file system, speaks gRPC alone, or is one of several

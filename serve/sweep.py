@@ -51,6 +51,7 @@ from checkpoint.faults import (
     shortened,
 )
 from checkpoint.log import get_logger
+from checkpoint.naming import directory_names
 from checkpoint.video import parse_rates
 from serve.__main__ import split_extra
 from serve.bench import concurrencies
@@ -163,11 +164,8 @@ def _check(
         faults.append(Fault("--video-pruning-rate", "would fix the rate", "give --rates"))
     # Unlike resolve(), realpath() leaves a circle of links to the faults of the directory.
     paths = [Path(os.path.realpath(directory)) for directory in options.directories]
-    names = [path.name for path in sorted(set(paths))]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         faults.append(Fault(str(path), "is given more than once", "give it once"))
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        faults.append(Fault(name, "is the name of two directories", "rename one"))
     for directory in options.directories:
         faults += directory_faults(directory, environment)
     raise_if_any(faults)
@@ -266,8 +264,9 @@ def run(arguments: Sequence[str]) -> int:
                 options.out.rmdir()
         return 1
     precisions = {}
-    for directory in options.directories:
-        precisions[directory.resolve().name] = precision_name(read_config(directory))
+    names = directory_names(options.directories)
+    for name, directory in zip(names, options.directories, strict=True):
+        precisions[name] = precision_name(read_config(directory))
     result = {
         "command": shown_command("serve.sweep", arguments),
         "vllm": environment.version,

@@ -41,15 +41,19 @@ def _metadata(suffix: str) -> dict[str, Any]:
 
 
 def _draw_accuracy(axes: Any, result: Mapping[str, Any]) -> None:
-    for directory in _directories(result):
-        rows = [row for row in result["measured"] if row["directory"] == directory]
-        rates = [row["rate"] for row in rows]
-        accuracies = [100 * row["accuracy"] for row in rows]
-        below = [max(0.0, row["loss_high"] - row["loss"]) for row in rows]
-        above = [max(0.0, row["loss"] - row["loss_low"]) for row in rows]
-        axes.errorbar(
-            rates, accuracies, yerr=[below, above], marker="o", capsize=3, label=directory
-        )
+    for directory, rows in _by_directory(result["measured"]).items():
+        rates = []
+        accuracies = []
+        below = []
+        above = []
+        for row in rows:
+            rates.append(row["rate"])
+            accuracies.append(100 * row["accuracy"])
+            # The interval is that of the loss: where it ends high, accuracy ends low.
+            below.append(max(0.0, row["loss_high"] - row["loss"]))
+            above.append(max(0.0, row["loss"] - row["loss_low"]))
+        bars = [below, above]
+        axes.errorbar(rates, accuracies, yerr=bars, marker="o", capsize=3, label=directory)
     for row in result["recommended"]:
         axes.axvline(row["rate"], linestyle=":", color="gray")
     axes.set_title("accuracy; bars: 95 % interval of the loss", fontsize=10)
@@ -59,14 +63,15 @@ def _draw_accuracy(axes: Any, result: Mapping[str, Any]) -> None:
 
 
 def _draw_times(axes: Any, result: Mapping[str, Any]) -> None:
-    for directory in _directories(result):
+    measured = _by_directory(result["load"])
+    for directory in _by_directory(result["measured"]):
         for concurrency in result["concurrency"]:
-            rows = []
-            for row in result["load"]:
-                if (row["directory"], row["concurrency"]) == (directory, concurrency):
-                    rows.append(row)
-            rates = [row["rate"] for row in rows]
-            times = [row["ttft_ms_median"] for row in rows]
+            rates = []
+            times = []
+            for row in measured.get(directory, []):
+                if row["concurrency"] == concurrency:
+                    rates.append(row["rate"])
+                    times.append(row["ttft_ms_median"])
             axes.plot(rates, times, marker="o", label=f"{directory}, {concurrency} at a time")
     axes.set_title("time to the first token, median", fontsize=10)
     axes.set_ylabel("ms")
@@ -81,6 +86,9 @@ def _finish(axes: Any, result: Mapping[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-def _directories(result: Mapping[str, Any]) -> Sequence[str]:
-    """Names of the directories in their order."""
-    return list(dict.fromkeys(row["directory"] for row in result["measured"]))
+def _by_directory(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by the name of their directory, in the order of its first row."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["directory"], []).append(row)
+    return found

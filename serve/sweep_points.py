@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import atomic
+from checkpoint.command import command_name
 from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
+from checkpoint.naming import directory_names
 from serve.bench import concurrencies
 from serve.bench_figures import rounded, summarize
 from serve.bench_runs import BenchClient, BenchFailed, Target, bench_client, write_requests
@@ -121,7 +123,8 @@ def measure_target(
             failed = len(load.errors)
             if failed > MOST_FAILED * len(samples):
                 what = f"{failed} of {len(samples)} requests failed: {load.errors[0]}"
-                raise BenchFailed(f"{target.name}: {what}; python -m serve.ask says more")
+                more = f"{command_name('serve.ask')} says more"
+                raise BenchFailed(f"{target.name}: {what}; {more}")
             row = summarize(target.name, count, [load], None)
             logger.info("%s", row)
             point["load"].append(rounded(row))
@@ -180,9 +183,9 @@ def measure_all(
     overrides = given_settings(options) | {"port": 0}
     points: dict[tuple[str, float], Point] = {}
     with bench_client(environment) as client:
-        for directory in options.directories:
+        names = directory_names(options.directories)
+        for name, directory in zip(names, options.directories, strict=True):
             settings = checked_settings(directory, overrides, flags, environment)
-            name = directory.resolve().name
             for rate in rates:
                 kept_name = point_name(directory, rate)
                 point = kept.get(kept_name)
@@ -191,7 +194,7 @@ def measure_all(
                 else:
                     at_rate = override(settings, {"video.pruning_rate": rate})
                     point = _serve_and_measure(
-                        directory, at_rate, flags, items, options, client, environment
+                        name, directory, at_rate, flags, items, options, client, environment
                     )
                     kept.put(kept_name, point)
                 points[name, rate] = point
@@ -199,6 +202,7 @@ def measure_all(
 
 
 def _serve_and_measure(
+    name: str,
     directory: Path,
     settings: ServeSettings,
     flags: Sequence[str],
@@ -207,11 +211,11 @@ def _serve_and_measure(
     client: BenchClient,
     environment: ServeEnvironment,
 ) -> Point:
-    """Measure one directory at one rate."""
+    """Measure one directory, called `name` in messages, at one rate."""
     all_flags = flags_after(WITHOUT_CACHE, flags)
     counts = concurrencies(options.concurrency)
     with running_server(directory, settings, all_flags, environment=environment) as server:
         reached = own_server(server.settings)
-        name = f"{directory.resolve().name} at rate {settings.video.pruning_rate:g}"
-        target = Target(name, reached.url, server.model, reached.api_key)
+        at_rate = f"{name} at rate {settings.video.pruning_rate:g}"
+        target = Target(at_rate, reached.url, server.model, reached.api_key)
         return measure_target(target, items, counts, options.max_tokens, client)

@@ -1,26 +1,26 @@
-"""Writes the tiny checkpoint.
+"""Writes the tiny checkpoint, whose tensors have the released layout at a thousandth of the size.
 
-python -m tiny OUT [--untrained]
+    python -m tiny OUT
+    python -m tiny OUT --untrained
+
+With --untrained its weights are random. OUT must not exist.
 """
 
 from __future__ import annotations
 
-import argparse
-
+from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
-from checkpoint.files import SINGLE
+from checkpoint.weight_files import SINGLE
 from tiny.checkpoint import write_tiny
 
 
 def _run() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiny", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = command_parser("tiny", __doc__)
     parser.add_argument("out", metavar="OUT", help="directory to write; must not exist")
     parser.add_argument(
         "--untrained", action="store_true", help="random weights instead of the trained ones"
     )
-    arguments = parser.parse_args()
+    arguments = parse_command(parser)
     config = write_tiny(arguments.out, trained=not arguments.untrained)
     size = (config.directory / SINGLE).stat().st_size / 1e6
     print(f"{config.directory}: {len(config.pattern)} layers, {size:.1f} MB")

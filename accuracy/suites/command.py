@@ -90,7 +90,7 @@ def run_suite(
     try:
         with locked_directory(plan.out), open_suite(plan, arguments.reference) as run:
             compared = run.compare(reference, variants)
-            show(compared, reference)
+            show(compared, reference, plan.max_loss)
             noise = run.noise(reference) if arguments.noise_floor else []
             show_noise(noise)
             wants_curve = arguments.evs_curve or arguments.evs_rates is not None

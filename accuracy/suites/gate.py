@@ -48,7 +48,7 @@ def measure_gate(
     out.mkdir(parents=True, exist_ok=True)
     with locked_directory(out), open_suite(plan, reference) as run:
         compared = run.compare(Model(reference), [Model(directory)])
-        show(compared, Model(reference))
+        show(compared, Model(reference), plan.max_loss)
         return as_dict(run, "report", Model(reference), compared)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from accuracy.suites.outcome import Asked, Compared, CurvePoint, Noise
@@ -13,20 +13,29 @@ from accuracy.suites.published import source_of
 from accuracy.suites.run import SuitePlan, SuiteRun
 from accuracy.suites.serving import Model
 from accuracy.suites.verdict import MEAN, Row
+from checkpoint.naming import directory_names
 
 _COLUMNS = ("task", "items", "BF16", "variant", "points", "95 % interval", "verdict")
 _SHOWN_REASONS = 3
 
 
-def show(compared: Sequence[Compared], reference: Model) -> None:
-    """Print a table for each checkpoint, and what its gate says."""
+def show(compared: Sequence[Compared], reference: Model, max_loss: float) -> None:
+    """Print a table for each checkpoint, and what its gate says.
+
+    Args:
+        compared: The checkpoints.
+        reference: BF16.
+        max_loss: Points that no task may lose, for the gate's line.
+    """
     console = Console()
-    for one in compared:
-        title = f"{one.model.directory.name} against {reference.directory.name}, in percent"
+    directories = [reference.directory, *(one.model.directory for one in compared)]
+    reference_name, *names = directory_names(directories)
+    for name, one in zip(names, compared, strict=True):
+        title = f"{name} against {reference_name}, in percent"
         table = Table(title=title, title_justify="left")
         for column in _COLUMNS:
-            is_text = column in ("task", "verdict")
-            table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+            justify: JustifyMethod = "left" if column in ("task", "verdict") else "right"
+            table.add_column(column, justify=justify, no_wrap=True)
         for row in one.rows:
             table.add_row(*_cells(row))
         console.print(table)
@@ -34,10 +43,18 @@ def show(compared: Sequence[Compared], reference: Model) -> None:
             for note in _notes(row):
                 console.print(f"{row.task}: {note}", highlight=False)
         if one.passed:
-            console.print("gate passed", style="green")
+            console.print(_passed_line(one.rows, max_loss), style="green", highlight=False)
         else:
             missed = [row.task for row in one.rows if row.outcome != "passed"]
             console.print(f"gate missed: {', '.join(missed)}", style="red", highlight=False)
+
+
+def _passed_line(rows: Sequence[Row], max_loss: float) -> str:
+    """What is said of a gate that passed: how near its nearest task came to the limit."""
+    nearest = min((row for row in rows if row.task != MEAN), key=lambda row: row.found.low)
+    lowest = 100 * nearest.found.low
+    allowed = f"{-max_loss:+g} allowed"
+    return f"gate passed: no interval begins below {lowest:+.1f} points ({nearest.task}), {allowed}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

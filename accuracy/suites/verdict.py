@@ -104,16 +104,12 @@ def compare_tasks(
     resampled: list[Scores] = []
     for task, ours in reference.items():
         theirs = variant[task]
-        common = [item for item in ours.scores if item in theirs.scores]
-        if not common:
+        compared = _compare_scores(ours.scores, theirs.scores, items[task])
+        if compared is None:
             rows.append(_without_items(task, ours, theirs))
             continue
-        first = np.array([ours.scores[item] for item in common])
-        second = np.array([theirs.scores[item] for item in common])
-        grouped = {item.id: item.group for item in items[task]}
-        named = [grouped[item] for item in common] if any(grouped.values()) else None
-        found, samples = paired_difference(first, second, named)
-        resampled.append(samples)
+        found, differences = compared
+        resampled.append(differences)
         most_missing = max(ours.missing / ours.asked, theirs.missing / theirs.asked)
         outcome, reason, needed = _judge(found, max_loss / 100, most_missing)
         rows.append(
@@ -136,6 +132,24 @@ def compare_tasks(
     if len(resampled) > 1:
         rows.append(_mean(rows, resampled))
     return rows
+
+
+def _compare_scores(
+    ours: Mapping[str, float], theirs: Mapping[str, float], items: Sequence[Item]
+) -> tuple[Difference, Scores] | None:
+    """The difference and its resamples over the items that both have a score for; None if there is
+    no such item.
+    """
+    common = [item for item in ours if item in theirs]
+    if not common:
+        return None
+    groups = None
+    group_of = {item.id: item.group for item in items}
+    if any(group_of.values()):
+        groups = [group_of[item] for item in common]
+    reference = np.array([ours[item] for item in common])
+    variant = np.array([theirs[item] for item in common])
+    return paired_difference(reference, variant, groups)
 
 
 def gate_passed(rows: Sequence[Row]) -> bool:

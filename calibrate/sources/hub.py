@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
-from calibrate.sources.source import Source, register_source
+from calibrate.sources.source import Source, file_or_folder_faults, register_source
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.memory import is_out_of_memory
 
@@ -47,6 +47,11 @@ class HubSource(Source):
     def count(self, samples: int) -> int:
         """Rows by the dataset's metadata, at most `samples`."""
         return count_dataset(self.name, samples, split=self.split, subset=self.subset)
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield a fault when a name that can only be a path names nothing; the Hub is not asked."""
+        if self.name.startswith((".", "/", "~")):
+            yield from file_or_folder_faults(Path(self.name))
 
     def files(self) -> list[Path]:
         """Those of a local directory or file; the Hub's are not known here."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from calibrate.samples import Sample, Skipped, sample_from_row, usable_samples
 from calibrate.sources.hub import count_dataset, dataset_rows, local_files
 from calibrate.sources.jsonl import count_rows, open_rows, row_object
-from calibrate.sources.source import Source, register_source
+from calibrate.sources.source import Source, file_or_folder_faults, register_source
 from checkpoint.faults import BadInput, Fault, shortened
 
 _ROLES = {
@@ -55,6 +55,10 @@ class LlavaSource(Source):
         if self._is_dataset:
             return count_dataset(str(self.path), samples)
         return count_rows(self.path, samples)
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield a fault when there is no such file or folder."""
+        yield from file_or_folder_faults(self.path)
 
     def files(self) -> list[Path]:
         """The file itself, or those of the folder."""

@@ -8,7 +8,8 @@ from typing import Literal
 
 from calibrate.samples import Sample, Skipped
 from calibrate.sources.hub import count_dataset, local_files, read_hub
-from calibrate.sources.source import Source, register_source
+from calibrate.sources.source import Source, file_or_folder_faults, register_source
+from checkpoint.faults import Fault
 
 
 @register_source
@@ -28,6 +29,10 @@ class ParquetSource(Source):
     def count(self, samples: int) -> int:
         """Rows by the files' metadata, at most `samples`."""
         return count_dataset(str(self.path), samples, split=self.split)
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield a fault when there is no such file or folder."""
+        yield from file_or_folder_faults(self.path)
 
     def files(self) -> list[Path]:
         """The file, or those of the folder."""

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import PydanticCustomError
 
 from calibrate.samples import Sample, Skipped
-from checkpoint.faults import nearest, shortened
+from checkpoint.faults import Fault, nearest, shortened
+from checkpoint.reading import regular_file_fault
 from checkpoint.settings import Section
 
 _BUILT_IN = (
@@ -22,6 +23,13 @@ _BUILT_IN = (
     "calibrate.sources.synthetic.source",
 )
 """Modules that register the sources that come with the project."""
+
+
+def file_or_folder_faults(path: Path) -> Iterator[Fault]:
+    """Yield a fault when a path is neither a folder nor a file that can be read."""
+    fault = None if path.is_dir() else regular_file_fault(path)
+    if fault is not None:
+        yield fault
 
 
 class Source(Section):
@@ -57,6 +65,13 @@ class Source(Section):
         The plan of a run follows it. Rows that cannot be used are counted too.
         """
         return samples
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield why the source cannot be read, as far as its files tell before one is opened."""
+        for file in self.files():
+            fault = regular_file_fault(file)
+            if fault is not None:
+                yield fault
 
     def files(self) -> list[Path]:
         """Files whose content decides the samples; a run is not resumed when one has changed."""

@@ -79,15 +79,29 @@ def stack_chart(layers: Sequence[LayerFacts]) -> Stack:
     """Place the layers."""
     errors = [layer.error for layer in layers if layer.error is not None]
     largest = max([_LEAST_SCALE, *errors])
-    columns = []
-    for place, layer in enumerate(layers):
-        share = (layer.error or 0.0) / largest
-        step = 0 if layer.error is None else max(1, min(STEPS, 1 + int(share * (STEPS - 1) + 0.5)))
-        letter = _LETTERS.get(layer.kind, layer.kind[:1].upper())
-        codes = [format_code(label) for label in layer.formats]
-        code = codes[0] if len(codes) == 1 else "+"
-        columns.append(Column(layer, place * COLUMN, letter, code, share * BAR, step))
-    return Stack(tuple(columns), len(columns) * COLUMN, largest)
+    columns = tuple(_column(place, layer, largest) for place, layer in enumerate(layers))
+    return Stack(columns, len(columns) * COLUMN, largest)
+
+
+def _column(place: int, layer: LayerFacts, largest: float) -> Column:
+    """Place a layer; `largest` is the error that the highest bar stands for."""
+    share = 0.0
+    step = 0
+    if layer.error is not None:
+        share = layer.error / largest
+        nearest = 1 + int(share * (STEPS - 1) + 0.5)
+        step = max(1, min(STEPS, nearest))
+    code = "+"  # linears of several formats
+    if len(layer.formats) == 1:
+        code = format_code(layer.formats[0])
+    return Column(
+        layer=layer,
+        x=place * COLUMN,
+        letter=_LETTERS.get(layer.kind, layer.kind[:1].upper()),
+        code=code,
+        height=share * BAR,
+        step=step,
+    )
 
 
 def format_code(label: str) -> str:
@@ -95,7 +109,8 @@ def format_code(label: str) -> str:
     format = find_format(label)
     if format is None:
         return "16"
-    return f"{int(format.bits)}{'w' if format.input_quantizer is None else ''}"
+    bits = str(int(format.bits))
+    return f"{bits}w" if format.input_quantizer is None else bits
 
 
 @dataclass(frozen=True)
@@ -119,20 +134,22 @@ def whiskers(tasks: Iterable[Task]) -> tuple[list[Whisker], float]:
     Returns:
         One whisker a task, and the limit of the axis as a share.
     """
-    tasks = list(tasks)
-    ends = [0.01]
-    for task in tasks:
-        ends += [
-            abs(value) for value in (task.low, task.high, task.difference) if value is not None
-        ]
-    limit = max(ends)
-    found = []
+    ranges = []
+    limit = 0.01
     for task in tasks:
         low = task.difference if task.low is None else task.low
         high = task.difference if task.high is None else task.high
-        places = [50 + 50 * value / limit for value in (low, task.difference, high)]
-        found.append(Whisker(*places))
+        ranges.append((low, task.difference, high))
+        limit = max(limit, abs(low), abs(task.difference), abs(high))
+    found = []
+    for low, middle, high in ranges:
+        found.append(Whisker(_place(low, limit), _place(middle, limit), _place(high, limit)))
     return found, limit
+
+
+def _place(value: float, limit: float) -> float:
+    """Where a value stands on the axis of a `Whisker`."""
+    return 50 + 50 * value / limit
 
 
 @dataclass(frozen=True)
@@ -173,10 +190,14 @@ def accuracy_curve(sweep: Sweep) -> Curve:
     bottom, top = _range(values)
     placed = []
     for point in sweep.rates:
-        middle, low, high = (
-            _y(value, bottom, top) for value in (point.accuracy, point.low, point.high)
+        placed.append(
+            Point(
+                x=_x(point.rate),
+                y=_y(point.accuracy, bottom, top),
+                low=_y(point.low, bottom, top),
+                high=_y(point.high, bottom, top),
+            )
         )
-        placed.append(Point(_x(point.rate), middle, low, high))
     return Curve(tuple(placed), bottom, top)
 
 

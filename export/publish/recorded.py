@@ -51,7 +51,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Next-token agreement with BF16 on one kind of held-out sample."""
+    """Next-token agreement with BF16 on one kind of held-out sample.
+
+    Attributes:
+        group: The kind of sample; `all` for all of them.
+        prompts: Prompts compared.
+        tokens: Positions compared.
+        kl: Mean KL divergence from BF16, in nats.
+        top1: Share of positions where both rank the same token first.
+        perplexity_ratio: The export's perplexity over BF16's.
+    """
 
     group: str
     prompts: int
@@ -77,7 +86,8 @@ def task_rows(rows: object) -> tuple[Task, ...]:
     for row in rows if isinstance(rows, list) else []:
         if not isinstance(row, dict):
             continue
-        reference, variant = number(row.get("reference")), number(row.get("variant"))
+        reference = number(row.get("reference"))
+        variant = number(row.get("variant"))
         items = number(row.get("items"))
         if reference is None or variant is None or items is None:
             continue
@@ -111,9 +121,11 @@ def agreement_rows(gate: Mapping[str, Any]) -> tuple[Agreement, ...]:
     for group, figures in mapping(gate, "agreement").items():
         if not isinstance(figures, dict):
             continue
-        kl, top1 = number(figures.get("kl")), number(figures.get("top1"))
+        kl = number(figures.get("kl"))
+        top1 = number(figures.get("top1"))
         ratio = number(figures.get("perplexity_ratio"))
-        prompts, tokens = number(figures.get("prompts")), number(figures.get("tokens"))
+        prompts = number(figures.get("prompts"))
+        tokens = number(figures.get("tokens"))
         if kl is None or top1 is None or ratio is None or prompts is None or tokens is None:
             continue
         rows.append(Agreement(text(group), int(prompts), int(tokens), kl, top1, ratio))

@@ -16,10 +16,11 @@ import torch
 from checkpoint.config import CheckpointConfig
 from checkpoint.family import Family
 from checkpoint.faults import BadInput, Fault
-from checkpoint.files import SINGLE, TensorFiles
+from checkpoint.files import TensorFiles
 from checkpoint.layout import Linear, Specs, TensorSpec, language_model_linears
 from checkpoint.opened import Checkpoint
 from checkpoint.shards import ShardWriter, plan_shards, write_index
+from checkpoint.weight_files import SINGLE
 from export.layout import formats_of, quantized_layout
 from quantize.formats.registry import UNQUANTIZED
 

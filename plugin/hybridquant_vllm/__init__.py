@@ -22,6 +22,7 @@ vLLM calls `register` in each of its processes, in some more than once.
 - `frames` and `pixels` import no vLLM: hybridquant calibrates with them.
 """
 
+import importlib
 import os
 
 __version__ = "0.2.1"
@@ -43,42 +44,27 @@ DISPLACED_KERNELS = (
 DISABLED_KERNELS names all of them, `nvfp4_as_fp8` is chosen (vLLM 0.32 and 0.33)."""
 
 
+_WITHOUT = {
+    "configuration": "--trust-remote-code is needed",
+    "fast_video": "fast video is off, vLLM prepares clips itself",
+    "connector": "bad media may be answered with 500",
+    "odd_requests": "odd requests may be answered with 500",
+    "layer_report": "cannot report on layers",
+}
+"""Modules with a function `register`, and what is missing where it fails."""
+
+
 def register() -> None:
     """Register what the plug-in replaces; an exception here would stop vLLM from starting."""
     from vllm.logger import init_logger
 
     # Below "vllm", so that vLLM's own log handler prints it.
     logger = init_logger("vllm.hybridquant")
-    try:
-        from hybridquant_vllm import configuration
-
-        configuration.register()
-    except Exception as error:
-        logger.warning("hybridquant: --trust-remote-code is needed (%r).", error)
-    try:
-        from hybridquant_vllm import fast_video
-
-        fast_video.register()
-    except Exception as error:
-        logger.warning("hybridquant: fast video is off, vLLM prepares clips itself (%r).", error)
-    try:
-        from hybridquant_vllm import connector
-
-        connector.register()
-    except Exception as error:
-        logger.warning("hybridquant: bad media may be answered with 500 (%r).", error)
-    try:
-        from hybridquant_vllm import odd_requests
-
-        odd_requests.register()
-    except Exception as error:
-        logger.warning("hybridquant: odd requests may be answered with 500 (%r).", error)
-    try:
-        from hybridquant_vllm import layer_report
-
-        layer_report.register()
-    except Exception as error:
-        logger.warning("hybridquant: cannot report on layers (%r).", error)
+    for name, missing in _WITHOUT.items():
+        try:
+            importlib.import_module(f"hybridquant_vllm.{name}").register()
+        except Exception as error:
+            logger.warning("hybridquant: %s (%r).", missing, error)
     try:
         _register_kernels()
     except (ImportError, AttributeError) as error:

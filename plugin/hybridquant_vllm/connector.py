@@ -5,8 +5,7 @@ vLLM answers such a request with 500 or 501, as if the server were at fault: a l
 not exist, a directory, a `data:` URL that is not base64, `file://` where no directory is allowed,
 a host that does not resolve, a picture of far too many pixels, pictures of a clip that differ in
 size. Here it gets 400 and the reason. A redirect that is not followed is said to be one: vLLM takes
-what stands in it for the medium.
-Which hosts and directories are allowed is decided by vLLM's own flags.
+what stands in it for the medium. vLLM's own flags decide which hosts and directories are allowed.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def read_clip(
         except NotParallel:
             # Opened again: a decoder that was used keeps its threads, and frames that FFmpeg
             # would take for those that are lost.
-            return _read_once(data, *sampling, functools.partial(_count, is_damaged=True))
+            return _read_once(data, *sampling, functools.partial(_decode_in_order, is_damaged=True))
     except av.FFmpegError as error:
         raise ClipError(
             f"video cannot be read: {str(error.strerror or error)[:200]}", _REMEDY
@@ -239,7 +239,7 @@ def _film(container: InputContainer) -> VideoStream:
 def _decode(
     clip: OpenedClip, wanted: list[int], converted: ConvertedFrames, parallel: bool
 ) -> None:
-    """Decode by stretches if the clip allows it, otherwise count its frames.
+    """Decode by stretches if the clip allows it, otherwise from its beginning.
 
     Raises:
         NotParallel: Stretches do not give the frames that they promise.
@@ -248,10 +248,10 @@ def _decode(
     if stretches:
         decode_stretches(clip, stretches, converted, parallel)
     else:
-        _count(clip, wanted, converted, is_damaged=is_timed(clip))
+        _decode_in_order(clip, wanted, converted, is_damaged=is_timed(clip))
 
 
-def _count(
+def _decode_in_order(
     clip: OpenedClip, wanted: list[int], converted: ConvertedFrames, is_damaged: bool
 ) -> None:
     """Decode from the beginning and count the frames.

@@ -21,7 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from hybridquant_vllm.processor import FastMultiModalProcessor, FastProcessingInfo
 from hybridquant_vllm.step_times import timed
-from hybridquant_vllm.tower import drop_layer_scales, fp8_tower, is_fp8
+from hybridquant_vllm.tower import drop_layer_scales, fp8_tower, wants_fp8
 
 _FRAMES_AT_ONCE = 16
 """Frames normalized at once: in float32 all frames of a clip would take four times the memory."""
@@ -86,15 +86,15 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
         if pixel_values.dtype != torch.uint8:
             return super().extract_feature(pixel_values, num_frames)
         if num_frames is None and len(pixel_values) > 1:
-            return self._features_of_different(pixel_values)
+            return self._features_without_repeats(pixel_values)
         return self._features(self._normalized(pixel_values), num_frames)
 
     def _features(self, pixels: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         with timed("tower", on_device=True):
             return super().extract_feature(pixels, num_frames)
 
-    def _features_of_different(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the features of frames that equal the one before only once.
+    def _features_without_repeats(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Compute the features of a run of equal frames once, for its first frame.
 
         Slides, paused screens and static cameras have many of them.
         """
@@ -129,7 +129,7 @@ class NemotronH_Nano_VL_V2(nano_nemotron_vl.NemotronH_Nano_VL_V2):
 
     def get_vit_model_from_radio_config(self, hf_config: Any) -> RadioModel:
         """Return the tower; with HYBRIDQUANT_FP8_TOWER=1, one whose linears are in FP8."""
-        if not is_fp8():
+        if not wants_fp8():
             return super().get_vit_model_from_radio_config(hf_config)
         # vLLM's own builds it without quantization; what it makes of the configuration is taken.
         with torch.device("meta"):

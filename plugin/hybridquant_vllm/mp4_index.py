@@ -44,13 +44,13 @@ def check_index(data: bytes) -> None:
     parts = _parts_outside_mdat(data)
     entries = 0
     for start, end in parts:
-        for place in _places(data, b"trun", start, end):
-            entries += _number(data, place + 8)
-        tracks = _places(data, b"trak", start, end)
+        for fields in _boxes(data, b"trun", start, end):
+            entries += _number(data, fields + 4)
+        tracks = _boxes(data, b"trak", start, end)
         if len(tracks) > MAX_TRACKS:
             raise ClipError(f"video has more than {MAX_TRACKS} tracks", _REMEDY)
-        for place in _places(data, b"cmov", start, end):
-            if data[place + 8 : place + 12] == b"dcom":
+        for fields in _boxes(data, b"cmov", start, end):
+            if data[fields + 4 : fields + 8] == b"dcom":  # the box inside, after its size
                 raise ClipError("video's index is compressed", _REMEDY)
         for track, next_track in zip(tracks, [*tracks[1:], end]):
             entries += _entries_of_track(data, track, next_track)
@@ -89,72 +89,84 @@ def _entries_of_track(data: bytes, start: int, end: int) -> int:
     Raises:
         ClipError: It claims more frames than the file has bytes for.
     """
-    handlers = {data[place + 12 : place + 16] for place in _places(data, b"hdlr", start, end)}
+    handlers = {data[fields + 8 : fields + 12] for fields in _boxes(data, b"hdlr", start, end)}
     is_sound = b"soun" in handlers and b"vide" not in handlers
     frames = 0
-    for place in _places(data, b"stsz", start, end):
-        size = _number(data, place + 8)
-        count = _number(data, place + 12)
+    for fields in _boxes(data, b"stsz", start, end):
+        size = _number(data, fields + 4)
+        count = _number(data, fields + 8)
         frames = max(frames, count)
         # The sound of a film that is cut off may be longer than the file.
         if count * size > len(data) and not is_sound:
             what = f"video's index claims {count} frames of {size} bytes, the file has {len(data)}"
             raise ClipError(what, _REMEDY)
-    for place in _places(data, b"stz2", start, end):
-        frames = max(frames, _number(data, place + 12))
+    for fields in _boxes(data, b"stz2", start, end):
+        frames = max(frames, _number(data, fields + 8))
     if is_sound and _has_equal_samples(data, start, end):
         frames = _entries_of_chunks(data, start, end)
-    edits = [_table_length(data, place, 12) for place in _places(data, b"elst", start, end)]
+    edits = [_table_length(data, fields, 12) for fields in _boxes(data, b"elst", start, end)]
     return frames * max([1, *edits])
 
 
 def _has_equal_samples(data: bytes, start: int, end: int) -> bool:
     """Return whether each sample of a track lasts one unit of its time, as PCM's do."""
-    tables = _places(data, b"stts", start, end)
+    tables = _boxes(data, b"stts", start, end)
     if len(tables) != 1:
         return False
-    return _number(data, tables[0] + 8) == 1 and _number(data, tables[0] + 16) == 1
+    rows = _number(data, tables[0] + 4)
+    duration = _number(data, tables[0] + 12)  # of the samples of the first row
+    return rows == 1 and duration == 1
 
 
 def _entries_of_chunks(data: bytes, start: int, end: int) -> int:
     """Return how many entries FFmpeg makes of a track with equal samples."""
-    offsets = [*_places(data, b"stco", start, end), *_places(data, b"co64", start, end)]
-    chunks = max((_table_length(data, place, 4) for place in offsets), default=0)
+    offsets = [*_boxes(data, b"stco", start, end), *_boxes(data, b"co64", start, end)]
+    chunks = max((_table_length(data, fields, 4) for fields in offsets), default=0)
     most = 0
-    for place in _places(data, b"stsc", start, end):
-        length = _table_length(data, place, 12)
-        table = np.frombuffer(data, ">u4", 3 * length, place + 12).reshape(-1, 3).astype(np.int64)
-        # The first of the chunks that have this number of samples each.
-        first = np.append(table[:, 0], chunks + 1)
-        entries = -(-table[:, 1] // _SAMPLES_OF_AN_ENTRY)
+    for fields in _boxes(data, b"stsc", start, end):
+        length = _table_length(data, fields, 12)
+        rows = np.frombuffer(data, ">u4", 3 * length, fields + 8).reshape(-1, 3).astype(np.int64)
+        # Chunks from number rows[i, 0] up to that of the next row hold rows[i, 1] samples each.
+        first = np.append(rows[:, 0], chunks + 1)
+        entries = -(-rows[:, 1] // _SAMPLES_OF_AN_ENTRY)  # rounded up
         most = max(most, int((np.diff(first).clip(0, chunks) * entries).sum()))
     return most
 
 
-def _table_length(data: bytes, place: int, row_bytes: int) -> int:
-    """Return the rows of a table, no more than the file has bytes for."""
-    return min(_number(data, place + 8), max(0, len(data) - place - 12) // row_bytes)
+def _table_length(data: bytes, fields: int, row_bytes: int) -> int:
+    """Return the rows of a table, no more than the file has bytes for.
+
+    Args:
+        data: The file.
+        fields: Where the box's fields begin: version and flags, number of rows, rows.
+        row_bytes: Bytes of a row.
+    """
+    return min(_number(data, fields + 4), max(0, len(data) - fields - 8) // row_bytes)
 
 
-def _places(data: bytes, kind: bytes, start: int, end: int) -> list[int]:
-    """Return where a name of a box stands, or eight bytes later if a size of 64 bits follows it:
-    the fields of the box begin four bytes behind that place.
+def _boxes(data: bytes, kind: bytes, start: int, end: int) -> list[int]:
+    """Return where the fields of each box of a kind begin. Of most boxes, the first four bytes are
+    its version and flags.
+
+    A box is its size (4 bytes), its name (4), where the size is 1 its real size (8), and its
+    fields.
 
     Raises:
-        ClipError: In too many places.
+        ClipError: There are too many.
     """
     if data.count(kind, start, end) > MAX_BOXES:
         raise _too_many_boxes()
-    places = []
-    place = data.find(kind, start, end)
-    while place >= 0:
-        has_long_size = _number(data, max(0, place - 4)) == 1
-        places.append(place + 8 if has_long_size else place)
-        place = data.find(kind, place + 4, end)
-    return places
+    boxes = []
+    name = data.find(kind, start, end)
+    while name >= 0:
+        has_long_size = _number(data, max(0, name - 4)) == 1
+        boxes.append(name + 12 if has_long_size else name + 4)
+        name = data.find(kind, name + 4, end)
+    return boxes
 
 
 def _number(data: bytes, place: int) -> int:
+    """The unsigned number of four bytes at a place of the file."""
     return int.from_bytes(data[place : place + 4], "big")
 
 

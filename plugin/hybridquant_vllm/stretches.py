@@ -71,7 +71,7 @@ class StretchCount:
                 self._count -= stretches
 
 
-_IN_DECODING = StretchCount()
+_BEING_DECODED = StretchCount()
 
 
 class NotParallel(Exception):
@@ -165,8 +165,8 @@ def decode_stretches(
             _decode(clip.stream, first, 1, stretch, converted)
         return
     futures: list[Future[None]] = []
-    with _IN_DECODING.added(len(stretches)) as all_stretches:
-        threads = _threads_of_a_stretch(first, all_stretches)
+    with _BEING_DECODED.added(len(stretches)) as stretch_count:
+        threads = _threads_of_a_stretch(first, stretch_count)
         for stretch in stretches:
             task = (clip.stream, first, threads, stretch, converted)
             futures.append(DECODER_POOL.executor.submit(_decode, *task))
@@ -177,8 +177,8 @@ def decode_stretches(
             raise error
 
 
-def _threads_of_a_stretch(frame: VideoFrame, all_stretches: int) -> int:
-    """Return on how many threads each stretch of a clip is decoded.
+def _threads_of_a_stretch(frame: VideoFrame, stretch_count: int) -> int:
+    """Return the number of threads that decode each stretch of a clip.
 
     Stretches share the cores. Where the cores cannot be divided evenly, large frames get a thread
     more; with small frames, starting it costs as much as it gains
@@ -186,9 +186,9 @@ def _threads_of_a_stretch(frame: VideoFrame, all_stretches: int) -> int:
 
     Args:
         frame: One of the clip's.
-        all_stretches: Number of stretches, those of other clips included.
+        stretch_count: Stretches that are being decoded, those of other clips included.
     """
-    share = worker_count() / all_stretches
+    share = worker_count() / stretch_count
     if frame.width * frame.height <= _SMALL_FRAME_PIXELS:
         return max(1, math.floor(share))
     return math.ceil(share)

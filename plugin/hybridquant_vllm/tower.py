@@ -48,8 +48,8 @@ def drop_layer_scales(tower: torch.nn.Module) -> None:
             layer.__class__ = UnscaledEncoderLayer
 
 
-def is_fp8() -> bool:
-    """Return whether the tower's linears are to be quantized."""
+def wants_fp8() -> bool:
+    """Return whether the environment asks for a tower whose linears are in FP8."""
     return is_on(SWITCH, default=False)
 
 

@@ -91,7 +91,7 @@ def remove_partial(plan: DistillationPlan) -> None:
 
 @contextlib.contextmanager
 def disk_errors(directory: Path, needed: int) -> Iterator[None]:
-    """Raise what it is when torch cannot write a file.
+    """Raise the system's error where torch cannot write a file.
 
     Trap of torch 2.11: `torch.save` raises a `RuntimeError` about positions in its container where
     the disk is full, and not the system's error.

@@ -90,7 +90,7 @@ class TrainingDataset(IterableDataset):
         # By number in a pass: rows may have the same id. By rate: a clip may be too long at one of
         # them only, and a resumed run has not met the others.
         self._unusable_at: dict[int, set[float]] = {}
-        self._says_what_is_held_out = False
+        self._has_warned_of_held_out = False
         self._ahead: MadeAhead | None = None
         self._step_samples = 0
 
@@ -207,7 +207,7 @@ class TrainingDataset(IterableDataset):
                     held_out.add(_content(sample))
                 elif held_out and _content(sample) in held_out:
                     left_out += 1
-                    self._say_what_is_held_out(sample)
+                    self._warn_of_held_out(sample)
                     if left_out > _MOST_LEFT_OUT:
                         break
                 else:
@@ -220,10 +220,10 @@ class TrainingDataset(IterableDataset):
                 remedy = "give more samples, or lower distill.held_out"
                 raise BadInput(Fault("distill.sources", what, remedy))
 
-    def _say_what_is_held_out(self, sample: Sample) -> None:
+    def _warn_of_held_out(self, sample: Sample) -> None:
         """Log the first sample that is left out because it is held out as well."""
-        if not self._says_what_is_held_out and self._processes.is_first:
-            self._says_what_is_held_out = True
+        if not self._has_warned_of_held_out and self._processes.is_first:
+            self._has_warned_of_held_out = True
             message = "%s: says the same as a held-out sample; such samples are not trained on"
             logger.warning(message, sample.where)
 

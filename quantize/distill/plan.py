@@ -23,10 +23,12 @@ from quantize.distill.loss import POSITIONS
 from quantize.distill.settings import Distill
 from quantize.policy import Policy
 
-# accelerate's launcher passes its FSDP options through the environment only; the object that holds
-# them exists from the trainer's construction on, which is after the weights are loaded.
 _BF16 = 2
 _FLOAT32 = 4
+"""Bytes of a number."""
+
+_MOMENTS = 2 * _FLOAT32
+"""Bytes of AdamW's two moments of a weight."""
 
 _TENSORS_INSIDE = 8
 """Tensors of a layer's inner width that its backward holds: input, activation, both quantized, and
@@ -39,6 +41,8 @@ float32. Fitted to an H100's peaks, which samples padded to each other's length 
 _LOSS_TENSORS = 6
 """Tensors of a piece's logits that the loss and its backward hold at once."""
 
+# accelerate's launcher passes its FSDP options through the environment only; the object that holds
+# them exists from the trainer's construction on, which is after the weights are loaded.
 _FSDP = "ACCELERATE_USE_FSDP"
 _FSDP_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -87,7 +91,7 @@ class DistillationPlan:
         return self.settings.video_pruning_rates or (self.video.pruning_rate,)
 
     @property
-    def weights(self) -> int:
+    def weight_count(self) -> int:
         """Number of weights that train."""
         return sum(math.prod(self.checkpoint.layout[name].shape) for name in self.trained)
 
@@ -102,7 +106,7 @@ class DistillationPlan:
         activations.
         """
         return training_bytes(
-            self._language_model_bytes, self.weights, self.is_taught, self._shards
+            self._language_model_bytes, self.weight_count, self.is_taught, self._shards
         )
 
     @property
@@ -114,7 +118,7 @@ class DistillationPlan:
         is_plain = find_mamba_kernels() is not None
         peak = training_bytes(
             self._language_model_bytes,
-            self.weights,
+            self.weight_count,
             self.is_taught,
             self._shards,
             activation_bytes(config, tokens, settings.gradient_checkpointing, is_plain),
@@ -131,7 +135,7 @@ class DistillationPlan:
     def state_bytes(self) -> int:
         """Bytes of `directory` at its largest."""
         sharded = self._language_model_bytes if self.is_sharded else 0
-        return state_bytes(self.weights, sharded)
+        return state_bytes(self.weight_count, sharded)
 
     @property
     def _language_model_bytes(self) -> int:
@@ -241,8 +245,10 @@ def training_bytes(
         activations: Bytes that a sample needs besides; see `activation_bytes`.
     """
     models = 2 if is_taught else 1
-    loaded = model * models + 2 * weights
-    return max(loaded, (loaded + 12 * weights) // shards + activations)
+    # Loaded in BF16, then the student's in float32; gradients and moments come with the training.
+    loaded = model * models + (_FLOAT32 - _BF16) * weights
+    training = loaded + (_FLOAT32 + _MOMENTS) * weights
+    return max(loaded, training // shards + activations)
 
 
 def gathered_bytes(checkpoint: Checkpoint, trained: Collection[str], is_taught: bool) -> int:
@@ -321,8 +327,8 @@ def state_bytes(weights: int, sharded: int = 0) -> int:
         sharded: Bytes of the BF16 language model where FSDP divides it among processes: its
             checkpoints contain all of it as well, the trained weights in float32.
     """
-    checkpoint = 12 * weights
+    checkpoint = (_FLOAT32 + _MOMENTS) * weights
     if sharded:
-        checkpoint += sharded + 2 * weights
-    best = 4 * weights
+        checkpoint += sharded + (_FLOAT32 - _BF16) * weights
+    best = _FLOAT32 * weights
     return 2 * checkpoint + best

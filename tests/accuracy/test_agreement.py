@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from accuracy.agreement import States, compare
-from accuracy.gate import judge
+from accuracy.gate import judge, show
 from accuracy.paired import Paired
 from accuracy.settings import Accuracy, Tasks
 
@@ -127,8 +127,29 @@ def test_the_gate_limits_what_the_mean_of_the_tasks_loses(lm_head, loss, passed)
     assert verdict.passed is passed
     if not passed:
         (missed,) = verdict.missed
-        assert "the tasks' mean is" in missed
-        assert "points below BF16, allowed are 3" in missed
+        assert missed == f"task loss in points is {loss:g}, allowed is at most 3"
+
+
+def test_a_gate_that_passed_says_how_near_each_limit_was(lm_head, capsys):
+    measured = compare([states(0)], [states(0.01)], lm_head, IMAGE)
+    overall = measured["all"]
+    required = Accuracy(max_kl=2, min_top1=0.25, max_perplexity_ratio=1.5, tasks=Tasks(max_loss=3))
+    show(judge(measured, required, [tasks_row(2.5)]))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"gate passed: KL {overall.kl:.4g} ≤ 2, top-1 agreement {overall.top1:.4g} ≥ 0.25, "
+        f"perplexity ratio {overall.perplexity_ratio:.4g} ≤ 1.5, task loss in points 2.5 ≤ 3"
+    )
+    show(judge(measured, Accuracy()))
+    assert capsys.readouterr().out.splitlines()[-1] == "gate passed: the recipe sets no limits"
+
+
+def test_a_gate_that_was_missed_names_what_it_missed_alone(lm_head, capsys):
+    measured = compare([states(0)], [states(1.0)], lm_head, IMAGE)
+    show(judge(measured, Accuracy(max_kl=1e-6, min_top1=0.0)))
+    lines = capsys.readouterr().out.splitlines()
+    kl = measured["all"].kl
+    assert lines[-1] == f"gate missed: KL is {kl:.4g}, allowed is at most 1e-06"
+    assert "top-1 agreement" not in lines[-2]
 
 
 def test_tasks_without_a_limit_are_shown_and_not_judged(lm_head):

@@ -115,17 +115,43 @@ def test_transformers_is_silent_afterwards(monkeypatch):
     assert not transformers_logging.is_progress_bar_enabled()
 
 
-def test_modelopts_warning_about_transformers_is_ignored_and_no_other():
+def heard_after_preparing() -> list[str]:
+    """Which of three warnings are shown after `prepare_libraries`."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         prepare_libraries()
-        warnings.warn(
+        for text in (
             "transformers 5.19.0 is not tested with current version of modelopt and may cause"
             " issues.",
-            stacklevel=1,
-        )
-        warnings.warn("something else", stacklevel=1)
-    assert [str(warning.message) for warning in seen] == ["something else"]
+            "Distributed training is initialized but no parallel_state is set for a class.",
+            "something else",
+        ):
+            warnings.warn(text, stacklevel=1)
+    return [str(warning.message) for warning in seen]
+
+
+def test_two_warnings_of_modelopts_are_ignored_and_no_other(monkeypatch):
+    assert heard_after_preparing() == ["something else"]
+    monkeypatch.setenv("RANK", "0")
+    assert heard_after_preparing() == ["something else"]
+
+
+def test_what_libraries_warn_of_is_heard_from_the_first_process_alone(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RANK": "1"})
+    assert heard_after_preparing() == []
+    assert os.environ == {"RANK": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    monkeypatch.setattr(os, "environ", {"RANK": "0"})
+    heard_after_preparing()
+    assert os.environ == {"RANK": "0"}
+
+
+def test_modelopt_still_warns_of_processes_in_the_words_that_are_ignored(monkeypatch):
+    """Trap of ModelOpt 0.47: it asks for a state that only tensor parallelism needs."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.warns(UserWarning, match="^Distributed training is initialized but no parallel_"):
+        QuantModuleRegistry.convert(torch.nn.Linear(4, 4))
 
 
 # What an import changes
@@ -367,7 +393,9 @@ def test_every_command_that_loads_the_model_prepares_the_libraries(project):
             assert "prepare_libraries()" in path.read_text(encoding="utf-8"), name
 
 
-@pytest.mark.parametrize("module", ["recipes.loading", "recipes.reference", "pipeline.command"])
+@pytest.mark.parametrize(
+    "module", ["recipes.loading", "recipes.reference", "pipeline.command", "pipeline.first_checks"]
+)
 def test_a_mistake_in_a_recipe_does_not_wait_for_torch(module, project):
     names = reached({module}, project)
     heavy = {name for name in names if name.partition(".")[0] in ("torch", "modelopt")}
@@ -382,10 +410,12 @@ TORCH_FREE = (
     "checkpoint.family",
     "checkpoint.faults",
     "checkpoint.log",
+    "checkpoint.naming",
     "checkpoint.processes",
     "checkpoint.run_state",
     "checkpoint.settings",
     "checkpoint.video",
+    "checkpoint.weight_files",
 )
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from checkpoint.config import read_config
 from checkpoint.faults import BadInput
-from export.loaded import Loaded, kernels_of, layer_faults, load_and_ask, read_report
+from export.layout import linear_formats
+from export.loaded import (
+    Loaded,
+    kernel_lines,
+    kernels_of,
+    layer_faults,
+    load_and_ask,
+    read_report,
+)
 from serve.process import running_server
 from tests.editing import edit_json
 
@@ -46,6 +54,28 @@ def test_every_layer_of_an_export_runs_quantized_and_questions_are_answered(load
     assert set(kernels_of(loaded.layers)) == {"ReferenceFp8Kernel"}
     methods = {layer["name"]: layer["method"] for layer in loaded.layers}
     assert methods["language_model.lm_head"].startswith("Unquantized")
+
+
+def report_of(config, kernel, **others):
+    """A report in which every quantized linear runs by a kernel, or by another of its last name."""
+    modules = {config.family.fused_module(linear) for linear in linear_formats(config)}
+    layers = []
+    for name in sorted(modules):
+        used = others.get(name.rpartition(".")[2], kernel)
+        layers.append({"name": name, "method": "Fp8LinearMethod", "kernel": used})
+    return layers
+
+
+def test_it_is_said_how_many_linears_a_kernel_runs_and_why_vllm_counts_fewer(fp8):
+    config = read_config(fp8)
+    assert kernel_lines(config, report_of(config, "Fp8Kernel")) == [
+        "vLLM runs 24 linears by Fp8Kernel, in 20 layers: "
+        "it runs q_proj + k_proj + v_proj as qkv_proj"
+    ]
+    assert kernel_lines(config, report_of(config, "Fp8Kernel", qkv_proj="Other")) == [
+        "vLLM runs 18 linears by Fp8Kernel",
+        "vLLM runs 6 linears by Other, in 2 layers: it runs q_proj + k_proj + v_proj as qkv_proj",
+    ]
 
 
 @pytest.mark.server

@@ -95,10 +95,43 @@ def test_the_overview_is_shown_for(arguments, capsys):
 def test_a_commands_own_help_and_exit_status_are_its_modules():
     done = run("ask", "--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: python -m serve.ask")
+    assert done.stdout.startswith("usage: python -m hybridquant ask")
     done = run("quantize", "fp8", "nowhere.yaml")
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere.yaml")
+
+
+def test_every_command_names_itself_as_it_was_called():
+    # In copies of a process that has imported nothing yet: the names are the whole process's.
+    code = (
+        "import hybridquant, os, sys\n"
+        "for words in hybridquant.command_names('hybridquant').values():\n"
+        "    sys.stdout.flush()\n"
+        "    if os.fork() == 0:\n"
+        "        hybridquant.run_command([*words.split()[1:], '--help'])\n"
+        "    assert os.wait()[1] == 0, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    names = hybridquant.command_names("hybridquant")
+    for words in names.values():
+        assert f"usage: {words} [-h]" in done.stdout
+    assert "usage: python -m" not in done.stdout
+    for module in names:
+        assert f"python -m {module} " not in done.stdout
+
+
+def test_messages_name_commands_as_the_user_calls_them(tmp_path):
+    recipe = "recipes/tiny/nvfp4_qad.yaml"
+    remedy = "does not distil (run {} quantize qad, or give distill=null)"
+    done = run("quantize", "fp8", recipe, f"output={tmp_path / 'out'}")
+    assert remedy.format("python -m hybridquant") in done.stderr
+    code = (
+        "import hybridquant; hybridquant.run_command("
+        f"['quantize', 'fp8', {recipe!r}, 'output={tmp_path / 'out'}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert remedy.format("hybridquant") in done.stderr
 
 
 def test_the_version_is_shown_with_those_of_what_it_runs_on(capsys):

@@ -308,6 +308,7 @@ def test_two_processes_share_the_samples_and_find_the_same_scales(tiny, tmp_path
     assert os.listdir(tmp_path) == ["out"]
     fewer = "calibrate.sources: 9 samples, where calibrate.samples asks for 10"
     assert result.stderr.count(fewer) == 1
+    assert "Warning" not in result.stderr
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(

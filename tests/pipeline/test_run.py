@@ -81,7 +81,7 @@ def test_tasks_below_bf16_miss_the_gate(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.measure.answer_tasks", spoilt)
     assert run(quick(tiny, tmp_path, "accuracy.tasks={names: [chart], items: 4, max_loss: 5}")) == 1
     (missed,) = read_manifest(tmp_path / "out").gate["missed"]
-    assert "points below BF16, allowed are 5" in missed
+    assert missed == "task loss in points is 100, allowed is at most 5"
 
 
 def test_part_of_the_model_and_an_fp8_kv_cache(tiny, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from hybridquant_vllm.fast_video import reason_to_step_aside
 from serve.environment import CPU, ServeEnvironment
-from serve.fast_video import fast_video_state
+from serve.fast_video import fast_video_of
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_vllm_without_the_model_is_left_alone(tmp_path):
     ("vllm_version", "plugin", "switch", "state"),
     [
         ((0, 33, 0), "0.2.1", "1", "on"),
-        ((0, 33, 0), "0.2.1", "0", "off by HYBRIDQUANT_FAST_VIDEO=0"),
+        ((0, 33, 0), "0.2.1", "0", "off, HYBRIDQUANT_FAST_VIDEO is 0"),
         ((0, 33, 0), None, "1", "off, the plug-in is not installed"),
         ((0, 33, 0), "0.1.0", "1", "off, the plug-in 0.1.0 is too old"),
         ((0, 34, 0), "0.2.1", "1", "off, the plug-in is not tested with vLLM 0.34.0"),
@@ -50,4 +50,4 @@ def test_a_vllm_without_the_model_is_left_alone(tmp_path):
 def test_serve_says_whether_it_is_on(vllm_version, plugin, switch, state, tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRIDQUANT_FAST_VIDEO", switch)
     environment = ServeEnvironment(tmp_path, vllm_version, CPU, plugin)
-    assert fast_video_state(environment).startswith(state)
+    assert str(fast_video_of(environment)).startswith(state)

@@ -17,6 +17,7 @@ from hybridquant_vllm.frames import read_clip
 from serve.bench import concurrencies, run
 from serve.bench_figures import percentile, ratios, summarize
 from serve.bench_runs import BenchFailed, Load, Target, client_variables, write_requests
+from serve.bench_servers import server_names
 from serve.demo import draw_square, draw_video
 from serve.environment import find_python
 from serve.gpu_memory import GpuMemory, parse_rows
@@ -47,6 +48,34 @@ def content(messages):
 
 def load(ttft, rate=2.0, errors=()):
     return Load(tuple(ttft), (10.0, 30.0), rate, 5 * rate, (7, 0, 9), ("a", None, "b"), errors)
+
+
+# The servers
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["/runs/a/export"], ["export"]),
+        (["/runs/fp8", "/runs/nvfp4"], ["fp8", "nvfp4"]),
+        (["/runs/a/export", "/runs/b/export"], ["a/export", "b/export"]),
+        (["/a/out/export", "/b/out/export/"], ["a/out/export", "b/out/export"]),
+        (["/export", "/runs/export"], ["/export", "runs/export"]),
+        (["/runs/export", "/runs/export"], ["export", "export (2)"]),
+        (["/runs/export", "http://host:8000/v1"], ["export", "host:8000"]),
+        (["http://host:8000", "http://host:9000"], ["host:8000", "host:9000"]),
+        (["http://host/a/v1", "http://host/b/"], ["host/a", "host/b"]),
+        (["http://host", "https://host"], ["http://host", "https://host"]),
+    ],
+)
+def test_servers_have_the_shortest_names_that_tell_them_apart(targets, names):
+    assert server_names(targets) == names
+
+
+def test_a_relative_directory_is_named_by_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "export").mkdir()
+    monkeypatch.chdir(tmp_path / "export")
+    assert server_names([".", "/runs/export"]) == [f"{tmp_path.name}/export", "runs/export"]
 
 
 # The media

@@ -1,6 +1,7 @@
 """The search for an EVS rate: the choice, the items, and a sweep of a real vLLM."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -251,6 +252,22 @@ def test_the_same_directory_twice_and_a_circle_of_links_are_named(tiny, tmp_path
         run([str(tiny), str(tiny), str(tmp_path / "circle")])
     assert "is given more than once" in str(caught.value)
     assert "circle: no such directory" in str(caught.value)
+
+
+def test_directories_of_one_name_are_told_apart(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def died(name, directory, *_):
+        asked.append(name)
+        raise ServerDied("not in this test")
+
+    monkeypatch.setattr("serve.sweep_points._serve_and_measure", died)
+    copies = [str(tmp_path / folder / "export") for folder in ("a", "b")]
+    for copy in copies:
+        shutil.copytree(tiny, copy)
+    out = str(tmp_path / "sweep")
+    assert run([*copies, "--tasks", "video_event", "--items", "1", "--out", out]) == 1
+    assert asked == ["a/export"]
 
 
 def test_items_that_no_rate_changes_are_counted():

@@ -23,10 +23,11 @@ from calibrate.evs import retained_tokens
 from calibrate.sources.synthetic.drawing import COLORS
 from checkpoint.atomic import write_tensors
 from checkpoint.config import CheckpointConfig
-from checkpoint.files import SINGLE, TensorFiles
+from checkpoint.files import TensorFiles
 from checkpoint.layout import expected_tensors
 from checkpoint.libraries import language_model_classes
 from checkpoint.opened import check_finite, open_bf16
+from checkpoint.weight_files import SINGLE
 from tiny.checkpoint import write_tiny
 from tiny.training.labels import EMPTY, IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES, RUNNING_TEXT
 

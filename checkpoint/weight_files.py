@@ -1,0 +1,135 @@
+"""Which files hold a checkpoint's weights, and whether their sizes are those of their headers.
+
+Does not import torch, so a server and the first checks of a run can use it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint.config import read_json
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
+"""The remedy of an adapter in place of a model."""
+
+OTHER_WEIGHTS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".pkl",
+    ".npz",
+)
+"""How names of files end that hold weights and are not safetensors."""
+
+
+def weight_faults(directory: Path) -> list[Fault]:
+    """Return faults of the weights, from the files' headers: none there, a missing shard, a
+    truncated file.
+    """
+    try:
+        files = set(read_weight_map(directory).values()) or {SINGLE}
+    except BadInput as bad:
+        return list(bad.faults)
+    faults: list[Fault] = []
+    for name in sorted(files):
+        faults += _file_faults(directory / name, directory)
+    return faults
+
+
+def read_weight_map(directory: Path) -> dict[str, str]:
+    """Return the file name of each tensor by the index; empty for a single file.
+
+    Raises:
+        BadInput: There are no weights, or the index is damaged.
+    """
+    path = directory / INDEX
+    if path.exists():
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadInput(Fault(str(path), "has no weight_map", "copy the file again"))
+        raise_if_any(_file_name_faults(weight_map, path))
+        return weight_map
+    if not (directory / SINGLE).exists():
+        raise BadInput(_no_weights(directory))
+    return {}
+
+
+def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fault]:
+    """Yield the entries of an index that do not name a safetensors file of its directory.
+
+    vLLM looks for the files of the directory, so that one elsewhere would not be the one it loads.
+    """
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            what = f"weight_map.{shortened(name, 120)} is not a file name"
+            yield Fault(str(path), what, "copy the file again")
+        elif "/" in file or "\\" in file or file.startswith(".") or not file.isprintable():
+            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, not the name"
+            yield Fault(str(path), f"{what} of a file beside it", "copy the file again")
+        elif not file.endswith(".safetensors"):
+            what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, which vLLM"
+            yield Fault(str(path), f"{what} does not load", "copy the file again")
+
+
+def _no_weights(directory: Path) -> Fault:
+    """What is wrong with a directory without safetensors, by what it holds instead."""
+    what = f"contains neither {INDEX} nor {SINGLE}"
+    remedy = "copy the weights"
+    others = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix in OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
+            others.append(path.name)
+    if "adapter_model.safetensors" in others:
+        remedy = f"it is an adapter: {MERGE}"
+    elif others:
+        remedy = "save the model again with save_pretrained(…, safe_serialization=True)"
+    if others:
+        what = f"{what}, but {shortened(', '.join(others))}"
+    return Fault(str(directory), what, remedy)
+
+
+def _file_faults(path: Path, directory: Path) -> Iterator[Fault]:
+    # vLLM finds this out after it has loaded the shards before it, and names neither the file nor
+    # the reason.
+    fault = checkpoint_file_fault(path, directory)
+    if fault is not None and path.exists():
+        yield fault
+        return
+    try:
+        if is_lfs_pointer(path):
+            yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
+            return
+        expected = _expected_bytes(path)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        yield Fault(str(path), "no such file, though the index names it", "copy the shard")
+        return
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"is not a safetensors file: {shortened(error)}"
+        yield Fault(str(path), what, "copy the file again")
+        return
+    if size != expected:
+        what = f"is truncated: it has {size} bytes, and by its header {expected}"
+        yield Fault(str(path), what, "copy it again")
+
+
+def _expected_bytes(path: Path) -> int:
+    """The size that a safetensors file has by its header."""
+    header, header_length = safetensors_header(path)
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            end = max(end, entry["data_offsets"][1])
+    return 8 + header_length + end

@@ -1,0 +1,38 @@
+"""The first checks of a run: whether what its recipe names is there, told within a second.
+
+Does not import torch, which takes a second, or ModelOpt, which takes six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from checkpoint.config import bf16_faults, read_config
+from checkpoint.faults import BadInput, Fault
+from checkpoint.run_state import place_faults
+from checkpoint.weight_files import weight_faults
+from recipes.schema import TINY, Recipe
+
+
+def first_faults(recipe: Recipe) -> list[Fault]:
+    """Return the faults of a recipe's model, output and files of samples.
+
+    What is inside them is checked when they are opened (`pipeline.job.open_job`).
+    """
+    faults = list(_model_faults(recipe.model))
+    faults += place_faults(recipe.output)
+    for source in recipe.sources():
+        faults += source.faults()
+    return faults
+
+
+def _model_faults(model: str) -> Iterator[Fault]:
+    if model == TINY:
+        return
+    try:
+        config = read_config(model)
+    except BadInput as bad:
+        yield from bad.faults
+        return
+    yield from bf16_faults(config)
+    yield from weight_faults(config.directory)
