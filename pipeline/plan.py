@@ -29,9 +29,9 @@ from pipeline.job import Job, Way
 from pipeline.layer_by_layer import LayerByLayer
 from pipeline.layer_state import LAYER_PROGRESS
 from pipeline.whole import WholeModel
-from quantize.distill.batches import with_answer
 from quantize.distill.checkpoints import checkpoint_faults
 from quantize.distill.plan import DistillationPlan
+from quantize.distill.rows import with_answer
 
 logger = get_logger(__name__)
 

@@ -383,7 +383,7 @@ def _state_update(tuned: Tuned, dtype: str, settings: ServeSettings) -> Choice:
             whose = f"given by {FOLDER_VARIABLE}"
         elif tuned.folder == SHIPPED:
             whose = "measured for this GPU, and shipped"
-        return Choice(name, f"tuned, {kept}", f"{whose}{_of_half_the_size(state)}")
+        return Choice(name, f"tuned, {kept}", f"{whose}{_of_half_the_size(dtype)}")
     value = f"vLLM's own choice, {kept}"
     if tuned.is_given:
         missing = f"{tuned.folder} has no {tuned.name}"
@@ -391,9 +391,9 @@ def _state_update(tuned: Tuned, dtype: str, settings: ServeSettings) -> Choice:
     return Choice(name, value, "not tuned for this GPU: hybridquant tune")
 
 
-def _of_half_the_size(state: str) -> str:
+def _of_half_the_size(dtype: str) -> str:
     """Return what tells a user how to halve the states; nothing where they are halved."""
-    if state != DEFAULT_STATE:
+    if dtype != DEFAULT_STATE:
         return ""
     return f"; -- {STATE_FLAG} float16 halves them: docs/serving.md"
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from checkpoint.faults import BadInput
-from quantize.distill.batches import Batch, Prepared
+from quantize.distill.rows import Prepared, Row
 
 _DECODED = 16
 """Samples that wait decoded: about one row of 16,384 tokens. A clip of 128 frames takes 0.4 GB."""
@@ -36,22 +36,22 @@ class Place:
 Decoded = tuple[Place, Prepared | BadInput | None]
 """A sample that is decoded, or why it cannot be used; None if that is known already."""
 
-Embedded = tuple[Place, Batch | BadInput | None]
+Embedded = tuple[Place, Row | BadInput | None]
 """A sample that is embedded, or why it cannot be used; None if that is known already."""
 
 
 class MadeAhead:
-    """An iterator of samples with their batches.
+    """An iterator of samples with their rows.
 
     Only what is asked for is judged: an error among later samples is raised at its turn.
     """
 
-    def __init__(self, decoded: Iterator[Decoded], embed: Callable[[Prepared], Batch]) -> None:
+    def __init__(self, decoded: Iterator[Decoded], embed: Callable[[Prepared], Row]) -> None:
         """Begin to decode.
 
         Args:
             decoded: Iterated in a thread.
-            embed: Makes a batch; called in the thread that iterates.
+            embed: Makes a row; called in the thread that iterates.
         """
         self._decoded = decoded
         self._embed = embed
@@ -71,7 +71,7 @@ class MadeAhead:
         if decoded is None:
             raise StopIteration
         self._submit()
-        return self._with_batch(decoded)
+        return self._with_row(decoded)
 
     def embed_decoded(self, most: int) -> None:
         """Embed the samples that are decoded by now.
@@ -87,7 +87,7 @@ class MadeAhead:
                 return
             self._waiting.popleft()
             self._submit()
-            self._embedded.append(self._with_batch(decoded))
+            self._embedded.append(self._with_row(decoded))
 
     def close(self) -> None:
         """End the thread."""
@@ -96,7 +96,7 @@ class MadeAhead:
     def _submit(self) -> None:
         self._waiting.append(self._thread.submit(next, self._decoded, None))
 
-    def _with_batch(self, decoded: Decoded) -> Embedded:
+    def _with_row(self, decoded: Decoded) -> Embedded:
         place, prepared = decoded
         if prepared is None or isinstance(prepared, BadInput):
             return place, prepared

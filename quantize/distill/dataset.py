@@ -15,9 +15,9 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.log import get_logger
 from checkpoint.processes import ALONE, Processes
 from quantize.distill.ahead import Decoded, Embedded, MadeAhead, Place
-from quantize.distill.batches import (
-    Batch,
+from quantize.distill.rows import (
     Prepared,
+    Row,
     answer_only,
     longest_first,
     packed_rows,
@@ -31,7 +31,7 @@ _MOST_LEFT_OUT = 100_000
 
 
 class TrainingDataset(IterableDataset):
-    """Batches in a fixed order, repeated when the samples run out.
+    """Rows in a fixed order, repeated when the samples run out.
 
     The first `held_out` samples are never trained on, nor are later ones that say the same: the
     best step would be chosen by what was learnt by heart.
@@ -48,13 +48,13 @@ class TrainingDataset(IterableDataset):
         self,
         samples: Callable[[], Iterator[Sample]],
         prepare: Callable[[Sample, float], Prepared],
-        embed: Callable[[Prepared], Batch],
+        embed: Callable[[Prepared], Row],
         rates: Sequence[float],
         held_out: int,
         seed: int,
         skipped: Skipped,
         processes: Processes = ALONE,
-        step_batches: int = 1,
+        step_rows: int = 1,
         pack_length: int | None = None,
     ) -> None:
         """Describe the dataset; nothing is read yet.
@@ -62,14 +62,14 @@ class TrainingDataset(IterableDataset):
         Args:
             samples: Opens one pass over the samples, the same at every call.
             prepare: Decodes a sample for an EVS rate. Called in a thread, for samples to come.
-            embed: Makes the batch of a decoded sample.
-            rates: EVS rates. Each batch draws one by `seed` and its position, in whatever process.
+            embed: Makes the row of a decoded sample.
+            rates: EVS rates. Each sample draws one by `seed` and its position, in whatever process.
             held_out: Samples at the head of every pass that are not trained on.
             seed: Draws the EVS rates.
             skipped: Takes the samples that cannot be used, with those that `samples` leaves out.
             processes: Each of n processes takes every n-th sample, so that an optimizer step has
                 the same samples for any n.
-            step_batches: Rows of this process per optimizer step; each such group comes longest
+            step_rows: Rows of this process per optimizer step; each such group comes longest
                 first.
             pack_length: Tokens of a row that is filled with samples; None: a row is one sample. A
                 process fills its rows with its own samples, so packed steps differ with the number
@@ -85,7 +85,7 @@ class TrainingDataset(IterableDataset):
         self._held_out = held_out
         self._seed = seed
         self._processes = processes
-        self._step_batches = step_batches
+        self._step_rows = step_rows
         self._pack_length = pack_length
         # By number in a pass: rows may have the same id. By rate: a clip may be too long at one of
         # them only, and a resumed run has not met the others.
@@ -94,31 +94,31 @@ class TrainingDataset(IterableDataset):
         self._ahead: MadeAhead | None = None
         self._step_samples = 0
 
-    def held_out(self) -> list[Batch]:
+    def held_out(self) -> list[Row]:
         """Return the held-out rows, in which only answers count; the EVS rates take turns.
 
         Raises:
             BadInput: None of them can be used.
         """
-        batches = []
+        rows = []
         unanswered = 0
         for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
             try:
                 rate = self._rates[number % len(self._rates)]
-                batch = self._embed(self._prepare(sample, rate))
+                row = self._embed(self._prepare(sample, rate))
             except BadInput as bad:
                 self.skipped.add(*bad.faults)
                 continue
-            batches.append(answer_only(batch))
-            unanswered += batch["answer_length"] == 0
+            rows.append(answer_only(row))
+            unanswered += row["answer_length"] == 0
         if unanswered:
             message = "%d of %d held-out samples have no answer: they are judged on their prompts"
-            logger.warning(message, unanswered, len(batches))
-        if not batches:
+            logger.warning(message, unanswered, len(rows))
+        if not rows:
             what = "hold no usable held-out sample"
             summary = Fault("distill.sources", what, "give more samples, or raise distill.held_out")
             raise BadInput(summary, *self.skipped.faults)
-        return list(packed_rows(longest_first(batches), self._pack_length))
+        return list(packed_rows(longest_first(rows), self._pack_length))
 
     def warn_of_unanswered(self) -> None:
         """Log how many of the samples that were trained on have no answer."""
@@ -127,13 +127,13 @@ class TrainingDataset(IterableDataset):
             message = "%d of %d training samples have no answer: only their prompts are learnt"
             logger.warning(message, unanswered, len(self.answered))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Row]:
         """Yield this process's rows from `start` on; never ends."""
         self.close()
         self._ahead = MadeAhead(self._decoded(), self._embed)
         rows = packed_rows(self._in_order(self._ahead), self._pack_length)
         while True:
-            group = list(itertools.islice(rows, self._step_batches))
+            group = list(itertools.islice(rows, self._step_rows))
             self._step_samples = sum(len(row["lengths"]) for row in group)
             next_position = group[-1]["position"] + 1
             for row in longest_first(group):
@@ -149,17 +149,17 @@ class TrainingDataset(IterableDataset):
         if self._ahead is not None:
             self._ahead.close()
 
-    def _in_order(self, samples: Iterable[Embedded]) -> Iterator[Batch]:
+    def _in_order(self, samples: Iterable[Embedded]) -> Iterator[Row]:
         unusable = 0
-        for place, batch in samples:
-            if batch is None or isinstance(batch, BadInput):
-                self._note_unusable(place, batch)
+        for place, row in samples:
+            if row is None or isinstance(row, BadInput):
+                self._note_unusable(place, row)
                 unusable += 1
                 self._check_any_usable(unusable)
             else:
                 unusable = 0
-                self.answered[place.number] = batch["answer_length"] > 0
-                yield batch | {"position": place.position}
+                self.answered[place.number] = row["answer_length"] > 0
+                yield row | {"position": place.position}
 
     def _decoded(self) -> Iterator[Decoded]:
         """Yield this process's samples from `start` on."""

@@ -12,8 +12,8 @@ from modelopt.torch.distill.losses import LogitsDistillationLoss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantize.distill.batches import IGNORE
 from quantize.distill.packing import Packed
+from quantize.distill.rows import IGNORE
 
 POSITIONS = 512
 """Positions whose logits exist at once: 2 × 0.27 GB at the 12B's vocabulary. ModelOpt's own loss

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from checkpoint.libraries import language_model_classes
-from quantize.distill.batches import IGNORE
+from quantize.distill.rows import IGNORE
 from quantize.distill.weights import Trained
 
 if TYPE_CHECKING:

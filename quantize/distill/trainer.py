@@ -30,7 +30,6 @@ from transformers import (
 )
 
 from checkpoint.faults import BadInput, Fault
-from quantize.distill.batches import IGNORE, Batch
 from quantize.distill.checkpoints import (
     BEST,
     PARTIAL,
@@ -46,6 +45,7 @@ from quantize.distill.guards import GradientCheck, watched_quantizers
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed
 from quantize.distill.plan import DistillationPlan
+from quantize.distill.rows import IGNORE, Row
 from quantize.distill.step_log import StepLog
 from quantize.distill.student import own_embeddings
 from quantize.distill.weights import Trained, load_weights, save_weights
@@ -61,7 +61,7 @@ _ADVICE_AT_START = (
 
 
 _MODEL_INPUTS = ("inputs_embeds", "text_ids", "labels", "weights")
-"""Tensors of a batch."""
+"""Tensors of a row."""
 
 
 class DistillationArguments(TrainingArguments):
@@ -76,8 +76,8 @@ class DistillationArguments(TrainingArguments):
 def training_arguments(plan: DistillationPlan) -> DistillationArguments:
     """Return a plan's schedule as transformers' arguments.
 
-    Trap of accelerate: under FSDP2 the gradients of accumulated batches stay whole in each process
-    until the last batch of a step, unless `sync_each_batch` is set. All weights of the 12B have
+    Trap of accelerate: under FSDP2 the gradients of accumulated rows stay whole in each process
+    until the last row of a step, unless `sync_each_batch` is set. All weights of the 12B have
     gradients of 49 GB, and ran out of memory on two GPUs of 150 GB
     (benchmarks/results/training_12b_h200.json).
     """
@@ -132,7 +132,7 @@ class DistillationTrainer(QADTrainer):
         teacher: nn.Module | None,
         trained: Trained,
         dataset: TrainingDataset,
-        held_out: Sequence[Batch],
+        held_out: Sequence[Row],
     ) -> None:
         """Set up; nothing is run yet.
 
@@ -142,8 +142,8 @@ class DistillationTrainer(QADTrainer):
             teacher: The BF16 language model; without it, the samples' own tokens are learnt by
                 cross-entropy.
             trained: What trains.
-            dataset: Training batches.
-            held_out: Held-out batches, the same in every process.
+            dataset: Training rows.
+            held_out: Held-out rows, the same in every process.
         """
         callbacks: list[TrainerCallback] = [
             GradientCheck(trained),
@@ -181,12 +181,12 @@ class DistillationTrainer(QADTrainer):
             if callback not in ours and not isinstance(callback, DefaultFlowCallback):
                 self.remove_callback(callback)
 
-    # Data: a batch is embedded when it is fetched, and stays on the CPU until its turn.
+    # Data: a row is embedded when it is fetched, or before, and stays on the CPU until its turn.
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the dataset as it is.
 
-        It shards itself; accelerate would broadcast the batches of one process.
+        It shards itself; accelerate would broadcast the rows of one process.
         """
         return DataLoader(self._dataset, batch_size=None)
 
@@ -203,19 +203,19 @@ class DistillationTrainer(QADTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: Row,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the loss summed over this batch, divided by the positions of the whole step.
+        """Return the loss summed over this row, divided by the positions of the whole step.
 
-        KDTrainer averages each batch by itself, and transformers, seeing labels, does not divide by
-        the accumulation: gradients would be too large by the number of accumulated batches, and
+        KDTrainer averages each row by itself, and transformers, seeing labels, does not divide by
+        the accumulation: gradients would be too large by the number of accumulated rows, and
         short samples would weigh most.
 
         Args:
             model: The student, wrapped as transformers trains it.
-            inputs: A batch, its tensors on this process's device.
+            inputs: A row, its tensors on this process's device.
             return_outputs: Whether to return the model's outputs as well.
             num_items_in_batch: Positions that count in the step, over all processes.
         """
@@ -275,7 +275,7 @@ class DistillationTrainer(QADTrainer):
                 self._dataset.close()
 
     def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Row, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Run one forward and backward; the first one must call every enabled quantizer.
 
@@ -302,7 +302,7 @@ class DistillationTrainer(QADTrainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Compute the mean loss of the held-out batches and keep the best weights.
+        """Compute the mean loss of the held-out rows and keep the best weights.
 
         Raises:
             BadInput: It is not finite, or has been above the PTQ start `patience` times in a row.
@@ -324,18 +324,18 @@ class DistillationTrainer(QADTrainer):
         """Mean loss per token of the answers in nats, over all processes."""
         model = self.model_wrapped.eval()
         processes = self._plan.processes
-        batches: Any = self.eval_dataset
+        rows: Any = self.eval_dataset
         sums = torch.zeros(2, device=self.args.device)
-        # Sharded models run in step: every process takes as many batches, and those beyond the
+        # Sharded models run in step: every process takes as many rows, and those beyond the
         # last count nothing.
-        rounds = math.ceil(len(batches) / processes.count)
+        rounds = math.ceil(len(rows) / processes.count)
         for number in range(rounds):
             index = number * processes.count + processes.index
-            batch = batches[index % len(batches)]
-            inputs = {name: batch[name].to(sums.device) for name in _MODEL_INPUTS}
-            inputs["lengths"] = batch["lengths"]
+            row = rows[index % len(rows)]
+            inputs = {name: row[name].to(sums.device) for name in _MODEL_INPUTS}
+            inputs["lengths"] = row["lengths"]
             loss = self.compute_loss(model, inputs, num_items_in_batch=processes.count)
-            if index < len(batches):
+            if index < len(rows):
                 sums[0] += loss
                 sums[1] += (inputs["labels"][:, 1:] != IGNORE).sum()
         total, count = self.accelerator.reduce(sums).tolist()

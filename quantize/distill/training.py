@@ -25,7 +25,6 @@ from checkpoint.files import DTYPES
 from checkpoint.log import get_logger
 from checkpoint.memory import memory_advice
 from checkpoint.products import float32_products
-from quantize.distill.batches import Batch, Prepared, batch_of, prepare
 from quantize.distill.checkpoints import (
     BEST,
     WEIGHTS,
@@ -38,6 +37,7 @@ from quantize.distill.fused import fused_elementwise
 from quantize.distill.guards import check_ranges, copied_ranges
 from quantize.distill.packing import kept_apart
 from quantize.distill.plan import DistillationPlan
+from quantize.distill.rows import Prepared, Row, prepare, row_of_sample
 from quantize.distill.student import embedding_only, trainable
 from quantize.distill.trainer import DistillationTrainer
 from quantize.distill.weights import (
@@ -206,7 +206,7 @@ def _make_dataset(plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3) ->
         settings.seed,
         plan.skipped,
         plan.processes,
-        step_batches=settings.batch // plan.processes.count,
+        step_rows=settings.batch // plan.processes.count,
         pack_length=settings.pack_length,
     )
 
@@ -217,14 +217,14 @@ def _prepare_sample(plan: DistillationPlan, sample: Sample, rate: float) -> Prep
 
 def _embed_sample(
     plan: DistillationPlan, model: NemotronH_Omni_Reasoning_V3, prepared: Prepared
-) -> Batch:
-    return batch_of(model, prepared, plan.checkpoint.config, plan.settings.prompt_weight)
+) -> Row:
+    return row_of_sample(model, prepared, plan.checkpoint.config, plan.settings.prompt_weight)
 
 
 @contextlib.contextmanager
 def _frozen_garbage() -> Iterator[None]:
     """Keep the objects that exist now out of garbage collection: QADTrainer collects before every
-    batch.
+    row.
     """
     gc.collect()
     gc.freeze()

@@ -17,8 +17,8 @@ from checkpoint.opened import open_bf16
 from checkpoint.processes import ALONE
 from checkpoint.products import float32_products
 from checkpoint.video import Video
-from quantize.distill.batches import batch_of, prepare
 from quantize.distill.plan import plan_distillation
+from quantize.distill.rows import prepare, row_of_sample
 from quantize.distill.settings import Distill
 from quantize.distill.student import frozen_copy
 from quantize.distill.training import distill, find_trained
@@ -51,9 +51,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def sample_batch(model, checkpoint, sample, max_length=4096, prompt_weight=1.0, video=VIDEO):
+def sample_row(model, checkpoint, sample, max_length=4096, prompt_weight=1.0, video=VIDEO):
     prepared = prepare(sample, checkpoint, video, max_length)
-    return batch_of(model, prepared, checkpoint.config, prompt_weight)
+    return row_of_sample(model, prepared, checkpoint.config, prompt_weight)
 
 
 @contextlib.contextmanager
@@ -193,14 +193,14 @@ class Small:
         """The same plan over other samples."""
         return dataclasses.replace(self.plan, samples=samples)
 
-    def batch(self, sample):
+    def row(self, sample):
         video = VIDEO.with_rate(self.plan.rates[0])
         length = self.plan.settings.max_length
-        return sample_batch(self.model, self.checkpoint, sample, length, video=video)
+        return sample_row(self.model, self.checkpoint, sample, length, video=video)
 
     def run_student(self, samples):
         for sample in samples:
-            self.student(inputs_embeds=self.batch(sample)["inputs_embeds"], use_cache=False)
+            self.student(inputs_embeds=self.row(sample)["inputs_embeds"], use_cache=False)
 
     def run(self):
         return distill(self.plan, self.model, self.teacher)

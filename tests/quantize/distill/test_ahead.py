@@ -32,7 +32,7 @@ def test_samples_keep_their_order_whether_or_not_they_were_embedded_ahead():
     ahead.embed_decoded(3)
     assert len(ahead._embedded) == 3
     found += ahead
-    assert [batch for _, batch in found] == [f"SAMPLE {number}" for number in range(100)]
+    assert [row for _, row in found] == [f"SAMPLE {number}" for number in range(100)]
     ahead.close()
 
 
@@ -92,7 +92,7 @@ def test_a_sample_that_cannot_be_embedded_counts_at_its_turn():
             raise BadInput(Fault("4", "has no token to learn from"))
         return named(sample, rate)
 
-    rows = dataset(five, embed, step_batches=1)
+    rows = dataset(five, embed, step_rows=1)
     begun = iter(rows)
     assert next(begun)["name"] == "2"
     wait_until(lambda: rows._ahead._waiting[-1].done())
@@ -108,9 +108,9 @@ def test_a_dataset_yields_the_same_rows_with_and_without_embedding_ahead():
     def endless():
         return map(numbered, itertools.count())
 
-    plain = dataset(endless, step_batches=3)
+    plain = dataset(endless, step_rows=3)
     expected = [row["name"] for row in itertools.islice(plain, 30)]
-    hurried = dataset(endless, step_batches=3)
+    hurried = dataset(endless, step_rows=3)
     found = []
     for row in itertools.islice(hurried, 30):
         hurried.embed_ahead()

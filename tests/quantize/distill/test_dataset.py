@@ -17,14 +17,14 @@ from checkpoint.native import load_model
 from checkpoint.opened import open_bf16
 from checkpoint.processes import Processes
 from checkpoint.video import Video
-from quantize.distill.batches import (
+from quantize.distill.dataset import TrainingDataset
+from quantize.distill.rows import (
     IGNORE,
     answer_only,
     ends_with_nothing,
     with_answer,
 )
-from quantize.distill.dataset import TrainingDataset
-from tests.quantize.distill.distilling import sample_batch, text_sample
+from tests.quantize.distill.distilling import sample_row, text_sample
 
 SECOND = Processes(1, 2)
 
@@ -50,7 +50,7 @@ def five():
 
 
 def named(sample, rate):
-    """A stand-in for a batch; sample n has n + 1 tokens."""
+    """A stand-in for a row; sample n has n + 1 tokens."""
     return {
         "name": sample.id,
         "rate": rate,
@@ -73,16 +73,16 @@ def dataset(samples=five, embed=named, rates=(0.5,), **options):
 
 
 def taken(dataset, count):
-    batches = itertools.islice(dataset, count)
-    return [(batch["position"], batch["name"]) for batch in batches]
+    rows = itertools.islice(dataset, count)
+    return [(row["position"], row["name"]) for row in rows]
 
 
 def names(dataset, count):
-    return "".join(batch["name"] for batch in itertools.islice(dataset, count))
+    return "".join(row["name"] for row in itertools.islice(dataset, count))
 
 
 def test_the_held_out_samples_are_never_trained_on_and_the_others_come_again():
-    assert [batch["name"] for batch in dataset().held_out()] == ["1", "0"]
+    assert [row["name"] for row in dataset().held_out()] == ["1", "0"]
     assert taken(dataset(), 7) == list(enumerate("2342342"))
 
 
@@ -95,10 +95,10 @@ def test_processes_share_a_step_and_a_resumed_dataset_continues_where_it_was():
 
 
 def test_a_step_comes_longest_first_and_the_next_begins_after_all_of_it():
-    batches = list(itertools.islice(dataset(step_batches=4), 8))
-    assert "".join(batch["name"] for batch in batches) == "4322" + "4332"
-    assert [batch["next_position"] for batch in batches] == [4] * 4 + [8] * 4
-    resumed = dataset(step_batches=4)
+    rows = list(itertools.islice(dataset(step_rows=4), 8))
+    assert "".join(row["name"] for row in rows) == "4322" + "4332"
+    assert [row["next_position"] for row in rows] == [4] * 4 + [8] * 4
+    resumed = dataset(step_rows=4)
     resumed.start = 4
     assert names(resumed, 4) == "4332"
 
@@ -117,7 +117,7 @@ def lengths(checkpoint):
     return found
 
 
-def waiting(lengths, count, step_batches):
+def waiting(lengths, count, step_rows):
     """Share of the time that `count` processes in step wait for the longest sample among them, for
     steps of 128 samples in all.
     """
@@ -129,14 +129,14 @@ def waiting(lengths, count, step_batches):
         part = dataset(
             lambda: iter(samples),
             processes=Processes(index, count),
-            step_batches=step_batches,
+            step_rows=step_rows,
             held_out=0,
         )
         parts.append(itertools.islice(part, len(drawn) // count))
     busy = 0
     total = 0
-    for row in zip(*parts):
-        tokens = [batch["labels"].numel() for batch in row]
+    for together in zip(*parts):
+        tokens = [row["labels"].numel() for row in together]
         busy += sum(tokens)
         total += count * max(tokens)
     return 1 - busy / total
@@ -144,16 +144,16 @@ def waiting(lengths, count, step_batches):
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.0), (2, 0.15), (4, 0.3), (8, 0.45)])
 def test_no_step_is_mostly_waiting_for_its_longest_sample(lengths, count, share):
-    assert waiting(lengths, count, step_batches=128 // count) <= share
-    assert waiting(lengths, count, step_batches=1) > share or count == 1  # as they come
+    assert waiting(lengths, count, step_rows=128 // count) <= share
+    assert waiting(lengths, count, step_rows=1) > share or count == 1  # as they come
 
 
 def test_a_rate_is_drawn_for_each_position_in_whatever_process():
     rates = (0.0, 0.5, 0.9)
-    whole = [batch["rate"] for batch in itertools.islice(dataset(rates=rates), 30)]
+    whole = [row["rate"] for row in itertools.islice(dataset(rates=rates), 30)]
     assert set(whole) == set(rates)
     second = itertools.islice(dataset(rates=rates, processes=SECOND), 15)
-    assert [batch["rate"] for batch in second] == whole[1::2]
+    assert [row["rate"] for row in second] == whole[1::2]
 
 
 def bad(*ids):
@@ -302,11 +302,11 @@ def test_too_few_samples_are_refused_instead_of_waited_for():
 @pytest.mark.parametrize("kind", ["chart", "video_static", "text"])
 def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(model, checkpoint, kind):
     sample = draw(kind, 5, 2)
-    batch = sample_batch(model, checkpoint, sample)
-    length = batch["labels"].shape[1]
-    assert batch["inputs_embeds"].shape[:2] == (1, length)
-    is_counted = batch["labels"] != IGNORE
-    counted = batch["labels"][is_counted]
+    row = sample_row(model, checkpoint, sample)
+    length = row["labels"].shape[1]
+    assert row["inputs_embeds"].shape[:2] == (1, length)
+    is_counted = row["labels"] != IGNORE
+    counted = row["labels"][is_counted]
     assert checkpoint.config.image_token_id not in counted.tolist()
     assert sample.answer in checkpoint.tokenizer.decode(counted)
     # EVS leaves a clip of 4 frames one frame's worth.
@@ -314,7 +314,7 @@ def test_a_batch_is_one_sample_without_padding_and_every_text_token_counts(model
     visual = {"chart": per_tile, "video_static": per_tile, "text": 0}
     assert int((~is_counted).sum()) == visual[kind]
     embeddings = model.get_input_embeddings()
-    assert torch.equal(batch["inputs_embeds"][is_counted], embeddings(counted))
+    assert torch.equal(row["inputs_embeds"][is_counted], embeddings(counted))
 
 
 @pytest.mark.parametrize("think", ["/no_think", "/think"])
@@ -322,20 +322,20 @@ def test_held_out_the_answer_alone_counts_whether_or_not_the_model_thinks(model,
     sample = draw("chart", 5, 2)
     system = {"role": "system", "content": think}
     sample = replace(sample, messages=[system, *sample.messages[1:]])
-    batch = sample_batch(model, checkpoint, sample)
-    (held,) = dataset(lambda: iter([sample]), lambda *_: batch, held_out=1).held_out()
+    row = sample_row(model, checkpoint, sample)
+    (held,) = dataset(lambda: iter([sample]), lambda *_: row, held_out=1).held_out()
     counted = held["labels"][held["labels"] != IGNORE]
     # Where the model thinks, the template opens a thought that the answer's turn ends at once.
     text = checkpoint.tokenizer.decode(counted).removeprefix("</think>")
     assert text == f"{sample.answer}\n<SPECIAL_12>\n"
-    assert (batch["labels"] != IGNORE).sum() > len(counted), "training still counts every token"
+    assert (row["labels"] != IGNORE).sum() > len(counted), "training still counts every token"
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_held_out_a_sample_without_an_answer_or_a_question_counts_whole(model, checkpoint, role):
     sample = Sample("1", [{"role": role, "content": "Nothing is asked."}], "test")
-    batch = sample_batch(model, checkpoint, sample)
-    assert torch.equal(answer_only(batch)["labels"], batch["labels"])
+    row = sample_row(model, checkpoint, sample)
+    assert torch.equal(answer_only(row)["labels"], row["labels"])
 
 
 def test_the_answer_becomes_the_assistants_turn_once():
@@ -348,22 +348,22 @@ def test_the_answer_becomes_the_assistants_turn_once():
 def test_an_empty_expected_answer_is_none(model, checkpoint, answer):
     sample = replace(text_sample(1), answer=answer)
     assert with_answer(sample) == sample
-    assert sample_batch(model, checkpoint, sample)["answer_length"] == 0
+    assert sample_row(model, checkpoint, sample)["answer_length"] == 0
 
 
 @pytest.mark.parametrize("content", ["", " \n", [{"type": "text", "text": " "}]])
 def test_a_turn_of_the_assistant_that_says_nothing_is_refused(model, checkpoint, content):
     messages = [*text_sample(1).messages, {"role": "assistant", "content": content}]
     with pytest.raises(BadInput, match="sample 1: ends with an empty answer"):
-        sample_batch(model, checkpoint, Sample("1", messages, "test"))
+        sample_row(model, checkpoint, Sample("1", messages, "test"))
     called = messages[-1] | {"tool_calls": [{"function": {"name": "f"}}]}
     assert not ends_with_nothing(Sample("1", [*messages[:-1], called], "test"))
 
 
 def test_an_answer_of_one_token_counts(model, checkpoint):
     sample = replace(text_sample(1), answer="7")
-    batch = sample_batch(model, checkpoint, sample, prompt_weight=0.0)
-    counted = batch["weights"][0].nonzero().flatten()
-    text = checkpoint.tokenizer.decode(batch["labels"][0, counted])
+    row = sample_row(model, checkpoint, sample, prompt_weight=0.0)
+    counted = row["weights"][0].nonzero().flatten()
+    text = checkpoint.tokenizer.decode(row["labels"][0, counted])
     assert text.removeprefix("</think>") == "7\n<SPECIAL_12>\n"
-    assert len(counted) == batch["answer_length"]
+    assert len(counted) == row["answer_length"]

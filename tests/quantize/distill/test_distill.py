@@ -9,7 +9,7 @@ import torch
 from calibrate.forward import embed
 from calibrate.prompts import build_prompt
 from checkpoint.native import load_model
-from quantize.distill.batches import IGNORE, with_answer
+from quantize.distill.rows import IGNORE, with_answer
 from quantize.distill.student import own_embeddings, trainable
 from quantize.distill.trainer import DistillationTrainer
 from quantize.distill.weights import ranges_of
@@ -74,7 +74,7 @@ def done(request, one_thread, tiny, tmp_path_factory):  # noqa: F811
         small.first_loss = float(loss.detach())
         small.first_norm = float(torch.stack(norms).norm())
     small.undo_trainable()
-    small.probe = small.batch(samples[2])["inputs_embeds"]
+    small.probe = small.row(samples[2])["inputs_embeds"]
     small.teacher_before = small.teacher(inputs_embeds=small.probe).logits
     small.weights_before = small.values()
     small.ranges_before = {n: amax.clone() for n, amax in ranges_of(small.linears).items()}

@@ -10,22 +10,22 @@ from calibrate.samples import Sample, Skipped
 from calibrate.sources.synthetic.kinds import draw
 from checkpoint.faults import BadInput
 from quantize.distill import packing
-from quantize.distill.batches import (
-    IGNORE,
-    answer_only,
-    packed_rows,
-    row_of,
-)
 from quantize.distill.dataset import TrainingDataset
 from quantize.distill.fused import convolved_row
 from quantize.distill.loss import hidden_states, loss_sum, replaced_head
 from quantize.distill.packing import Packed, groups_of_similar, kept_apart
+from quantize.distill.rows import (
+    IGNORE,
+    answer_only,
+    joined_row,
+    packed_rows,
+)
 from quantize.distill.student import own_embeddings, trainable
 from tests.quantize.distill.distilling import (  # noqa: F401
     VIDEO,
     Small,
     one_thread,
-    sample_batch,
+    sample_row,
     small_plan,
     text_sample,
 )
@@ -89,13 +89,13 @@ def largest_difference(found, expected):
 
 
 def test_a_row_has_the_loss_and_the_gradients_of_its_samples(small):
-    batches = [small.batch(sample) for sample in SAMPLES]
-    apart, own = loss_and_gradients(small, batches)
-    together, packed = loss_and_gradients(small, [row_of(batches)])
+    rows = [small.row(sample) for sample in SAMPLES]
+    apart, own = loss_and_gradients(small, rows)
+    together, packed = loss_and_gradients(small, [joined_row(rows)])
     assert together == pytest.approx(apart, rel=2e-3)
     assert largest_difference(packed, own) < 0.05
     # Without the places of the samples they see each other, and this shows.
-    crossing = row_of(batches) | {"lengths": (sum(row_of(batches)["lengths"]),)}
+    crossing = joined_row(rows) | {"lengths": (sum(joined_row(rows)["lengths"]),)}
     leaked, wrong = loss_and_gradients(small, [crossing])
     assert abs(leaked - apart) > 10 * abs(together - apart)
     assert largest_difference(wrong, own) > 0.2
@@ -105,12 +105,12 @@ def test_a_row_convolved_as_a_whole_has_the_loss_and_the_gradients_of_its_sample
     small, monkeypatch
 ):
     """As on a GPU, but not compiled, and the scan still takes the samples one by one."""
-    batches = [small.batch(sample) for sample in SAMPLES]
-    apart, own = loss_and_gradients(small, batches)
+    rows = [small.row(sample) for sample in SAMPLES]
+    apart, own = loss_and_gradients(small, rows)
     monkeypatch.setattr(packing, "find_mamba_kernels", lambda: None)
     monkeypatch.setattr(packing, "compiled_convolution", lambda: convolved_row)
     monkeypatch.setattr(packing, "_scan_of_row", packing._scan)
-    together, packed = loss_and_gradients(small, [row_of(batches)])
+    together, packed = loss_and_gradients(small, [joined_row(rows)])
     assert together == pytest.approx(apart, rel=2e-3)
     assert largest_difference(packed, own) < 0.08
 
@@ -120,18 +120,18 @@ def test_a_row_convolved_as_a_whole_has_the_loss_and_the_gradients_of_its_sample
 def test_a_row_of_texts_pictures_and_clips_has_the_loss_of_its_samples(
     small, is_taught, prompt_weight
 ):
-    batches = []
+    rows = []
     for sample in media_samples():
         options = {"max_length": 4096, "prompt_weight": prompt_weight}
-        batches.append(sample_batch(small.model, small.checkpoint, sample, **options))
-    apart, own = loss_and_gradients(small, batches, is_taught)
-    together, packed = loss_and_gradients(small, [row_of(batches)], is_taught)
+        rows.append(sample_row(small.model, small.checkpoint, sample, **options))
+    apart, own = loss_and_gradients(small, rows, is_taught)
+    together, packed = loss_and_gradients(small, [joined_row(rows)], is_taught)
     assert together == pytest.approx(apart, rel=2e-3)
     assert largest_difference(packed, own) < 0.05
     # Held out, answers count alone, and a question without an answer whole.
-    held_out = [answer_only(batch) for batch in batches]
+    held_out = [answer_only(row) for row in rows]
     apart, _ = loss_and_gradients(small, held_out, is_taught)
-    together, _ = loss_and_gradients(small, [row_of(held_out)], is_taught)
+    together, _ = loss_and_gradients(small, [joined_row(held_out)], is_taught)
     assert together == pytest.approx(apart, rel=2e-3)
 
 
@@ -191,10 +191,10 @@ def packed_dataset(**options):
 
 
 def test_a_packed_step_says_where_the_next_one_begins_and_is_resumed_there():
-    rows = list(itertools.islice(packed_dataset(step_batches=2), 4))
+    rows = list(itertools.islice(packed_dataset(step_rows=2), 4))
     assert [row["lengths"] for row in rows] == [(4, 2), (3,), (4, 2), (3,)]
     assert [row["next_position"] for row in rows] == [3, 3, 6, 6]
-    resumed = packed_dataset(step_batches=2)
+    resumed = packed_dataset(step_rows=2)
     resumed.start = 3
     (again, _) = itertools.islice(resumed, 2)
     assert again["position"] == rows[2]["position"]
@@ -214,15 +214,15 @@ def test_the_plan_counts_the_activations_of_a_row(tiny, tmp_path):
 
 def test_prompts_count_as_much_as_they_are_given_and_samples_without_an_answer_whole(small):
     sample = text_sample(3)
-    whole = small.batch(sample)
+    whole = small.row(sample)
     length = whole["answer_length"]
     assert bool((whole["weights"] == 1).all())
     options = {"max_length": 4096, "prompt_weight": 0.25}
-    batch = sample_batch(small.model, small.checkpoint, sample, **options)
-    assert batch["weights"][0, -length:].tolist() == [1.0] * length
-    assert set(batch["weights"][0, :-length].tolist()) == {0.25}
+    row = sample_row(small.model, small.checkpoint, sample, **options)
+    assert row["weights"][0, -length:].tolist() == [1.0] * length
+    assert set(row["weights"][0, :-length].tolist()) == {0.25}
     question = Sample("1", sample.messages, "test")
-    unanswered = sample_batch(small.model, small.checkpoint, question, **options)
+    unanswered = sample_row(small.model, small.checkpoint, question, **options)
     assert bool((unanswered["weights"] == 1).all())
 
 

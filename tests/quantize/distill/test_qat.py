@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from quantize.distill.dataset import IGNORE
+from quantize.distill.rows import IGNORE
 from quantize.distill.student import trainable
 from tests.quantize.distill.distilling import (  # noqa: F401
     Small,
@@ -39,14 +39,14 @@ def cross_entropy(small, samples, answers=False):
     """
     total = 0.0
     count = 0
-    for batch in map(small.batch, samples):
+    for row in map(small.row, samples):
         with torch.no_grad():
-            output = small.student(inputs_embeds=batch["inputs_embeds"], use_cache=False)
+            output = small.student(inputs_embeds=row["inputs_embeds"], use_cache=False)
         log_probabilities = output.logits[0, :-1].double().log_softmax(-1)
-        targets = batch["labels"][0, 1:]
+        targets = row["labels"][0, 1:]
         kept = (targets != IGNORE).nonzero().flatten()
         if answers:
-            kept = kept[-batch["answer_length"] :]
+            kept = kept[-row["answer_length"] :]
         total -= float(log_probabilities[kept, targets[kept]].sum())
         count += len(kept)
     return total / count

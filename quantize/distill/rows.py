@@ -1,5 +1,5 @@
-"""The batch of a sample, in two parts: what needs no model, and what does. Rows of several
-samples.
+"""Rows, which the language model is run on: a sample's own, made in two parts, what needs no model
+and what does; and rows of several samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Label of a token that does not count in the loss, as in torch and ModelOpt."""
 
-Batch = dict[str, Any]
+Row = dict[str, Any]
 """One row: `inputs_embeds` [1, length, hidden], int64 `text_ids` [1, length], `IGNORE` at visual
 tokens, int64 `labels` [1, length] and float32 `weights` [1, length], what each counts in the loss,
 all on the CPU; `lengths`, the tokens of its samples. Of a single sample also `answer_length`, how
@@ -76,7 +76,7 @@ class Prepared:
 
 
 def prepare(sample: Sample, checkpoint: Checkpoint, video: Video, max_length: int) -> Prepared:
-    """Do all that needs no model for a sample's batch.
+    """Do all that needs no model for a sample's row.
 
     Args:
         sample: An image, video or text conversation.
@@ -98,12 +98,12 @@ def prepare(sample: Sample, checkpoint: Checkpoint, video: Video, max_length: in
     return Prepared(prompt, answer_length(sample, config, checkpoint.tokenizer))
 
 
-def batch_of(
+def row_of_sample(
     model: NemotronH_Omni_Reasoning_V3,
     prepared: Prepared,
     config: CheckpointConfig,
     prompt_weight: float = 1.0,
-) -> Batch:
+) -> Row:
     """Embed one sample; teacher and student are both given these embeddings, unless the student's
     own train.
 
@@ -142,61 +142,61 @@ def batch_of(
     }
 
 
-def answer_only(batch: Batch) -> Batch:
-    """Return a batch in which only the answer counts; the whole sample if it has none.
+def answer_only(row: Row) -> Row:
+    """Return a row in which only the answer counts; the whole sample if it has none.
 
     A learning rate that is too high learns prompts best of all and answers worse than PTQ: over all
     tokens, of which answers are a few in a hundred, it has the lowest KL divergence
     (benchmarks/results/qad_learning_rates.json).
     """
-    length = batch["answer_length"]
-    labels = batch["labels"].clone()
+    length = row["answer_length"]
+    labels = row["labels"].clone()
     if length:
         labels[:, :-length] = IGNORE
-    return batch | {"labels": labels}
+    return row | {"labels": labels}
 
 
-def row_of(batches: Sequence[Batch]) -> Batch:
-    """Join samples into one row; the first token of each is nobody's next token."""
-    row: Batch = {}
+def joined_row(samples: Sequence[Row]) -> Row:
+    """Join rows of one sample each into one; the first token of each is nobody's next token."""
+    joined: Row = {}
     for name in ("inputs_embeds", "text_ids", "labels", "weights"):
-        row[name] = torch.cat([batch[name] for batch in batches], dim=1)
-    row["lengths"] = tuple(batch["lengths"][0] for batch in batches)
+        joined[name] = torch.cat([row[name] for row in samples], dim=1)
+    joined["lengths"] = tuple(row["lengths"][0] for row in samples)
     start = 0
-    for length in row["lengths"]:
-        row["labels"][:, start] = IGNORE
+    for length in joined["lengths"]:
+        joined["labels"][:, start] = IGNORE
         start += length
-    if "position" in batches[-1]:
-        row["position"] = batches[-1]["position"]
-    return row
+    if "position" in samples[-1]:
+        joined["position"] = samples[-1]["position"]
+    return joined
 
 
-def packed_rows(batches: Iterable[Batch], pack_length: int | None) -> Iterator[Batch]:
+def packed_rows(samples: Iterable[Row], pack_length: int | None) -> Iterator[Row]:
     """Yield rows of up to `pack_length` tokens, filled with whole samples in their order.
 
     Args:
-        batches: Samples, none of them longer than `pack_length`.
+        samples: Rows of one sample each, none of them longer than `pack_length`.
         pack_length: Tokens of a row; None leaves each sample its own.
     """
     if pack_length is None:
-        yield from batches
+        yield from samples
         return
-    waiting: list[Batch] = []
+    waiting: list[Row] = []
     tokens = 0
-    for batch in batches:
-        length = _length(batch)
+    for row in samples:
+        length = _length(row)
         if waiting and tokens + length > pack_length:
-            yield row_of(waiting)
+            yield joined_row(waiting)
             waiting = []
             tokens = 0
-        waiting.append(batch)
+        waiting.append(row)
         tokens += length
     if waiting:
-        yield row_of(waiting)
+        yield joined_row(waiting)
 
 
-def longest_first(batches: list[Batch]) -> list[Batch]:
-    """Sort batches by length, the longest first.
+def longest_first(rows: list[Row]) -> list[Row]:
+    """Sort rows by length, the longest first.
 
     Sharded processes run in step, so each waits for the longest sample among them. When each
     process sorts its own share of an optimizer step, samples of similar length meet. Of synthetic
@@ -204,8 +204,8 @@ def longest_first(batches: list[Batch]) -> list[Batch]:
     26%, four 15% instead of 45%, eight 28% instead of 57%
     (tests/quantize/distill/test_dataset.py).
     """
-    return sorted(batches, key=_length, reverse=True)
+    return sorted(rows, key=_length, reverse=True)
 
 
-def _length(batch: Batch) -> int:
-    return int(batch["labels"].numel())
+def _length(row: Row) -> int:
+    return int(row["labels"].numel())
