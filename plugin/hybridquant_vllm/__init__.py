@@ -8,7 +8,9 @@ vLLM calls `register` in each of its processes, in some more than once.
   HYBRIDQUANT_FAST_VIDEO=0.
 - `media_options` checks and bounds what a request says about how its clips are sampled.
 - `connector` answers requests whose media cannot be had with 400 and the reason.
-- `odd_requests` does so for requests whose numbers or texts cannot be sent to the engine.
+- `odd_requests` does so for requests whose numbers or texts cannot be sent to the engine, and
+  `unread_requests` for those that vLLM cannot read.
+- `sent_media` keeps a request that was refused from spoiling the next with the same picture.
 - `key_guard` asks for the server's key at all addresses, where vLLM is given it by --middleware.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
@@ -73,6 +75,13 @@ def register() -> None:
         odd_requests.register()
     except Exception as error:
         logger.warning("hybridquant: odd requests may be answered with 500 (%r).", error)
+    try:
+        from hybridquant_vllm import sent_media
+
+        sent_media.register()
+    except Exception as error:
+        what = "a picture of a refused request may be answered with 500"
+        logger.warning("hybridquant: %s (%r).", what, error)
     try:
         from hybridquant_vllm import layer_report
 
