@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from checkpoint.log import add_verbosity_options, set_up_logging
 
@@ -23,8 +24,20 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
         epilog=rest.strip("\n") or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.register("type", Path, _path)
     add_verbosity_options(parser)
     return parser
+
+
+def _path(text: str) -> Path:
+    """Return the path that an option gives; an empty one would be the current directory.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty (give a path)")
+    return Path(text)
 
 
 def parse_command(

@@ -7,6 +7,7 @@ or a plain sequence, of which it understands whole names and plain values.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -264,6 +265,16 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
     for flag, text in flags_with_values(arguments):
         if canonical(flag) == name:
             found = text
+    return found
+
+
+def json_value(arguments: Sequence[str], name: str) -> dict[str, Any]:
+    """Return the object that a flag gives as JSON, whole or by dotted keys, or an empty one."""
+    found: dict[str, Any] = {}
+    for flag, text in flags_with_values(arguments):
+        if canonical(flag) == name:
+            with contextlib.suppress(ValueError):  # which vLLM refuses
+                found |= _json_object(flag, text)
     return found
 
 

@@ -96,7 +96,8 @@ def _has_word(reason: str, word: str) -> bool:
 
     vLLM writes some values in capitals.
     """
-    pattern = rf"(?<![\w/.-]){re.escape(word)}(?![\w/-])"
+    end = r"(?![\w-])" if word.startswith("/") else r"(?![\w/-])"  # what is below a folder is its
+    pattern = rf"(?<![\w/.-]){re.escape(word)}{end}"
     return re.search(pattern, reason, re.IGNORECASE) is not None
 
 
@@ -109,7 +110,7 @@ def _words(value: str) -> Iterator[str]:
     except ValueError:
         texts = [value]
     for text in texts:
-        parts = re.split("[.:]", text) if re.fullmatch(r"\w+([.:]\w+)+", text) else [text]
+        parts = re.split("[.:=]", text) if re.fullmatch(r"\w+([.:=][\w/]+)+", text) else [text]
         for word in {text, parts[0], parts[-1]}:
             if len(word) > 1 and not re.fullmatch(r"[\d.]+", word):
                 yield word

@@ -12,6 +12,7 @@ BLAMED = [
     ("ValueError: Unsupported backend: ZZZ", '--attention-config={"backend":"Zzz"}', "--attention"),
     ("ValueError: block_size (7) is no multiple of 16", "--block-size 7", "--block-size 7"),
     ("ValueError: give --swap another", "--swap 3", "--swap 3"),
+    ("OSError: No such file: '/zzz/a.json'", "--lora-modules zzz=/zzz", "--lora-modules zzz=/zzz"),
     ("OSError: /zzz is not a directory", "--enable-lora --tokenizer /zzz", "--tokenizer /zzz"),
 ]
 """An error, flags, and how the fault begins."""
