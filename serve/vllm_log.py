@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.faults import Fault, shortened
-from serve.vllm_flags import canonical, flags_with_values, is_flag
+from serve.vllm_flags import canonical, flags_with_values, is_flag, named_flags
 
 LAST_LINES = 12
 _LONGEST_LINE = 400
@@ -69,8 +69,7 @@ def blamed_flags(log: Path, flags: Sequence[str]) -> Iterator[Fault]:
     lines = read_log(log).splitlines()
     for number, error in _errors(lines):
         reason = _reason(lines, number, error)
-        for flag, given in flags_with_values(flags):
-            value = "" if is_flag(given) else given
+        for flag, value in _values(flags):
             if _is_blamed(reason, flag, value):
                 where = f"{flag} {shortened(value, 60)}".rstrip()
                 yield Fault(where, f"ends vLLM: {shortened(reason)}", "correct it, or leave it out")
@@ -79,6 +78,16 @@ def blamed_flags(log: Path, flags: Sequence[str]) -> Iterator[Fault]:
     if flags and refused:
         what = f"vLLM refuses its configuration: {shortened(refused)}"
         yield Fault("flags after --", what, "correct them")
+
+
+def _values(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield flags with their values as vLLM reads them, then, of names in full, as they were given:
+    of some values vLLM makes objects.
+    """
+    names = named_flags(flags)
+    given = [pair for pair in flags_with_values(list(flags)) if canonical(pair[0]) in names]
+    for flag, value in [*flags_with_values(flags), *given]:
+        yield flag, "" if is_flag(value) else value
 
 
 def _is_blamed(reason: str, flag: str, value: str) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from serve.vllm_flags import CheckedFlags
 from serve.vllm_log import blamed_flags
 
 ENGINE = "(EngineCore pid=7) ERROR 11-28 12:00:00 [core.py:1] "
@@ -43,6 +44,14 @@ def test_a_flag_is_found_by_its_value_or_its_name(tmp_path, error, flags, start)
 @pytest.mark.parametrize(("error", "flags"), NOT_BLAMED)
 def test_an_error_about_something_else_blames_no_flag(tmp_path, error, flags):
     assert faults(tmp_path, error, flags) == []
+
+
+def test_a_value_of_which_vllm_makes_an_object_is_found_as_it_was_given(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(f"{ENGINE}FileNotFoundError: No such file: '/zzz/a.json'\n")
+    read = ("--lora-modules=LoRAModulePath(name='z')",)
+    (fault,) = blamed_flags(log, CheckedFlags(("--lora-modules", "z=/zzz"), read))
+    assert fault.where == "--lora-modules z=/zzz"
 
 
 def test_the_first_error_that_names_a_flag_counts(tmp_path):
