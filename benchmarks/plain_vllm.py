@@ -40,8 +40,8 @@ from serve.demo import COLOURS, draw_page, draw_square, draw_video, questions
 from serve.environment import find_environment
 from serve.own_server import OwnServer
 from serve.precision import precision_name
-from serve.process import death_message
 from serve.settings import ServeSettings
+from serve.vllm_log import death_message
 
 logger = get_logger(__name__)
 

@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from checkpoint.log import add_verbosity_options, set_up_logging
 
@@ -49,8 +50,20 @@ def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
         epilog=rest.strip("\n") or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.register("type", Path, _path)
     add_verbosity_options(parser)
     return parser
+
+
+def _path(text: str) -> Path:
+    """Return the path that an option gives; an empty one would be the current directory.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty (give a path)")
+    return Path(text)
 
 
 def parse_command(

@@ -34,9 +34,10 @@ from serve.own_server import own_server
 from serve.plan import serving_plan
 from serve.precision import precision_name
 from serve.preflight import checked_settings, preflight
-from serve.process import Server, ServerDied, death_message, full_command, running_server
+from serve.process import Server, ServerDied, full_command, running_server
 from serve.settings import ServeSettings, gate_passed, has_manifest, override
 from serve.vllm_flags import named_flags
+from serve.vllm_log import death_message
 from serve.warm_up import warm_up
 
 logger = get_logger("serve")

@@ -26,6 +26,7 @@ from serve.process import running_server
 from serve.recorded_command import without_key
 from serve.settings import ServeSettings
 from serve.vllm_flags import CheckedFlags
+from serve.workloads import WORKLOADS_WITH
 
 logger = get_logger("serve.bench")
 
@@ -85,6 +86,17 @@ def started_servers(
         yield running
 
 
+def media_faults(workload: str, settings: ServeSettings) -> Iterator[Fault]:
+    """Yield a fault where a server takes none of the media that each request of a workload has."""
+    for kind, name, most in (
+        ("image", "max_images", settings.max_images),
+        ("video", "max_videos", settings.max_videos),
+    ):
+        if most == 0 and workload in WORKLOADS_WITH[kind]:
+            what = f"is 0, and requests of the workload {workload} have one {kind} each"
+            yield Fault(name, what, "give 1 or more, or another --workload")
+
+
 def planned_servers(
     options: argparse.Namespace, flags: Sequence[CheckedFlags], environment: ServeEnvironment
 ) -> list[Planned | Running]:
@@ -116,6 +128,7 @@ def planned_servers(
             planned.append(server)
             tokens = options.output_tokens
             faults += token_faults("--output-tokens", tokens, server.directory, server.settings)
+            faults += media_faults(options.workload, server.settings)
         except BadInput as bad:
             faults += bad.faults
     # Flags and settings of both servers have the same faults.

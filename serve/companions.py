@@ -4,7 +4,7 @@ with where a request does not say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,7 @@ def generation_faults(directory: Path) -> Iterator[Fault]:
     except BadInput as bad:
         yield from bad.faults
         return
-    for name, (least, most) in SAMPLING.items():
-        value = raw.get(name)
-        if value is not None and not _is_number(value, least, most, name in _WHOLE):
-            kind = "a whole number" if name in _WHOLE else "a number"
-            what = f"{name} is {shortened(repr(value), 60)}"
-            yield Fault(str(path), what, f"{kind} from {least:g} to {most:g}, or leave it out")
+    yield from sampling_faults(str(path), raw)
     ends = raw.get("eos_token_id")
     if ends is None:
         return
@@ -138,6 +133,21 @@ def generation_faults(directory: Path) -> Iterator[Fault]:
         if not _is_number(end, 0, 2**31 - 1, True):
             what = f"eos_token_id is {shortened(repr(end), 60)}"
             yield Fault(str(path), what, "give token ids, or leave it out")
+
+
+def sampling_faults(where: str, defaults: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield faults of what vLLM takes where a request gives nothing.
+
+    Args:
+        where: Where it stands.
+        defaults: Values by name; other names are left alone.
+    """
+    for name, (least, most) in SAMPLING.items():
+        value = defaults.get(name)
+        if value is not None and not _is_number(value, least, most, name in _WHOLE):
+            kind = "a whole number" if name in _WHOLE else "a number"
+            what = f"{name} is {shortened(repr(value), 60)}"
+            yield Fault(where, what, f"{kind} from {least:g} to {most:g}, or leave it out")
 
 
 def _is_number(value: Any, least: float, most: float, is_whole: bool) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.log import get_logger
+from serve.guard import die_with_parent
 from serve.vllm_flags import CheckedFlags, checked_flags
 
 logger = get_logger(__name__)
@@ -207,7 +208,10 @@ def _query(
     command = [str(python), "-c", PROBE.read_text(encoding="utf-8"), json.dumps(asked)]
     # As when vLLM is served: nothing is imported from the directory that the user is in.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=variables)
+    # A signal between the start of the process and the next line would leave it behind.
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=variables, preexec_fn=die_with_parent
+    )
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {result.returncode}"

@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Make Linux send SIGKILL when the guard itself is killed; elsewhere there is no such call."""
+    """Make Linux kill this process when its parent ends; elsewhere there is no such call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -18,7 +18,7 @@ from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.weight_files import weight_faults
 from serve.command import has_key, longest_sequence
-from serve.companions import companion_faults
+from serve.companions import companion_faults, sampling_faults
 from serve.decoding import decoding_faults
 from serve.environment import ServeEnvironment, parse_version
 from serve.plan import memory_faults
@@ -26,7 +26,9 @@ from serve.precision import OLD_CONFIG, PRECISIONS, disagreement_faults, read_qu
 from serve.settings import KEY_CHARACTERS, ServeSettings, is_key, settings_for
 from serve.step_faults import step_faults
 from serve.variables import variable_faults
-from serve.vllm_flags import flag_faults
+from serve.vllm_flags import flag_faults, json_value
+
+GENERATION_FLAG = "--override-generation-config"
 
 LONGER_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """vLLM's variable that lets a context be longer than the model's."""
@@ -66,8 +68,9 @@ def preflight(
     faults += port_faults(settings)
     faults += access_faults(settings)
     faults += variable_faults()
+    faults += sampling_faults(GENERATION_FLAG, json_value(extra, GENERATION_FLAG))
     if log is not None:
-        faults += log_faults(log)
+        faults += log_faults(log, directory)
     raise_if_any(faults)
     config = read_config(directory)
     faults = [*limit_faults(config, settings)]
@@ -283,12 +286,16 @@ def _tls_faults(settings: ServeSettings) -> Iterator[Fault]:
         yield Fault(f"ssl_certfile {certificate}", what, remedy)
 
 
-def log_faults(log: Path) -> Iterator[Fault]:
-    """Yield a fault of a log that cannot be written. What a file holds is left as it is."""
+def log_faults(log: Path, directory: Path) -> Iterator[Fault]:
+    """Yield a fault of a log that cannot be written, or would be a file of the checkpoint. What a
+    file holds is left as it is.
+    """
     where = f"--log {shortened(log)}"
     try:
         if log.is_dir():
             yield Fault(where, "is a directory", "give a file")
+        elif _is_of_checkpoint(log, directory):
+            yield Fault(where, "is a file of the checkpoint", "give another one")
         elif log.is_file():
             log.open("ab").close()
         elif not log.exists():
@@ -297,6 +304,12 @@ def log_faults(log: Path) -> Iterator[Fault]:
     except OSError as error:
         what = f"cannot be written: {error.strerror}"
         yield Fault(where, what, "give a file in a folder that is there and can be written")
+
+
+def _is_of_checkpoint(log: Path, directory: Path) -> bool:
+    """Return whether a log would replace a file of a checkpoint, and not an older log."""
+    is_inside = log.resolve().is_relative_to(directory.resolve())
+    return is_inside and log.is_file() and log.suffix != ".log"
 
 
 def free_port(host: str) -> int:

@@ -19,6 +19,7 @@ Versions and nvidia-smi take 0.1 s together.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -124,9 +125,11 @@ class FlagReader:
             section = self._sections.get(name, "")
             if isinstance(value, dict):
                 check_object(name, value)
-            for number in value if isinstance(value, list) else [value]:
-                if type(number) in (int, float):
-                    check_range(name, number, section)
+            for part in value if isinstance(value, list) else [value]:
+                if type(part) in (int, float):
+                    check_range(name, part, section)
+                elif name in SEPARATORS and isinstance(part, str):
+                    check_import(name, part)
         return [[_flag(name), value] for name, value in given.items()]
 
 
@@ -152,6 +155,41 @@ never answers (0.32)."""
 
 MOST = {"seed": 2**64 - 1, "ssl_cert_reqs": 2, "master_port": 65535, "grpc_port": 65535}
 """The same for the most."""
+
+
+SEPARATORS = {
+    "distributed_executor_backend": ".",
+    "logits_processors": ":",
+    "middleware": ".",
+    "scheduler_cls": ".",
+    "worker_cls": ".",
+    "worker_extension_cls": ".",
+}
+"""Flags whose values vLLM imports, and what stands in them between a module and a name in it. It
+ends where it cannot, after half a minute, in words that do not name the flag."""
+
+NOT_IMPORTED = {"auto", "external_launcher", "mp", "ray", "uni"}
+"""Values of these flags that are vLLM's own words."""
+
+
+def check_import(name: str, value: str) -> None:
+    """Check that there is the module of what vLLM will import.
+
+    Raises:
+        Refused: There is none, or the value names none.
+    """
+    if value in NOT_IMPORTED:
+        return
+    module, separator, _ = value.rpartition(SEPARATORS[name])
+    if not separator:
+        form = f"MODULE{SEPARATORS[name]}NAME"
+        raise Refused(f"argument {_flag(name)}: {value!r} is not of the form {form}")
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception as error:
+        raise Refused(f"argument {_flag(name)}: {value!r}: {error}") from None
+    if found is None:
+        raise Refused(f"argument {_flag(name)}: {value!r}: there is no module {module}")
 
 
 def check_range(name: str, value: float, section: str = "") -> None:

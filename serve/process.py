@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.config import read_config
 from checkpoint.endpoint import KEY_VARIABLE
-from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.faults import Fault, raise_if_any
 from checkpoint.log import get_logger
 from serve.command import build_command, build_environment
 from serve.environment import ServeEnvironment, find_environment
@@ -27,6 +26,7 @@ from serve.plan import sequence_limit
 from serve.preflight import free_port, preflight
 from serve.settings import ServeSettings, override
 from serve.vllm_flags import flags_after, setting_values, switched_on
+from serve.vllm_log import blamed_flags, death_message, read_log
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -48,12 +48,6 @@ READY_SECONDS = 1800.0
 START_ATTEMPTS = 3
 """Times that vLLM is started while it ends because a port was taken."""
 
-LAST_LINES = 12
-"""Lines of the log in the message about a vLLM that has ended."""
-
-_LONGEST_LINE = 400
-"""Characters of a line in that message."""
-
 REPORT_SECONDS = 30.0
 """Seconds after which the stage of a starting vLLM is logged again."""
 
@@ -65,15 +59,6 @@ _STAGES = (
     ("init engine", "warming up"),
 )
 """Text of vLLM's log by which its stages are told apart, oldest first."""
-
-_ERROR = re.compile(
-    r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?((?:[A-Za-z_][\w.]*)?(?:Error|Exception|error): .+)$"
-)
-"""An error in vLLM's log: its process in parentheses and a head such as `ERROR 11-28 [core.py:1]`,
-where they are, and the last line of a traceback or `error: …`."""
-
-_ENGINE = "(EngineCore"
-"""How lines of vLLM's log begin that its engine's process writes."""
 
 _TAKEN_PORT = "Address already in use"
 """What ends vLLM when a port that it has found free is taken before it listens there. It looks for
@@ -90,12 +75,12 @@ class ServerDied(Exception):
     log.
 
     Attributes:
-        refusal: Why vLLM refused its configuration, if that is what ended it.
+        log: Its log, if it ended while it started.
     """
 
-    def __init__(self, message: str, refusal: str | None = None) -> None:
+    def __init__(self, message: str, log: Path | None = None) -> None:
         super().__init__(message)
-        self.refusal = refusal
+        self.log = log
 
     @property
     def port_was_taken(self) -> bool:
@@ -265,7 +250,7 @@ def running_server(
         The server, which answers.
 
     Raises:
-        BadInput: The preflight finds faults, or vLLM refuses the flags in `extra`.
+        BadInput: The preflight finds faults, or a flag in `extra` ends vLLM.
         ServerDied: vLLM ends before it answers.
     """
     raise_if_any(_elsewhere_faults(extra))
@@ -280,9 +265,8 @@ def running_server(
             server = _start(directory, settings, extra, log, environment, variables)
             break
         except ServerDied as died:
-            if extra and died.refusal and not died.port_was_taken:
-                what = f"vLLM refuses its configuration: {shortened(died.refusal)}"
-                raise BadInput(Fault("flags after --", what, "correct them")) from None
+            if died.log is not None and not died.port_was_taken:
+                raise_if_any(blamed_flags(died.log, extra))
             if not died.port_was_taken or attempt == START_ATTEMPTS:
                 raise
             logger.warning("another process took a port that vLLM had chosen: starting it again")
@@ -365,63 +349,12 @@ def wait_until_ready(process: ServerProcess, reached: OwnServer, seconds: float)
         status = process.poll()
         if status is not None:
             what = f"vLLM ended with status {status} after {waited:.0f} s"
-            raise ServerDied(death_message(process.log, what), refusal(process.log))
+            raise ServerDied(death_message(process.log, what), process.log)
         if waited > seconds:
             what = f"vLLM did not answer within {seconds:.0f} s"
             raise ServerDied(death_message(process.log, what))
         progress.report(waited, process.log)
         time.sleep(0.5)
-
-
-def death_message(log: Path, what: str) -> str:
-    """Return `what`, the first error in the log and the log's end.
-
-    The first error is the cause; vLLM's last one only refers to a "root cause above".
-    """
-    lines = _read_log(log).splitlines()
-    errors = _errors(lines)
-    parts = [f"{what}: {_line(errors[0][1])}" if errors else what]
-    if lines:
-        parts.append(f"last lines of {log}:")
-        parts += ["  " + _line(line) for line in lines[-LAST_LINES:]]
-    return "\n".join(parts)
-
-
-def refusal(log: Path) -> str | None:
-    """Return the error that ended vLLM before its engine's process had started, None where there is
-    none: until then it reads and checks its configuration.
-    """
-    text = _read_log(log)
-    if _ENGINE in text:
-        return None
-    lines = text.splitlines()
-    errors = _errors(lines)
-    if not errors:
-        return None
-    number, error = errors[0]
-    if "validation error" in error and number + 1 < len(lines):
-        # pydantic's reason follows in a line of its own.
-        return re.sub(r"^(\([^)]*\))?\s*(Value error, )?", "", lines[number + 1])
-    return error
-
-
-def _errors(lines: Sequence[str]) -> list[tuple[int, str]]:
-    """Return the errors in a log, with the numbers of their lines."""
-    found = []
-    for number, line in enumerate(lines):
-        match = _ERROR.match(line.rstrip())
-        if match:
-            found.append((number, match[1]))
-    return found
-
-
-def _line(text: str) -> str:
-    """A line of the log; of one that holds a request's media, beginning and end."""
-    return text if len(text) <= _LONGEST_LINE else shortened(text, _LONGEST_LINE)
-
-
-def _read_log(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")
 
 
 class _Progress:
@@ -432,7 +365,7 @@ class _Progress:
         self._reported = 0.0
 
     def report(self, seconds: float, log: Path) -> None:
-        stage = _stage(_read_log(log))
+        stage = _stage(read_log(log))
         if stage != self._stage or seconds - self._reported >= REPORT_SECONDS:
             logger.info("starting vLLM: %s, %.0f s", stage, seconds)
             self._stage = stage

@@ -43,6 +43,7 @@ from checkpoint.faults import (
 )
 from checkpoint.log import get_logger
 from serve.environment import ServeEnvironment, find_environment
+from serve.guard import die_with_parent
 from serve.state_update import (
     DEFAULT_STATE,
     FOLDER_VARIABLE,
@@ -190,6 +191,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str], log: Path, second
                 stdout=file,
                 stderr=file,
                 timeout=seconds,
+                preexec_fn=die_with_parent,
             )
         except subprocess.TimeoutExpired:
             return f"did not end within {seconds:.0f} s"

@@ -7,6 +7,7 @@ or a plain sequence, of which it understands whole names and plain values.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -225,7 +226,7 @@ def setting_values(arguments: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     media: dict[str, Any] | None = None
     limits: dict[str, Any] | None = None
-    for flag, text in _flags_with_values(arguments):
+    for flag, text in flags_with_values(arguments):
         name = canonical(flag)
         try:
             if name == MEDIA_OPTIONS:
@@ -261,9 +262,19 @@ def _most(limit: Any) -> Any:
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
     """Return the last value given to a flag, by its canonical name; None when it is not given."""
     found = None
-    for flag, text in _flags_with_values(arguments):
+    for flag, text in flags_with_values(arguments):
         if canonical(flag) == name:
             found = text
+    return found
+
+
+def json_value(arguments: Sequence[str], name: str) -> dict[str, Any]:
+    """Return the object that a flag gives as JSON, whole or by dotted keys, or an empty one."""
+    found: dict[str, Any] = {}
+    for flag, text in flags_with_values(arguments):
+        if canonical(flag) == name:
+            with contextlib.suppress(ValueError):  # which vLLM refuses
+                found |= _json_object(flag, text)
     return found
 
 
@@ -277,7 +288,7 @@ def samples_without_fps(arguments: Sequence[str]) -> bool:
     return MEDIA_OPTIONS in named_flags(arguments) and "video.fps" not in setting_values(arguments)
 
 
-def _flags_with_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flags_with_values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each flag without `=VALUE`, and its value: "" when there is none."""
     arguments = _read(arguments)
     for position, part in enumerate(arguments):

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 WORKLOADS = ("image", "document", "video", "chat", "mixed")
+
+WORKLOADS_WITH = {"image": ("image", "document", "mixed"), "video": ("video", "mixed")}
+"""Those with requests that have a medium of a kind."""
+
 _MIXTURE = ("image", "document", "video", "chat")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

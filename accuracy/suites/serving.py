@@ -18,7 +18,8 @@ from checkpoint.video import Video
 from serve.environment import find_environment
 from serve.own_server import own_server
 from serve.preflight import checked_settings, directory_faults
-from serve.process import ServerDied, death_message, running_server
+from serve.process import ServerDied, running_server
+from serve.vllm_log import death_message
 
 if TYPE_CHECKING:
     from openai import OpenAI

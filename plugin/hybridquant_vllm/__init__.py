@@ -8,7 +8,9 @@ vLLM calls `register` in each of its processes, in some more than once.
   HYBRIDQUANT_FAST_VIDEO=0.
 - `media_options` checks and bounds what a request says about how its clips are sampled.
 - `connector` answers requests whose media cannot be had with 400 and the reason.
-- `odd_requests` does so for requests whose numbers or texts cannot be sent to the engine.
+- `odd_requests` does so for requests whose numbers or texts cannot be sent to the engine, and
+  `unread_requests` for those that vLLM cannot read.
+- `sent_media` keeps a request that was refused from spoiling the next with the same picture.
 - `key_guard` asks for the server's key at all addresses, where vLLM is given it by --middleware.
 - `kernels` adds what is missing on a CPU: vLLM has no NVFP4 kernel for any CPU, neither for W4A4
   nor for weight-only checkpoints, and its only FP8 kernels with quantized activations (W8A8) need
@@ -49,6 +51,7 @@ _WITHOUT = {
     "fast_video": "fast video is off, vLLM prepares clips itself",
     "connector": "bad media may be answered with 500",
     "odd_requests": "odd requests may be answered with 500",
+    "sent_media": "a picture of a refused request may be answered with 500",
     "layer_report": "cannot report on layers",
 }
 """Modules with a function `register`, and what is missing where it fails."""

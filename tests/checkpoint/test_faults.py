@@ -13,8 +13,8 @@ from checkpoint.lock import LOCK, lock_faults
 from checkpoint.memory import memory_advice
 from pipeline.inputs import pick_device
 from recipes.loading import SHIPPED, load_recipe
-from serve.process import death_message
 from serve.setup_environment import _pip_reason
+from serve.vllm_log import death_message
 
 
 def ending(error: Exception, capsys) -> tuple[int, str]:

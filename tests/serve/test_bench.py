@@ -301,6 +301,8 @@ def test_both_servers_are_checked_before_the_first_is_started(tiny, monkeypatch,
             run([str(tiny), "--against", second])
     with pytest.raises(BadInput, match="--output-tokens: is 1000000"):
         run([str(tiny), "--output-tokens", "1000000"])
+    with pytest.raises(BadInput, match="max_images: is 0, and requests of the workload document"):
+        run([str(tiny), "--max-images", "0", "--workload", "document"])
     # How vLLM reads flags is in test_vllm_flags.py.
     probed({"read": []}, {"read": [["--max-model-len", 99999999]]})
     with pytest.raises(BadInput, match="max_model_len: is 99999999"):

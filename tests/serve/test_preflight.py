@@ -12,7 +12,13 @@ from editing import edit_json, truncate
 
 from checkpoint.faults import BadInput
 from serve.environment import CPU, Device, ServeEnvironment
-from serve.preflight import LONGER_VARIABLE, checked_settings, limit_faults, preflight
+from serve.preflight import (
+    LONGER_VARIABLE,
+    checked_settings,
+    limit_faults,
+    log_faults,
+    preflight,
+)
 from serve.settings import ServeSettings
 from serve.step_faults import step_faults
 
@@ -271,6 +277,31 @@ def test_a_log_that_cannot_be_written_ends_a_dry_run(tiny, tmp_path, log, messag
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: --log {tmp_path / log}: {message}")
+
+
+def test_a_log_never_replaces_a_file_of_the_checkpoint(tiny_copy, tmp_path):
+    (tiny_copy / "older.log").touch()
+    (tmp_path / "config.json").touch()
+    for allowed in (tiny_copy / "older.log", tiny_copy / "new.txt", tmp_path / "config.json"):
+        assert list(log_faults(allowed, tiny_copy)) == []
+    (tmp_path / "link").symlink_to(tiny_copy)
+    for log in (tiny_copy / "config.json", tmp_path / "link" / "config.json"):
+        (fault,) = log_faults(log, tiny_copy)
+        assert "is a file of the checkpoint" in str(fault)
+
+
+def test_sampling_defaults_of_a_flag_that_no_request_survives_are_refused(tiny):
+    flags = ["--override-generation-config", '{"temperature": "zzz", "unknown": 1}']
+    with pytest.raises(BadInput, match="--override-generation-config: temperature is 'zzz'"):
+        preflight(tiny, ANY_PORT, ON_CPU, flags)
+    for good in ('{"temperature": 0.5}', "not JSON"):
+        preflight(tiny, ANY_PORT, ON_CPU, [flags[0], good])
+
+
+def test_an_empty_path_is_refused_by_every_command():
+    done = run_module("serve", "", "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("argument DIR: is empty (give a path)")
 
 
 def test_help_names_every_setting_once():

@@ -20,8 +20,9 @@ from checkpoint.faults import BadInput
 from serve import process
 from serve.environment import CPU, ServeEnvironment
 from serve.preflight import free_port
-from serve.process import ServerDied, death_message, running_server
+from serve.process import ServerDied, running_server
 from serve.settings import ServeSettings
+from serve.vllm_log import death_message
 
 STUB = Path(__file__).with_name("stub_vllm.py")
 ANY_PORT = ServeSettings(port=0)
@@ -112,14 +113,24 @@ def test_a_dying_server_is_reported_with_its_first_error_and_the_end_of_its_log(
     assert rest[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
 
-def test_flags_that_vllm_refuses_are_bad_input(tiny, stub):
-    flags = ["--quantization", "zzz"]
-    with pytest.raises(BadInput) as bad:
-        with running_server(tiny, ANY_PORT, flags, environment=stub("refuse")):
-            raise AssertionError("it never answers")
+def faults_of(tiny, environment, *flags):
+    """The fault of flags with which vLLM does not start."""
+    with pytest.raises(BadInput) as bad, running_server(tiny, ANY_PORT, flags, None, environment):
+        raise AssertionError("it never answers")
     (fault,) = bad.value.faults
-    assert fault.where == "flags after --"
-    assert "refuses its configuration: Unknown quantization method: zzz." in fault.what
+    return str(fault)
+
+
+def test_a_flag_that_ends_vllm_is_bad_input(tiny, stub):
+    fault = faults_of(tiny, stub("refuse"), "--quantization", "zzz")
+    assert fault.startswith("--quantization zzz: ends vLLM: Unknown quantization method: zzz. (")
+    fault = faults_of(tiny, stub("die"), "--seed", "1", "--load-format=root")
+    assert fault.startswith("--load-format root: ends vLLM: ValueError: the root cause")
+
+
+def test_flags_that_vllm_refuses_together_are_bad_input(tiny, stub):
+    fault = faults_of(tiny, stub("refuse"), "--seed", "1")
+    assert "flags after --: vLLM refuses its configuration: Unknown quantization" in fault
 
 
 def test_without_flags_a_refusal_is_no_fault_of_the_user(tiny, stub):
@@ -128,11 +139,10 @@ def test_without_flags_a_refusal_is_no_fault_of_the_user(tiny, stub):
             raise AssertionError("it never answers")
 
 
-def test_an_error_of_the_engine_is_no_refusal(tiny, stub):
-    with pytest.raises(ServerDied) as died:
+def test_an_error_of_the_engine_is_no_fault_of_other_flags(tiny, stub):
+    with pytest.raises(ServerDied, match="the root cause"):
         with running_server(tiny, ANY_PORT, ["--seed", "1"], environment=stub("die")):
             raise AssertionError("it never answers")
-    assert died.value.refusal is None
 
 
 def starts_of(stub):
@@ -227,7 +237,7 @@ def test_a_command_that_is_ended_before_the_start_leaves_nothing(
     _, logged = parent.communicate(timeout=20)
     assert parent.returncode == 128 + number
     assert logged.splitlines()[-1] == said
-    assert not alive(int(file.read_text()))
+    assert gone([int(file.read_text())])
 
 
 @pytest.mark.parametrize("mode", ["serve", "silent"])
