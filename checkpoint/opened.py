@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint.companions import Companions, companion_faults, find_companions
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig, is_quantized, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.files import MERGE, TensorFiles, layout_faults
 from checkpoint.hashing import digests_of_finite
@@ -35,7 +36,7 @@ _WRAPPERS = (
 """What torch.compile, FSDP, DDP and PEFT put into the names of a model that they wrap."""
 
 _FEW = 3
-"""Wrong tensors that are named one by one."""
+"""Unknown tensors that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +88,46 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Open a checkpoint directory, BF16 or quantized.
 
+    What is not quantized is BF16, or is rounded to it as it is read: fine-tuning saves float32.
+
     Raises:
         BadInput: It is not a checkpoint, or a weight file is missing or corrupt.
     """
-    return Checkpoint(read_config(directory), TensorFiles(directory))
+    checkpoint = Checkpoint(read_config(directory), TensorFiles(directory))
+    if not is_quantized(checkpoint.config.raw):
+        checkpoint.tensors.round_to_bf16(checkpoint.layout)
+    return checkpoint
 
 
 def open_bf16(directory: str | Path) -> Checkpoint:
     """Open a BF16 checkpoint and check that its tensors are those of its config.
 
+    Weights in float32 or float16 are rounded to BF16 as they are read.
+
     Raises:
         BadInput: With every fault found; also when it is quantized.
     """
     config = read_config(directory)
-    if "quantization_config" in config.raw:
+    if is_quantized(config.raw):
         what = "is quantized already"
         raise BadInput(Fault(str(config.directory), what, "give the BF16 checkpoint"))
-    checkpoint = Checkpoint(config, TensorFiles(directory))
+    checkpoint = open_checkpoint(directory)
     raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors
     found = checkpoint.tensors.specs
     raise_if_any(layout_faults(found, checkpoint.layout, str(config.directory), optional))
     return checkpoint
+
+
+def rounding_note(checkpoint: Checkpoint) -> str | None:
+    """Return what to say about weights that are rounded to BF16; None when all are BF16."""
+    tensors = checkpoint.tensors
+    if not tensors.rounded:
+        return None
+    counts = Counter(tensors.stored[name].dtype for name in tensors.rounded)
+    found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(counts.items()))
+    total = f"{len(tensors.rounded)} of {len(tensors.specs)} tensors"
+    return f"{checkpoint.directory}: {total} are not BF16 and are rounded to it ({found})"
 
 
 def check_companions(checkpoint: Checkpoint) -> None:
@@ -136,15 +155,6 @@ def naming_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         what = f"tensor names contain {wrapper!r}, which the release's do not"
         yield Fault(where, what, "save the model that is inside the wrapper")
         return
-    cast: dict[str, list[str]] = {}
-    for name, spec in found.items():
-        is_other = name in expected and spec.shape == expected[name].shape
-        if is_other and spec.dtype in ("F16", "F32", "F64") and expected[name].dtype == "BF16":
-            cast.setdefault(spec.dtype, []).append(name)
-    for dtype, names in cast.items():
-        if len(names) > _FEW:
-            what = f"{len(names)} tensors are {dtype}, not BF16, such as {names[0]}"
-            yield Fault(where, what, "cast them to bfloat16: docs/trouble.md shows how")
 
 
 def _wrapper(found: Specs, expected: Specs) -> str | None:

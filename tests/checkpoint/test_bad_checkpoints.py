@@ -82,14 +82,14 @@ def test_missing_extra_and_misshapen_tensors_are_named_at_once(tiny_copy):
     def change(tensors):
         tensors["mlp1.9.weight"] = tensors.pop("mlp1.1.weight")
         tensors[UP] = tensors[UP][:-1].clone()
-        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].float()
+        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].char()
 
     edit_tensors(tiny_copy, change)
     found = faults_of(tiny_copy)
     assert "tensor mlp1.1.weight is missing" in found
     assert "tensor mlp1.9.weight is not part of this architecture" in found
     assert f"tensor {UP} is BF16" in found
-    assert "tensor mlp1.0.weight is F32" in found
+    assert "tensor mlp1.0.weight is I8" in found
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
