@@ -26,7 +26,8 @@ class Part:
     Attributes:
         name: The tensor's.
         start: Index of the first row.
-        rows: The rows as they are in the file; of a scalar, the scalar. Valid until the next part is asked for.
+        rows: The rows as they are in the file; of a scalar, the scalar. Valid until the next part
+            is asked for.
     """
 
     name: str

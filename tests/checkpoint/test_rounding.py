@@ -1,4 +1,4 @@
-"""A checkpoint that fine-tuning has saved in float32 or float16 is read as the BF16 one it rounds to."""
+"""What fine-tuning has saved in float32 or float16 is read as the BF16 that it rounds to."""
 
 import pytest
 import torch
