@@ -7,13 +7,16 @@ Imports neither torch nor transformers, so the serve environment and every prefl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.config_values import value_faults
 from checkpoint.family import NEMOTRON_NANO_VL_V2, Family, find_family, known_architectures
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.other_weights import found_instead
 from checkpoint.reading import json_kind, parse_json, read_small_file
 
 # Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. vLLM's
@@ -223,10 +226,10 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        remedy = "give the directory of a checkpoint"
-        what = "is a file, not a directory" if directory.is_file() else "no such directory"
-        raise BadInput(Fault(str(directory), what, remedy))
+        raise BadInput(_no_directory(directory))
     path = directory / "config.json"
+    if not path.exists():
+        raise BadInput(_no_config(directory))
     raw = read_json(path)
     family = find_family(raw.get("architectures"))
     if family is None:
@@ -237,7 +240,32 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     raise_if_any(_config_faults(raw, family, str(path)))
     if not is_quantized(raw):
         raw = _in_bf16(raw)
-    return CheckpointConfig(directory, raw, family)
+    config = CheckpointConfig(directory, raw, family)
+    raise_if_any(value_faults(config))
+    return config
+
+
+def _no_directory(directory: Path) -> Fault:
+    """The fault of a path that is no directory."""
+    if directory.is_file():
+        what = "is a file, not a directory"
+        return Fault(str(directory), what, "give the directory of a checkpoint")
+    remedy = "give the directory of a checkpoint"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.exists():
+        remedy = (
+            f"if it is a name on the Hub: hf download {directory} --local-dir DIR, then give DIR"
+        )
+    return Fault(str(directory), "no such directory", remedy)
+
+
+def _no_config(directory: Path) -> Fault:
+    """The fault of a directory without config.json, by what it holds instead."""
+    instead = found_instead(directory)
+    if instead is None:
+        remedy = "is this a checkpoint directory?"
+        return Fault(str(directory / "config.json"), "no such file", remedy)
+    names, remedy = instead
+    return Fault(str(directory), f"contains no config.json, but {names}", remedy)
 
 
 def is_quantized(raw: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from checkpoint.config import read_json
 from checkpoint.dtypes import FULL, TORCH_NAMES
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.layout import Specs, TensorSpec
+from checkpoint.other_weights import INDEX, SINGLE, no_weights
 from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
@@ -33,11 +34,6 @@ part of it.
 """
 _ROUNDED_AT_ONCE = 1 << 20
 """Values of another dtype in memory at once, per thread, while they are rounded to BF16."""
-
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl")
-MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class TensorFiles:
@@ -79,7 +75,7 @@ class TensorFiles:
             raise_if_any(_file_name_faults(weight_map, path))
             return weight_map
         if not (self.directory / SINGLE).exists():
-            raise BadInput(_no_weights(self.directory))
+            raise BadInput(no_weights(self.directory))
         return {}
 
     def _index_faults(self, index: Mapping[str, str]) -> Iterator[Fault]:
@@ -223,23 +219,6 @@ def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fau
         elif not file.endswith(".safetensors"):
             what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, which vLLM"
             yield Fault(str(path), f"{what} does not load", "copy the file again")
-
-
-def _no_weights(directory: Path) -> Fault:
-    """What is wrong with a directory without safetensors, by what it holds instead."""
-    what = f"contains neither {INDEX} nor {SINGLE}"
-    remedy = "copy the weights"
-    others = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix in _OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
-            others.append(path.name)
-    if "adapter_model.safetensors" in others:
-        remedy = f"it is an adapter: {MERGE}"
-    elif others:
-        remedy = "save the model again with save_pretrained(…, safe_serialization=True)"
-    if others:
-        what = f"{what}, but {shortened(', '.join(others))}"
-    return Fault(str(directory), what, remedy)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from checkpoint.companions import Companions, companion_faults, find_companions
 from checkpoint.config import CheckpointConfig, is_quantized, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
-from checkpoint.files import MERGE, TensorFiles, layout_faults
+from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.hashing import digests_of_finite
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
+from checkpoint.other_weights import MERGE, ambiguous_weights
 from checkpoint.reading import tokenizer_faults
 
 _ADAPTER = re.compile(
@@ -34,6 +35,9 @@ _WRAPPERS = (
     "model.",
 )
 """What torch.compile, FSDP, DDP and PEFT put into the names of a model that they wrap."""
+
+_MANY = 20
+"""Wrong tensors that are named one by one; more are one fault."""
 
 _FEW = 3
 """Unknown tensors that are named one by one."""
@@ -112,11 +116,38 @@ def open_bf16(directory: str | Path) -> Checkpoint:
         what = "is quantized already"
         raise BadInput(Fault(str(config.directory), what, "give the BF16 checkpoint"))
     checkpoint = open_checkpoint(directory)
+    raise_if_any(ambiguous_weights(config.directory, checkpoint.tensors.files))
     raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors
     found = checkpoint.tensors.specs
-    raise_if_any(layout_faults(found, checkpoint.layout, str(config.directory), optional))
+    faults = layout_faults(found, checkpoint.layout, str(config.directory), optional)
+    raise_if_any(_summed_up(faults, checkpoint))
     return checkpoint
+
+
+def _summed_up(faults: list[Fault], checkpoint: Checkpoint) -> list[Fault]:
+    """The faults of a layout; those of many tensors that have the same cause, as one.
+
+    A checkpoint of another class, or without the vision tower, would fill the screen.
+    """
+    if len(faults) <= _MANY:
+        return faults
+    found = checkpoint.tensors.specs
+    expected = checkpoint.layout
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    others = [name for name in found if name in expected and found[name] != expected[name]]
+    parts = []
+    for names, what in ((missing, "missing"), (unknown, "not part of this architecture")):
+        if names:
+            parts.append(f"{len(names)} tensors are {what}, such as {shortened(names[0])}")
+    if others:
+        name = others[0]
+        is_now = f"{found[name].dtype} {list(found[name].shape)}"
+        wanted = f"{expected[name].dtype} {list(expected[name].shape)}"
+        parts.append(f"{len(others)} tensors differ: {shortened(name)} is {is_now}, not {wanted}")
+    remedy = "save it with the class that loaded the released checkpoint"
+    return [Fault(str(checkpoint.directory), "; ".join(parts), remedy)]
 
 
 def rounding_note(checkpoint: Checkpoint) -> str | None:
@@ -209,4 +240,9 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     if found != expected:
         what = f"{token} has id {found}, img_context_token_id in config.json is {expected}"
         raise BadInput(Fault(str(path), what, "copy tokenizer and config.json from one release"))
+    last, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    rows = config.text["vocab_size"]
+    if number >= rows:
+        what = f"{shortened(last, 60)} has id {number}, and the embeddings have {rows} rows"
+        raise BadInput(Fault(str(path), what, "resize the embeddings to the tokenizer, or copy it"))
     return tokenizer

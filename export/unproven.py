@@ -85,20 +85,6 @@ def config_faults(config: CheckpointConfig) -> Iterator[Fault]:
         if found != expected:
             what = f"{key} is {shortened(found, 60)}, the vision tower has {expected}"
             yield Fault(where, what, _COPY)
-    unit = config.raw["patch_size"] / config.raw["downsample_ratio"]
-    side = config.tile_size
-    if side % unit or not side <= tower.position_side * tower.patch_size:
-        what = f"force_image_size is {side}, which the vision tower cannot take"
-        yield Fault(where, what, _COPY)
-    heads = config.text["mamba_num_heads"]
-    if heads % config.text["n_groups"]:
-        what = f"llm_config.n_groups is {config.text['n_groups']}, for {heads} heads"
-        yield Fault(where, what, _COPY)
-    queries = config.text["num_attention_heads"]
-    if queries % config.text["num_key_value_heads"]:
-        keys = config.text["num_key_value_heads"]
-        what = f"llm_config.num_key_value_heads is {keys}, for {queries} heads"
-        yield Fault(where, what, _COPY)
     yield from auto_map_faults(config.directory / "config.json", config.raw)
 
 

@@ -18,13 +18,14 @@ from calibrate.samples import Sample, Skipped
 from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
 from calibrate.sources.source import Source
-from checkpoint.faults import BadInput, Fault, shortened
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
 from checkpoint.run_state import file_digest, file_stamp
 from checkpoint.video import Video
 from quantize.distill.settings import Distill
 from recipes.schema import TINY, Recipe
+from serve.companions import auto_map_faults, generation_faults
 from tiny.checkpoint import tiny_checkpoint
 
 
@@ -37,9 +38,15 @@ def open_source(recipe: Recipe) -> Checkpoint:
     if recipe.model != TINY:
         checkpoint = open_bf16(recipe.model)
     else:
-        config = tiny_checkpoint(recipe.output.parent / "tiny-bf16")
-        checkpoint = open_bf16(config.directory)
+        directory = recipe.output.parent / "tiny-bf16"
+        if recipe.output.absolute() == directory.absolute():
+            what = f"{directory} is where the tiny checkpoint itself is written"
+            raise BadInput(Fault("output", what, "give another one"))
+        checkpoint = open_bf16(tiny_checkpoint(directory).directory)
     check_companions(checkpoint)
+    # What the export copies must be what a server takes.
+    directory = checkpoint.directory
+    raise_if_any([*auto_map_faults(directory), *generation_faults(directory)])
     return checkpoint
 
 

@@ -294,6 +294,10 @@ def _disk_faults(job: Job, needed: int) -> Iterator[Fault]:
         return
     output = job.recipe.output
     faults = list(output_faults(output))
+    source = job.checkpoint.directory.resolve()
+    if output.absolute().parent.resolve().is_relative_to(source):
+        what = f"lies inside the source, {source}"
+        faults.append(Fault(str(output), what, "give an output beside it"))
     if not faults and not job.state.is_begun:
         faults = list(space_faults(output, needed, " with what is kept beside it"))
     yield from faults
