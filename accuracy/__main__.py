@@ -103,10 +103,13 @@ def _run() -> int:
     from accuracy.answers import answer_tasks
     from accuracy.endpoint import ask_endpoint
     from accuracy.paired import pair, paired_table
-    from checkpoint.opened import open_checkpoint
+    from checkpoint.opened import open_checkpoint, rounding_note
 
     reference = open_checkpoint(arguments.reference)
     variant = open_checkpoint(directory)
+    rounded = rounding_note(reference)
+    if rounded is not None:
+        logger.info("%s", rounded)
     video = compared_video(directory, arguments.video_pruning_rate)
     logger.info("clips: %s", video)
     if arguments.endpoint:

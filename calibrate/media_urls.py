@@ -26,10 +26,10 @@ def media_bytes(url: str, where: str) -> bytes:
         BadInput: The file does not exist, the data is not base64, or the URL is not local.
     """
     url = local_url(url, Path.cwd(), where)
-    if url.startswith("data:"):
+    path = local_file(url)
+    if path is None:
         data = _decode_base64(url, where)
     else:
-        path = Path(url2pathname(urlsplit(url).path))
         fault = regular_file_fault(path)
         if fault is not None:
             reason = fault.what.removeprefix("cannot be read: ")
@@ -44,6 +44,13 @@ def media_bytes(url: str, where: str) -> bytes:
     if not data:
         raise BadInput(Fault(where, f"{shortened(url, 60)} is empty", "copy the file again"))
     return data
+
+
+def local_file(url: str) -> Path | None:
+    """Return the file that a `file://` URL names; None for a `data:` URL."""
+    if url.startswith("data:"):
+        return None
+    return Path(url2pathname(urlsplit(url).path))
 
 
 def _decode_base64(url: str, where: str) -> bytes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from calibrate.media_urls import local_url
+from calibrate.media_urls import local_file, local_url
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.memory import is_out_of_memory
 
@@ -60,6 +60,16 @@ class Sample:
     def where(self) -> str:
         """How faults name this sample."""
         return f"{self.source}: sample {shortened(self.id, 80)}"
+
+    def media_files(self) -> Iterator[Path]:
+        """Yield the files of its pictures and clips; what stands in the row itself has none."""
+        for message in self.messages:
+            parts = message["content"]
+            for part in parts if isinstance(parts, list) else []:
+                if part["type"] != "text":
+                    path = local_file(part[part["type"]]["url"])
+                    if path is not None:
+                        yield path
 
 
 @contextlib.contextmanager

@@ -7,13 +7,16 @@ Imports neither torch nor transformers, so the serve environment and every prefl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.config_values import value_faults
 from checkpoint.family import NEMOTRON_NANO_VL_V2, Family, find_family, known_architectures
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.other_weights import found_instead
 from checkpoint.reading import json_kind, parse_json, read_small_file
 
 # Width, depth, heads and MLP width of the ViT that `vision_config.args.model` names. vLLM's
@@ -65,6 +68,12 @@ _COUNTS = (
 )
 """Keys of the top level that must be positive integers; of `_TEXT_KEYS` all but the pattern are."""
 
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+"""Where a config says what its weights are; transformers 5 writes the second."""
+
+_ROUNDED_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""Dtypes of weights that are BF16 once they are read: see `checkpoint.files`."""
+
 _LARGEST_COUNT = 2**31 - 1
 _MOST_LAYERS = 10_000
 """Layers of the language model or the vision tower at most, so that a wrong number ends here."""
@@ -107,7 +116,8 @@ class CheckpointConfig:
 
     Attributes:
         directory: The checkpoint directory.
-        raw: The content of the file.
+        raw: The content of the file; of a model that is not quantized, with bfloat16 where a dtype
+            of its weights stands, to which they are rounded.
         family: The names of the model family.
     """
 
@@ -216,10 +226,10 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        remedy = "give the directory of a checkpoint"
-        what = "is a file, not a directory" if directory.is_file() else "no such directory"
-        raise BadInput(Fault(str(directory), what, remedy))
+        raise BadInput(_no_directory(directory))
     path = directory / "config.json"
+    if not path.exists():
+        raise BadInput(_no_config(directory))
     raw = read_json(path)
     family = find_family(raw.get("architectures"))
     if family is None:
@@ -228,12 +238,57 @@ def read_config(directory: str | Path) -> CheckpointConfig:
         what = f"architectures is {found}, expected one of: {known}"
         raise BadInput(Fault(str(path), what, "only these models are supported"))
     raise_if_any(_config_faults(raw, family, str(path)))
-    return CheckpointConfig(directory, raw, family)
+    if not is_quantized(raw):
+        raw = _in_bf16(raw)
+    config = CheckpointConfig(directory, raw, family)
+    raise_if_any(value_faults(config))
+    return config
+
+
+def _no_directory(directory: Path) -> Fault:
+    """The fault of a path that is no directory."""
+    if directory.is_file():
+        what = "is a file, not a directory"
+        return Fault(str(directory), what, "give the directory of a checkpoint")
+    remedy = "give the directory of a checkpoint"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.exists():
+        remedy = (
+            f"if it is a name on the Hub: hf download {directory} --local-dir DIR, then give DIR"
+        )
+    return Fault(str(directory), "no such directory", remedy)
+
+
+def _no_config(directory: Path) -> Fault:
+    """The fault of a directory without config.json, by what it holds instead."""
+    instead = found_instead(directory)
+    if instead is None:
+        remedy = "is this a checkpoint directory?"
+        return Fault(str(directory / "config.json"), "no such file", remedy)
+    names, remedy = instead
+    return Fault(str(directory), f"contains no config.json, but {names}", remedy)
+
+
+def is_quantized(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a quantized checkpoint."""
+    return raw.get("quantization_config") is not None
+
+
+def _in_bf16(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same weights in BF16, as the released one writes it."""
+    changed = dict(raw)
+    changed.pop("quantization_config", None)
+    for key in ("llm_config", "vision_config"):
+        changed[key] = dict(raw[key])
+    for section in (changed, changed["llm_config"], changed["vision_config"]):
+        for key in _DTYPE_KEYS:
+            if section.get(key) is not None:
+                section[key] = "bfloat16"
+    return changed
 
 
 def bf16_faults(config: CheckpointConfig) -> Iterator[Fault]:
     """Yield a fault when a config says that the checkpoint is not BF16."""
-    if "quantization_config" in config.raw:
+    if is_quantized(config.raw):
         what = "is quantized already"
         yield Fault(str(config.directory), what, "give the BF16 checkpoint")
 
@@ -244,7 +299,7 @@ def _config_faults(raw: Mapping[str, Any], family: Family, where: str) -> Iterat
             yield Fault(where, f"key {key} is missing", _COPY_CONFIG)
     yield from _count_faults(raw, _COUNTS, "", where)
     yield from _scale_faults(raw, where)
-    yield from _dtype_faults(raw, "", where)
+    yield from _dtype_faults(raw, where)
     text = raw.get("llm_config")
     if isinstance(text, dict):
         yield from _text_faults(text, family, where)
@@ -314,19 +369,30 @@ def _text_faults(text: Mapping[str, Any], family: Family, where: str) -> Iterato
     # vLLM reads the dtype of the embeddings from this key and asserts that it is one.
     if not (text.get("torch_dtype") or text.get("dtype")):
         yield Fault(where, "llm_config.torch_dtype is not bfloat16", "add it: vLLM requires it")
-    yield from _dtype_faults(text, "llm_config.", where)
 
 
-def _dtype_faults(section: Mapping[str, Any], prefix: str, where: str) -> Iterator[Fault]:
-    """Yield a fault for a dtype other than bfloat16, which fine-tuning tends to leave."""
-    for key in ("torch_dtype", "dtype"):
-        value = section.get(key)
-        if value is not None and str(value).removeprefix("torch.") != "bfloat16":
-            what = f"{prefix}{key} is not bfloat16 but {shortened(value, 60)}"
-            remedy = (
-                "write bfloat16, and cast the weights if they are not: docs/trouble.md shows how"
+def declared_dtypes(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a config.json says its weights are, by dotted key."""
+    found = {}
+    for prefix, section in (("", raw), ("llm_config.", raw.get("llm_config"))):
+        for key in _DTYPE_KEYS:
+            value = section.get(key) if isinstance(section, dict) else None
+            if value is not None:
+                found[f"{prefix}{key}"] = str(value).removeprefix("torch.")
+    return found
+
+
+def _dtype_faults(raw: Mapping[str, Any], where: str) -> Iterator[Fault]:
+    """Yield the dtypes that are not those of weights; of a quantized checkpoint, all but bfloat16.
+
+    What fine-tuning saves in float32 is rounded as it is read, but scales belong to BF16 values.
+    """
+    allowed = ("bfloat16",) if is_quantized(raw) else _ROUNDED_DTYPES
+    for key, dtype in declared_dtypes(raw).items():
+        if dtype not in allowed:
+            yield Fault(
+                where, f"{key} is not bfloat16 but {shortened(dtype, 60)}", "write bfloat16"
             )
-            yield Fault(where, what, remedy)
 
 
 def _vision_faults(vision: object, where: str) -> Iterator[Fault]:

@@ -29,3 +29,6 @@ TORCH_NAMES = {
     "BOOL": "bool",
 }
 """Names of the same dtypes in torch."""
+
+FULL = ("F64", "F32", "F16")
+"""What fine-tuning saves weights as, besides BF16; they are rounded to BF16 as they are read."""

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +18,9 @@ from typing import NoReturn
 
 _SHOWN = 50
 """Faults that a command prints before it counts the rest."""
+
+_ALIKE = 5
+"""The same, of faults that only differ in where they are."""
 
 FIRST_SPEAKS_SECONDS = 5.0
 """How long the other processes of a launcher leave a fault to the first one."""
@@ -180,9 +184,17 @@ def _let_first_process_speak() -> None:
 def _print_faults(faults: tuple[Fault, ...]) -> None:
     # Several sections of a recipe may find the same fault of one source.
     different = list(dict.fromkeys(faults))
-    for fault in different[:_SHOWN]:
+    # One cause, such as the chat template, may make every sample unusable.
+    alike: Counter[tuple[str, str]] = Counter()
+    shown = []
+    for fault in different:
+        kind = (fault.what, fault.remedy)
+        alike[kind] += 1
+        if alike[kind] <= _ALIKE:
+            shown.append(fault)
+    for fault in shown[:_SHOWN]:
         print(f"error: {fault}", file=sys.stderr)
-    more = len(different) - _SHOWN
+    more = len(different) - len(shown[:_SHOWN])
     if more > 0:
         print(f"error: … and {more} more", file=sys.stderr)
 

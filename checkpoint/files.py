@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint.dtypes import TORCH_NAMES
+from checkpoint.dtypes import FULL, TORCH_NAMES
 from checkpoint.faults import Fault, raise_if_any, shortened
 from checkpoint.layout import Specs, TensorSpec
+from checkpoint.other_weights import INDEX, SINGLE
 from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer
-from checkpoint.weight_files import INDEX, SINGLE, read_weight_map
+from checkpoint.weight_files import read_weight_map
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
 """torch's dtypes by the names that safetensors gives them."""
@@ -31,6 +32,8 @@ THREADS = 8
 """Threads that read and compare tensors. Each holds one tensor of the source and a few copies of a
 part of it.
 """
+_ROUNDED_AT_ONCE = 1 << 20
+"""Values of another dtype in memory at once, per thread, while they are rounded to BF16."""
 
 
 class TensorFiles:
@@ -39,7 +42,8 @@ class TensorFiles:
     Attributes:
         directory: Where the files are.
         files: File names, in order.
-        specs: Shape and dtype of every tensor found.
+        specs: Shape and dtype of every tensor found, as `read` returns it.
+        stored: The same as it is in the files; another dtype only after `round_to_bf16`.
         location: Name of the file that holds each tensor.
 
     Raises:
@@ -50,6 +54,7 @@ class TensorFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.specs: dict[str, TensorSpec] = {}
+        self.stored: Specs = self.specs
         self.location: dict[str, str] = {}
         self._start: dict[str, int] = {}
         self._header_bytes: dict[str, int] = {}
@@ -114,6 +119,25 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
+    def round_to_bf16(self, expected: Specs) -> None:
+        """Let `read` round to BF16 what fine-tuning has saved as float32 or float16.
+
+        Args:
+            expected: The tensors there should be. Those that are not BF16 here stay as they are,
+                and so do tensors that are not named.
+        """
+        rounded = {}
+        for name, spec in self.stored.items():
+            wanted = expected.get(name)
+            if wanted is not None and wanted.dtype == "BF16" and spec.dtype in FULL:
+                rounded[name] = TensorSpec(spec.shape, "BF16")
+        self.specs = {**self.stored, **rounded}
+
+    @property
+    def rounded(self) -> list[str]:
+        """Names of the tensors that `read` rounds to BF16."""
+        return [name for name, spec in self.specs.items() if spec != self.stored[name]]
+
     def where(self, name: str) -> str:
         """How a fault names a tensor: by its file and its name."""
         return f"{self.directory / self.location[name]}: {name}"
@@ -132,6 +156,9 @@ class TensorFiles:
     ) -> torch.Tensor:
         """Read one tensor into memory of its own. Several threads may read at once.
 
+        What `round_to_bf16` has found is rounded to the nearest, ties to even, in parts: the
+        values of the file are never in memory as a whole.
+
         The file is not mapped: pages of a mapped file stay in the process until the whole file is
         closed, and count against the memory limit of a run that must hold one layer at a time.
 
@@ -143,16 +170,19 @@ class TensorFiles:
         Raises:
             OSError: The file is gone or has become shorter.
         """
-        spec = self.specs[name]
-        shape = spec.shape
+        stored = self.stored[name]
+        shape = stored.shape
         start = self._start[name]
         if rows is not None:
-            start += rows[0] * (spec.nbytes // shape[0])
+            start += rows[0] * (stored.nbytes // shape[0])
             shape = (rows[1] - rows[0], *shape[1:])
-        tensor = torch.empty(shape, dtype=DTYPES[spec.dtype], pin_memory=pin)
+        tensor = torch.empty(shape, dtype=DTYPES[self.specs[name].dtype], pin_memory=pin)
         path = self.directory / self.location[name]
         with path.open("rb", buffering=0) as file:
-            read_into(file.fileno(), tensor, start, path)
+            if stored.dtype == self.specs[name].dtype:
+                read_into(file.fileno(), tensor, start, path)
+            else:
+                _read_rounded(file.fileno(), tensor, DTYPES[stored.dtype], start, path)
         return tensor
 
     @property
@@ -180,6 +210,19 @@ def read_into(descriptor: int, tensor: torch.Tensor, start: int, path: Path) -> 
             raise OSError(f"{path}: ends before byte {start + len(left)}")
         left = left[count:]
         start += count
+
+
+def _read_rounded(
+    descriptor: int, tensor: torch.Tensor, dtype: torch.dtype, start: int, path: Path
+) -> None:
+    """Fill a tensor with a file's values of another dtype from byte `start`; as `read_into`."""
+    flat = tensor.view(-1)
+    buffer = torch.empty(min(len(flat), _ROUNDED_AT_ONCE), dtype=dtype)
+    for first in range(0, len(flat), _ROUNDED_AT_ONCE):
+        part = flat[first : first + _ROUNDED_AT_ONCE]
+        values = buffer[: len(part)]
+        read_into(descriptor, values, start + first * dtype.itemsize, path)
+        part.copy_(values)
 
 
 def layout_faults(

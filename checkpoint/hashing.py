@@ -26,7 +26,8 @@ class Part:
     Attributes:
         name: The tensor's.
         start: Index of the first row.
-        rows: The rows; of a scalar, the scalar. Valid until the next part is asked for.
+        rows: The rows as they are in the file; of a scalar, the scalar. Valid until the next part
+            is asked for.
     """
 
     name: str
@@ -70,7 +71,7 @@ def _parts(tensors: TensorFiles, file: str, digest: Any) -> Parts:
             read_into(descriptor, header, start, path)
             digest.update(bytes_of(header))
         for name in tensors.in_file(file):
-            spec = tensors.specs[name]
+            spec = tensors.stored[name]
             if not spec.nbytes:
                 continue
             count = spec.shape[0] if spec.shape else 1
@@ -93,18 +94,30 @@ def digests_of_finite(tensors: TensorFiles) -> dict[str, str]:
     """Read all weights once; return the SHA-256 of each file.
 
     Raises:
-        BadInput: With every tensor that contains NaN or infinity.
+        BadInput: With every tensor that contains NaN, infinity, or values that BF16 cannot hold
+            where the tensor is rounded to it.
     """
     faults: list[Fault] = []
+    rounded = set(tensors.rounded)
 
     def check(name: str, parts: Parts) -> None:
-        count = 0
+        broken = 0
+        too_large = 0
         for part in parts:
-            if part.rows.is_floating_point() and not all_finite(part.rows):
-                count += int((~torch.isfinite(part.rows)).sum())
-        if count:
-            what = f"contains {count} NaN or infinite values"
+            if not part.rows.is_floating_point():
+                continue
+            if not all_finite(part.rows):
+                broken += int((~torch.isfinite(part.rows)).sum())
+            if name in rounded:
+                values = part.rows.to(torch.bfloat16)
+                if not all_finite(values):
+                    too_large += int((~torch.isfinite(values)).sum())
+        if broken:
+            what = f"contains {broken} NaN or infinite values"
             faults.append(Fault(name, what, "the checkpoint is broken: train or copy it again"))
+        elif too_large:
+            what = f"contains {too_large} values that are infinite in BF16"
+            faults.append(Fault(name, what, "BF16 ends at 3.39e38: train or copy it again"))
 
     files = tensors.files
     digests = in_threads(lambda file: visit_file(tensors, file, check), files)

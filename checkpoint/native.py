@@ -9,7 +9,7 @@ from torch import nn
 
 from checkpoint.command import command_name
 from checkpoint.config import CheckpointConfig
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.files import Reader, TensorFiles
 from checkpoint.libraries import language_model_classes, model_classes
 from checkpoint.opened import Checkpoint
@@ -29,7 +29,11 @@ _NOT_NATIVE = ("architectures", "model_type", "num_hidden_layers", "torch_dtype"
 
 
 def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Config:
-    """Map a V2 config to that of the successor's class, which loads V2's tensor names."""
+    """Map a V2 config to that of the successor's class, which loads V2's tensor names.
+
+    Raises:
+        BadInput: The class refuses a value.
+    """
     tower = config.vision
     text = {key: value for key, value in config.text.items() if key not in _NOT_NATIVE}
     # transformers clamps dt to time_step_min; the release and vLLM do not. The symptom is
@@ -49,16 +53,23 @@ def native_config(config: CheckpointConfig) -> NemotronH_Omni_Reasoning_V3_Confi
         "summary_idxs": [0],
     }
     configuration = model_classes().NemotronH_Omni_Reasoning_V3_Config
-    return configuration(
-        text_config=text,
-        vision_config=vision,
-        force_image_size=config.tile_size,
-        downsample_ratio=config.raw["downsample_ratio"],
-        projector_hidden_size=config.raw["projector_hidden_size"],
-        vision_hidden_size=config.raw["vit_hidden_size"],
-        image_token_id=config.image_token_id,
-        video_temporal_patch_size=2,
-    )
+    try:
+        return configuration(
+            text_config=text,
+            vision_config=vision,
+            force_image_size=config.tile_size,
+            downsample_ratio=config.raw["downsample_ratio"],
+            projector_hidden_size=config.raw["projector_hidden_size"],
+            vision_hidden_size=config.raw["vit_hidden_size"],
+            image_token_id=config.image_token_id,
+            video_temporal_patch_size=2,
+        )
+    except Exception as error:  # its dataclasses check types, and raise what they like
+        reason = str(error).strip().rpartition("\n")[2]
+        what = f"is not what transformers' class of the model takes: {shortened(reason)}"
+        path = str(config.directory / "config.json")
+        remedy = "copy config.json from the released checkpoint"
+        raise BadInput(Fault(path, what, remedy)) from None
 
 
 class _Deferred:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +12,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from checkpoint.companions import Companions, companion_faults, find_companions
-from checkpoint.config import CheckpointConfig, bf16_faults, read_config
+from checkpoint.config import CheckpointConfig, bf16_faults, is_quantized, read_config
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.files import TensorFiles, layout_faults
 from checkpoint.hashing import digests_of_finite
 from checkpoint.layout import Linear, Specs, expected_tensors, language_model_linears
+from checkpoint.other_weights import MERGE, ambiguous_weights
 from checkpoint.reading import tokenizer_faults
-from checkpoint.weight_files import MERGE
 
 _ADAPTER = re.compile(
     r"\.(lora_\w+|base_layer|modules_to_save|ia3_\w+|vera_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)"
@@ -35,8 +36,11 @@ _WRAPPERS = (
 )
 """What torch.compile, FSDP, DDP and PEFT put into the names of a model that they wrap."""
 
+_MANY = 20
+"""Wrong tensors that are named one by one; more are one fault."""
+
 _FEW = 3
-"""Wrong tensors that are named one by one."""
+"""Unknown tensors that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -88,26 +92,71 @@ class Checkpoint:
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Open a checkpoint directory, BF16 or quantized.
 
+    What is not quantized is BF16, or is rounded to it as it is read: fine-tuning saves float32.
+
     Raises:
         BadInput: It is not a checkpoint, or a weight file is missing or corrupt.
     """
-    return Checkpoint(read_config(directory), TensorFiles(directory))
+    checkpoint = Checkpoint(read_config(directory), TensorFiles(directory))
+    if not is_quantized(checkpoint.config.raw):
+        checkpoint.tensors.round_to_bf16(checkpoint.layout)
+    return checkpoint
 
 
 def open_bf16(directory: str | Path) -> Checkpoint:
     """Open a BF16 checkpoint and check that its tensors are those of its config.
+
+    Weights in float32 or float16 are rounded to BF16 as they are read.
 
     Raises:
         BadInput: With every fault found; also when it is quantized.
     """
     config = read_config(directory)
     raise_if_any(bf16_faults(config))
-    checkpoint = Checkpoint(config, TensorFiles(directory))
+    checkpoint = open_checkpoint(directory)
+    raise_if_any(ambiguous_weights(config.directory, checkpoint.tensors.files))
     raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors
     found = checkpoint.tensors.specs
-    raise_if_any(layout_faults(found, checkpoint.layout, str(config.directory), optional))
+    faults = layout_faults(found, checkpoint.layout, str(config.directory), optional)
+    raise_if_any(_summed_up(faults, checkpoint))
     return checkpoint
+
+
+def _summed_up(faults: list[Fault], checkpoint: Checkpoint) -> list[Fault]:
+    """The faults of a layout; those of many tensors that have the same cause, as one.
+
+    A checkpoint of another class, or without the vision tower, would fill the screen.
+    """
+    if len(faults) <= _MANY:
+        return faults
+    found = checkpoint.tensors.specs
+    expected = checkpoint.layout
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    others = [name for name in found if name in expected and found[name] != expected[name]]
+    parts = []
+    for names, what in ((missing, "missing"), (unknown, "not part of this architecture")):
+        if names:
+            parts.append(f"{len(names)} tensors are {what}, such as {shortened(names[0])}")
+    if others:
+        name = others[0]
+        is_now = f"{found[name].dtype} {list(found[name].shape)}"
+        wanted = f"{expected[name].dtype} {list(expected[name].shape)}"
+        parts.append(f"{len(others)} tensors differ: {shortened(name)} is {is_now}, not {wanted}")
+    remedy = "save it with the class that loaded the released checkpoint"
+    return [Fault(str(checkpoint.directory), "; ".join(parts), remedy)]
+
+
+def rounding_note(checkpoint: Checkpoint) -> str | None:
+    """Return what to say about weights that are rounded to BF16; None when all are BF16."""
+    tensors = checkpoint.tensors
+    if not tensors.rounded:
+        return None
+    counts = Counter(tensors.stored[name].dtype for name in tensors.rounded)
+    found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(counts.items()))
+    total = f"{len(tensors.rounded)} of {len(tensors.specs)} tensors"
+    return f"{checkpoint.directory}: {total} are not BF16 and are rounded to it ({found})"
 
 
 def check_companions(checkpoint: Checkpoint) -> None:
@@ -135,15 +184,6 @@ def naming_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         what = f"tensor names contain {wrapper!r}, which the release's do not"
         yield Fault(where, what, "save the model that is inside the wrapper")
         return
-    cast: dict[str, list[str]] = {}
-    for name, spec in found.items():
-        is_other = name in expected and spec.shape == expected[name].shape
-        if is_other and spec.dtype in ("F16", "F32", "F64") and expected[name].dtype == "BF16":
-            cast.setdefault(spec.dtype, []).append(name)
-    for dtype, names in cast.items():
-        if len(names) > _FEW:
-            what = f"{len(names)} tensors are {dtype}, not BF16, such as {names[0]}"
-            yield Fault(where, what, "cast them to bfloat16: docs/trouble.md shows how")
 
 
 def _wrapper(found: Specs, expected: Specs) -> str | None:
@@ -198,4 +238,9 @@ def load_tokenizer(config: CheckpointConfig) -> PreTrainedTokenizerFast:
     if found != expected:
         what = f"{token} has id {found}, img_context_token_id in config.json is {expected}"
         raise BadInput(Fault(str(path), what, "copy tokenizer and config.json from one release"))
+    last, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    rows = config.text["vocab_size"]
+    if number >= rows:
+        what = f"{shortened(last, 60)} has id {number}, and the embeddings have {rows} rows"
+        raise BadInput(Fault(str(path), what, "resize the embeddings to the tokenizer, or copy it"))
     return tokenizer

@@ -20,7 +20,7 @@ from checkpoint.atomic import write_json, write_tensors
 from checkpoint.family import Family
 from checkpoint.files import DTYPES, Reader
 from checkpoint.layout import Specs, spec_bytes, split_by_size
-from checkpoint.weight_files import INDEX
+from checkpoint.other_weights import INDEX
 
 OUTSIDE_BYTES = 400_000_000
 """Largest file of tensors outside the layers, unless a single tensor is larger. One such file is in

@@ -24,8 +24,8 @@ from checkpoint.command import command_parser, parse_command
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.faults import main
 from checkpoint.layout import TensorSpec, expected_tensors, spec_bytes, split_by_size
+from checkpoint.other_weights import INDEX
 from checkpoint.tokenizer import RELEASED, write_tokenizer
-from checkpoint.weight_files import INDEX
 
 SIZES = ("full", "medium")
 SHARD_BYTES = 4_900_000_000

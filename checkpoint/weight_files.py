@@ -12,26 +12,8 @@ from typing import Any
 
 from checkpoint.config import read_json
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
+from checkpoint.other_weights import INDEX, SINGLE, no_weights
 from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-MERGE = "merge it into the model with PEFT's merge_and_unload(), then save_pretrained()"
-"""The remedy of an adapter in place of a model."""
-
-OTHER_WEIGHTS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".pkl",
-    ".npz",
-)
-"""How names of files end that hold weights and are not safetensors."""
 
 
 def weight_faults(directory: Path) -> list[Fault]:
@@ -62,7 +44,7 @@ def read_weight_map(directory: Path) -> dict[str, str]:
         raise_if_any(_file_name_faults(weight_map, path))
         return weight_map
     if not (directory / SINGLE).exists():
-        raise BadInput(_no_weights(directory))
+        raise BadInput(no_weights(directory))
     return {}
 
 
@@ -81,23 +63,6 @@ def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fau
         elif not file.endswith(".safetensors"):
             what = f"weight_map.{shortened(name, 120)} is {shortened(repr(file), 80)}, which vLLM"
             yield Fault(str(path), f"{what} does not load", "copy the file again")
-
-
-def _no_weights(directory: Path) -> Fault:
-    """What is wrong with a directory without safetensors, by what it holds instead."""
-    what = f"contains neither {INDEX} nor {SINGLE}"
-    remedy = "copy the weights"
-    others = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix in OTHER_WEIGHTS or path.name == "adapter_model.safetensors":
-            others.append(path.name)
-    if "adapter_model.safetensors" in others:
-        remedy = f"it is an adapter: {MERGE}"
-    elif others:
-        remedy = "save the model again with save_pretrained(…, safe_serialization=True)"
-    if others:
-        what = f"{what}, but {shortened(', '.join(others))}"
-    return Fault(str(directory), what, remedy)
 
 
 def _file_faults(path: Path, directory: Path) -> Iterator[Fault]:

@@ -24,9 +24,9 @@ from checkpoint.content import MANIFEST
 from checkpoint.faults import BadInput, Fault, shortened
 from checkpoint.json_differences import MISSING, json_differences
 from checkpoint.opened import Checkpoint
+from checkpoint.other_weights import INDEX, OTHER_WEIGHTS
 from checkpoint.reading import checkpoint_file_fault
 from checkpoint.run_state import file_digest
-from checkpoint.weight_files import INDEX, OTHER_WEIGHTS
 from quantize.sensitivity import SENSITIVITY
 
 CONFIG = "config.json"

@@ -85,7 +85,6 @@ def config_faults(config: CheckpointConfig) -> Iterator[Fault]:
             what = f"{key} is {shortened(values, 60)}, of pixels between 0 and 1 it is"
             yield Fault(where, f"{what} {least} to {most}", _COPY)
     yield from _vision_size_faults(config, where)
-    yield from _group_faults(config, where)
     yield from auto_map_faults(config.directory / "config.json", config.raw)
 
 
@@ -100,22 +99,6 @@ def _vision_size_faults(config: CheckpointConfig, where: str) -> Iterator[Fault]
     for key, (found, expected) in sizes.items():
         if found != expected:
             what = f"{key} is {shortened(found, 60)}, the vision tower has {expected}"
-            yield Fault(where, what, _COPY)
-    # Pixels across what becomes one token, after pixel shuffle.
-    token_side = config.raw["patch_size"] / config.raw["downsample_ratio"]
-    side = config.tile_size
-    if side % token_side or side > tower.position_side * tower.patch_size:
-        what = f"force_image_size is {side}, which the vision tower cannot take"
-        yield Fault(where, what, _COPY)
-
-
-def _group_faults(config: CheckpointConfig, where: str) -> Iterator[Fault]:
-    """Yield numbers of groups that do not divide the heads they are shared by."""
-    groups = {"n_groups": "mamba_num_heads", "num_key_value_heads": "num_attention_heads"}
-    for key, heads_key in groups.items():
-        heads = config.text[heads_key]
-        if heads % config.text[key]:
-            what = f"llm_config.{key} is {config.text[key]}, for {heads} heads"
             yield Fault(where, what, _COPY)
 
 

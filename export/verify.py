@@ -5,10 +5,11 @@ source.
 
 The files beside the weights, such as tokenizer and chat template, must be sound, and with --source
 the same as there, README aside. hybridquant.json records the SHA-256 of every file. With --source,
-weights are compared with it, and a few prompts show whether input scales fit. How near weights must
-be follows from what hybridquant.json says was done to them: see export/closeness.py. Documents and
-pictures may be added at any time. What could not be checked is said in one line, all faults are
-shown in one table. Exit status: 0 without faults, 1 with faults, 2 when DIR is not a checkpoint.
+weights are compared with it, and a few prompts show whether input scales fit; of a source in
+float32 or float16, with its values in BF16. How near weights must be follows from what
+hybridquant.json says was done to them: see export/closeness.py. Documents and pictures may be added
+at any time. What could not be checked is said in one line, all faults are shown in one table. Exit
+status: 0 without faults, 1 with faults, 2 when DIR is not a checkpoint.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Does not import torch, which takes a second, or ModelOpt, which takes six.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from checkpoint.config import bf16_faults, read_config
 from checkpoint.faults import BadInput, Fault
@@ -21,9 +22,20 @@ def first_faults(recipe: Recipe) -> list[Fault]:
     """
     faults = list(_model_faults(recipe.model))
     faults += place_faults(recipe.output)
+    faults += _inside_faults(recipe)
     for source in recipe.sources():
         faults += source.faults()
     return faults
+
+
+def _inside_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield a fault of an output that would become a part of the model."""
+    if recipe.model == TINY:
+        return
+    source = Path(recipe.model).resolve()
+    if recipe.output.absolute().parent.resolve().is_relative_to(source):
+        what = f"lies inside the source, {source}"
+        yield Fault(str(recipe.output), what, "give an output beside it")
 
 
 def _model_faults(model: str) -> Iterator[Fault]:

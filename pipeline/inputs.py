@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,13 +17,15 @@ from calibrate.prompts import Prompt, build_prompts
 from calibrate.samples import Sample, Skipped
 from calibrate.settings import Calibrate
 from calibrate.sources.mixing import mixed, shuffled
-from checkpoint.faults import BadInput, Fault, shortened
+from calibrate.sources.source import Source
+from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.opened import Checkpoint, check_companions, open_bf16
 from checkpoint.processes import local_gpu
-from checkpoint.run_state import file_digest
+from checkpoint.run_state import file_digest, file_stamp
 from checkpoint.video import Video
 from quantize.distill.settings import Distill
 from recipes.schema import TINY, Recipe
+from serve.companions import auto_map_faults, generation_faults
 from tiny.checkpoint import tiny_checkpoint
 
 
@@ -31,9 +38,15 @@ def open_source(recipe: Recipe) -> Checkpoint:
     if recipe.model != TINY:
         checkpoint = open_bf16(recipe.model)
     else:
-        config = tiny_checkpoint(recipe.output.parent / "tiny-bf16")
-        checkpoint = open_bf16(config.directory)
+        directory = recipe.output.parent / "tiny-bf16"
+        if recipe.output.absolute() == directory.absolute():
+            what = f"{directory} is where the tiny checkpoint itself is written"
+            raise BadInput(Fault("output", what, "give another one"))
+        checkpoint = open_bf16(tiny_checkpoint(directory).directory)
     check_companions(checkpoint)
+    # What the export copies must be what a server takes.
+    directory = checkpoint.directory
+    raise_if_any([*auto_map_faults(directory), *generation_faults(directory)])
     return checkpoint
 
 
@@ -164,3 +177,47 @@ def source_digests(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every file that a recipe's samples come from, by path."""
     files = {path for source in recipe.sources() for path in source.files()}
     return {str(path): file_digest(path) for path in sorted(files)}
+
+
+def media_digests(recipe: Recipe) -> dict[str, str]:
+    """Tell the pictures and clips that a recipe's rows name from others, by their folder.
+
+    By their size and the time of their last change, as the weights of the source: a training may
+    have terabytes of clips, and each process looks at all of them whenever it starts. Rows that a
+    run will not get to are left out; bad rows and files that are missing are reported by what
+    reads them.
+    """
+    files: set[Path] = set()
+    for section in _sections(recipe):
+        for source in section.sources:
+            if source.files():
+                files.update(_media_files(source, section))
+    by_folder: dict[Path, list[tuple[str, list[int]]]] = {}
+    for path in sorted(files):
+        by_folder.setdefault(path.parent, []).append((path.name, file_stamp(path)))
+    return {str(folder): _stamps_digest(stamps) for folder, stamps in by_folder.items()}
+
+
+def _media_files(source: Source, section: Calibrate | Accuracy | Distill) -> Iterator[Path]:
+    """The files that the samples of a source name, as far as a run may get."""
+    with contextlib.suppress(BadInput):
+        samples = source.read(section.samples, section.seed, Skipped(sys.maxsize))
+        # Samples that are too long or broken are skipped, and others take their place.
+        for sample in itertools.islice(samples, 2 * section.samples):
+            yield from sample.media_files()
+
+
+def _stamps_digest(stamps: list[tuple[str, list[int]]]) -> str:
+    """Describe files so that a difference says how many there are, and which has changed last."""
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    newest = max(stamps, key=lambda entry: entry[1][-1:])[0]
+    number = "1 file" if len(stamps) == 1 else f"{len(stamps)} files"
+    return f"{number}, newest {shortened(newest, 60)} ({digest[:12]})"
+
+
+def _sections(recipe: Recipe) -> list[Calibrate | Accuracy | Distill]:
+    """The sections of a recipe that have sources."""
+    sections: list[Calibrate | Accuracy | Distill] = [recipe.calibrate, recipe.accuracy]
+    if recipe.distill is not None:
+        sections.append(recipe.distill)
+    return sections

@@ -21,6 +21,7 @@ from checkpoint.reading import hub_revision
 from checkpoint.run_state import RunState, file_stamp, identity_of
 from export.manifest import Manifest
 from pipeline.inputs import (
+    media_digests,
     open_source,
     prompts_of,
     source_digests,
@@ -164,6 +165,7 @@ def _identity(
     parts["companions"] = dict(checkpoint.companions.digests)
     parts["config"] = dict(checkpoint.config.raw)
     parts["samples"] = source_digests(recipe)
+    parts["media"] = media_digests(recipe)
     parts["versions"] = installed_versions()
     parts["processes"] = processes.count
     parts["device"] = device.partition(":")[0]

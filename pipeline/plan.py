@@ -22,6 +22,7 @@ from checkpoint.layout import select_prefix, spec_bytes
 from checkpoint.libraries import find_mamba_kernels
 from checkpoint.log import get_logger
 from checkpoint.memory import device_available, host_available
+from checkpoint.opened import rounding_note
 from checkpoint.processes import Processes
 from export.layout import output_specs
 from pipeline.inputs import available_samples
@@ -159,6 +160,9 @@ def make_plan(job: Job) -> Plan:
         job.checkpoint.companions.summary(),
         f"needs about {', '.join(needed_parts)}",
     ]
+    rounded = rounding_note(job.checkpoint)
+    if rounded is not None:
+        lines.insert(0, rounded)
     lines += kernel_lines(job.device)
     if job.distillation is not None:
         lines.append(_training_line(job.distillation, needs.cost.seconds))
@@ -197,7 +201,7 @@ def _measure_needs(job: Job) -> Needs:
         mean_length=mean,
         longest=longest,
         activations=int(activation * (samples + available_samples(recipe.accuracy))),
-        whole=checkpoint.tensors.total_bytes + workspace,
+        whole=spec_bytes(checkpoint.tensors.specs) + workspace,
         one_by_one=max(outside_layers(checkpoint), 2 * largest_layer(checkpoint) + workspace),
         cost=cost,
     )
@@ -205,9 +209,9 @@ def _measure_needs(job: Job) -> Needs:
 
 def _outside_language_model(job: Job) -> int:
     """Bytes of vision tower and projector."""
-    prefix = job.checkpoint.config.family.language_model
-    language_model = spec_bytes(select_prefix(job.checkpoint.tensors.specs, prefix))
-    return job.checkpoint.tensors.total_bytes - language_model
+    specs = job.checkpoint.tensors.specs
+    language_model = select_prefix(specs, job.checkpoint.config.family.language_model)
+    return spec_bytes(specs) - spec_bytes(language_model)
 
 
 def _activation_budget(job: Job, needs: Needs) -> int:

@@ -126,6 +126,7 @@ _MESSAGES = {
     "tuple_type": "should be a list",
     "dict_type": "should be a mapping",
     "path_type": "should be a path",
+    "too_short": "should have at least one entry",
 }
 """What is shown for errors that pydantic words for Python programmers."""
 

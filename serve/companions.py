@@ -52,7 +52,7 @@ def companion_faults(directory: Path) -> list[Fault]:
         if not (directory / name).exists():
             faults.append(Fault(str(directory / name), "no such file", _COPY))
     faults += tokenizer_faults(directory)
-    faults += _auto_map_faults(directory)
+    faults += auto_map_faults(directory)
     if not has_chat_template(directory):
         template = str(directory / TEMPLATE_FILES[0])
         faults.append(Fault(template, "no such file, so no chat is possible", _COPY))
@@ -61,7 +61,8 @@ def companion_faults(directory: Path) -> list[Fault]:
     return faults
 
 
-def _auto_map_faults(directory: Path) -> Iterator[Fault]:
+def auto_map_faults(directory: Path) -> Iterator[Fault]:
+    """Yield faults of the configuration class that vLLM loads from the directory."""
     try:
         auto_map = read_json(directory / "config.json").get("auto_map")
     except BadInput:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.config import CheckpointConfig
+from checkpoint.config import CheckpointConfig, is_quantized
 from checkpoint.reading import safetensors_header
 from serve.environment import Device
 
@@ -172,7 +172,7 @@ def plan_memory(
         is_fp4_converted: Whether NVFP4 weights become FP8.
     """
     allowed = device.memory * (utilization or DEFAULT_UTILIZATION)
-    weights = weight_bytes(config.directory)
+    weights = weight_bytes(config)
     if is_fp4_converted:
         weights += int(GROWTH_AS_FP8 * packed_bytes(config.directory))
     weights //= ranks
@@ -181,9 +181,18 @@ def plan_memory(
     return MemoryPlan(allowed, weights, step + logits + CUDA_BYTES)
 
 
-def weight_bytes(directory: Path) -> int:
-    """Return the size of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+def weight_bytes(config: CheckpointConfig) -> int:
+    """Return the size of a checkpoint's weights in memory: that of its files, but of a model that
+    is not quantized, vLLM rounds what they hold in float32.
+
+    Raises:
+        OSError, ValueError, struct.error: A file is not a safetensors file.
+    """
+    paths = list(config.directory.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in paths)
+    if is_quantized(config.raw):
+        return total
+    return total - sum(_tensor_bytes(path, "F32") // 2 for path in paths)
 
 
 def packed_bytes(directory: Path) -> int:
@@ -192,14 +201,18 @@ def packed_bytes(directory: Path) -> int:
     Raises:
         OSError, ValueError, struct.error: A file is not a safetensors file.
     """
+    return sum(_tensor_bytes(path, "U8") for path in directory.glob("*.safetensors"))
+
+
+def _tensor_bytes(path: Path, dtype: str) -> int:
+    """Bytes of the tensors of one dtype in a file."""
+    header, _ = safetensors_header(path)
+    header.pop("__metadata__", None)
     total = 0
-    for path in directory.glob("*.safetensors"):
-        header, _ = safetensors_header(path)
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            if entry["dtype"] == "U8":
-                begin, end = entry["data_offsets"]
-                total += end - begin
+    for entry in header.values():
+        if entry["dtype"] == dtype:
+            begin, end = entry["data_offsets"]
+            total += end - begin
     return total
 
 

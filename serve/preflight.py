@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import CheckpointConfig, read_config
+from checkpoint.config import CheckpointConfig, declared_dtypes, read_config, read_json
 from checkpoint.endpoint import KEY_VARIABLE, is_loopback
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.weight_files import weight_faults
@@ -119,12 +119,33 @@ def directory_faults(directory: Path, environment: ServeEnvironment, ranks: int 
     try:
         config = read_config(directory)
         faults += precision_faults(config, environment, ranks)
+        faults += dtype_faults(directory)
     except BadInput as bad:
         faults += bad.faults
     if directory.is_dir():
         faults += weight_faults(directory)
         faults += companion_faults(directory)
     return faults
+
+
+def dtype_faults(directory: Path) -> Iterator[Fault]:
+    """Yield the dtypes in config.json that vLLM would give a part of the model only.
+
+    It rounds the weights of a checkpoint that was saved as float32, but takes the projector's dtype
+    from this file. The symptom is a server that dies at the first picture, with "expected m1 and m2
+    to have the same dtype".
+
+    Raises:
+        BadInput: config.json cannot be read.
+    """
+    path = directory / "config.json"
+    others = []
+    for key, dtype in declared_dtypes(read_json(path)).items():
+        if dtype != "bfloat16":
+            others.append(f"{key} is {shortened(dtype, 40)}")
+    if others:
+        what = f"{', '.join(others)}: vLLM would die at the first picture"
+        yield Fault(str(path), what, "write bfloat16 there; vLLM rounds the weights itself")
 
 
 def precision_faults(

@@ -40,6 +40,25 @@ def edit_json(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(value))
 
 
+def cast_weights(directory: Path, dtype: str, names: str = "") -> None:
+    """Save the weights as fine-tuning does: of another dtype, at values that BF16 does not have.
+
+    Args:
+        directory: A checkpoint.
+        dtype: torch's name of the dtype.
+        names: What the names of the tensors begin with; all by default.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def cast(tensors: dict) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and name.startswith(names):
+                moved = 1 + 0.004 * torch.randn(tensor.shape, generator=random)
+                tensors[name] = (tensor.float() * moved).to(getattr(torch, dtype))
+
+    edit_tensors(directory, cast)
+
+
 def truncate(path: Path, keep: float = 0.5) -> None:
     """Cut a file off."""
     with path.open("r+b") as file:

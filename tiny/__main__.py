@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.faults import main
-from checkpoint.weight_files import SINGLE
+from checkpoint.other_weights import SINGLE
 from tiny.checkpoint import write_tiny
 
 

@@ -23,7 +23,7 @@ from checkpoint.atomic import replaced_directory, write_tensors
 from checkpoint.config import CheckpointConfig, read_config, read_json
 from checkpoint.faults import BadInput, Fault
 from checkpoint.layout import TensorSpec, expected_tensors
-from checkpoint.weight_files import SINGLE
+from checkpoint.other_weights import SINGLE
 from tiny.tokenizer import write_tiny_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -74,7 +74,7 @@ def uploaded_files(facts: Facts) -> list[str]:
 def _files_of_an_export(directory: Path) -> set[str]:
     from checkpoint.companions import find_companions
     from checkpoint.files import TensorFiles
-    from checkpoint.weight_files import INDEX
+    from checkpoint.other_weights import INDEX
 
     weights = TensorFiles(directory).files
     companions = find_companions(directory, tuple(weights))

@@ -19,8 +19,8 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.files import TensorFiles
 from checkpoint.layout import Linear, Specs, TensorSpec, language_model_linears
 from checkpoint.opened import Checkpoint
+from checkpoint.other_weights import SINGLE
 from checkpoint.shards import ShardWriter, plan_shards, write_index
-from checkpoint.weight_files import SINGLE
 from export.layout import formats_of, quantized_layout
 from quantize.formats.registry import UNQUANTIZED
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from checkpoint.faults import BadInput, Fault
 from checkpoint.video import Video
 from pipeline.inputs import (
     available_samples,
+    media_digests,
     prompts_of,
     source_digests,
     trained_on_sources,
@@ -287,6 +289,53 @@ def test_a_run_remembers_the_content_of_a_folder(tmp_path, source):
     (folder / "more.parquet").write_bytes(b"rows")
     assert source_digests(loaded) != changed
     assert not HubSource(type="hub", name="ORG/DATASET").files()
+
+
+def question(*media):
+    """A row that asks about some media, by their paths."""
+    parts = [{"type": "video" if name.endswith("mp4") else "image", "path": name} for name in media]
+    return json.dumps({"messages": [{"role": "user", "content": [*parts, "What is it?"]}]})
+
+
+def test_a_run_remembers_the_media_that_its_rows_name(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("a.png", "clips/b.mp4", "clips/beyond.mp4", "clips/unnamed.mp4"):
+        (tmp_path / name).write_bytes(b"1")
+    rows = [question("a.png", "clips/b.mp4"), "{}", question("clips/missing.mp4")]
+    rows += [question("data:image/png;base64,AA=="), question("clips/beyond.mp4")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    source = f"calibrate.sources=[{{type: jsonl, path: {tmp_path / 'rows.jsonl'}}}]"
+    few = load_recipe(SHIPPED / "tiny/fp8.yaml", ["model=m", source, "calibrate.samples=1"])
+    all_rows = load_recipe(SHIPPED / "tiny/fp8.yaml", ["model=m", source])
+    before = media_digests(few), media_digests(all_rows)
+    assert set(before[0]) == {str(tmp_path), str(tmp_path / "clips")}
+    assert before[0][str(tmp_path)].startswith("1 file, newest a.png (")
+    assert before[0][str(tmp_path / "clips")].startswith("2 files, newest b.mp4 (")
+    (tmp_path / "clips" / "unnamed.mp4").write_bytes(b"another")
+    assert (media_digests(few), media_digests(all_rows)) == before
+    # A run that does not get so far is resumed all the same.
+    (tmp_path / "clips" / "beyond.mp4").write_bytes(b"another")
+    assert media_digests(few) == before[0]
+    assert media_digests(all_rows) != before[1]
+    (tmp_path / "clips" / "b.mp4").write_bytes(b"another")
+    changed = media_digests(few)
+    assert changed.pop(str(tmp_path / "clips")) != before[0].pop(str(tmp_path / "clips"))
+    assert changed == before[0]
+
+
+def test_media_beside_llava_rows_and_of_the_same_size_are_noticed(tmp_path):
+    turn = {"from": "human", "value": "<image>What is it?"}
+    rows = [{"image": "a.png", "conversations": [turn]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "media").mkdir()
+    picture = tmp_path / "media" / "a.png"
+    picture.write_bytes(b"1")
+    paths = f"path: {tmp_path / 'rows.json'}, media: {tmp_path / 'media'}"
+    loaded = recipe(f"{{type: llava, {paths}}}")
+    before = media_digests(loaded)
+    assert list(before) == [str(tmp_path / "media")]
+    os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1))
+    assert media_digests(loaded) != before
 
 
 def test_what_is_trained_on_and_judged_by_is_named(tmp_path, monkeypatch):

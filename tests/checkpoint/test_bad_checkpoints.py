@@ -1,6 +1,7 @@
 """Every way a BF16 checkpoint can be wrong is one clear fault, and all faults come at once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,6 +69,112 @@ def test_no_weights(tiny_copy):
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("pytorch_model.bin", "safe_serialization=True"),
+        ("model-Q4.gguf", "give the checkpoint that the GGUF file was made from"),
+        ("adapter_model.safetensors", "it is an adapter: merge it"),
+        ("model-00001-of-00002.safetensors", "copy model.safetensors.index.json as well"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_weights_that_are_not_read_are_named_with_what_to_do(tiny_copy, file, remedy, has_config):
+    (tiny_copy / "model.safetensors").rename(tiny_copy / file)
+    if not has_config:
+        (tiny_copy / "config.json").unlink()
+    found = faults_of(tiny_copy)
+    assert file in found
+    assert remedy in found
+
+
+def test_a_name_on_the_hub_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "hf download nvidia/Nemotron --local-dir DIR" in faults_of("nvidia/Nemotron")
+    (tmp_path / "out").mkdir()
+    assert "hf download" not in faults_of("out/nemotron")
+
+
+def as_one_shard(directory):
+    """Give a checkpoint of one file an index, under which the file has another name."""
+    weight_map = dict.fromkeys(TensorFiles(directory), "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_weights_that_only_some_loaders_read_are_refused(tiny_copy):
+    """transformers prefers model.safetensors to an index, and adds an adapter."""
+    extra = tiny_copy / "extra.safetensors"
+    shutil.copyfile(tiny_copy / "model.safetensors", extra)
+    assert "extra.safetensors: lies beside model.safetensors, and loaders" in faults_of(tiny_copy)
+    as_one_shard(tiny_copy)
+    open_bf16(tiny_copy)  # no loader reads what an index does not name
+    shutil.copyfile(extra, tiny_copy / "model.safetensors")
+    assert "lies beside model.safetensors.index.json, and loaders" in faults_of(tiny_copy)
+    (tiny_copy / "model.safetensors").rename(tiny_copy / "adapter_model.safetensors")
+    assert "is an adapter beside the weights, and would be left out" in faults_of(tiny_copy)
+
+
+def test_many_wrong_tensors_are_one_fault(tiny_copy):
+    def rename(tensors):
+        for name in list(tensors):
+            if name.startswith("language_model.backbone"):
+                tensors[name.replace("backbone", "model")] = tensors.pop(name)
+        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].char()
+
+    edit_tensors(tiny_copy, rename)
+    (line,) = faults_of(tiny_copy).splitlines()
+    assert "60 tensors are missing, such as language_model.backbone.embeddings.weight" in line
+    assert "60 tensors are not part of this architecture, such as language_model.model" in line
+    assert "1 tensors differ: mlp1.0.weight is I8 [768], not BF16 [768]" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(force_image_size=250), "force_image_size is 250"),
+        (lambda raw: raw.update(force_image_size=8), "multiples of 32 up to 256"),
+        (lambda raw: raw.update(force_image_size=512), "multiples of 32 up to 256"),
+        (lambda raw: raw.update(ps_version="v1"), "ps_version is 'v1'"),
+        (lambda raw: raw["llm_config"].update(mlp_bias=True), "llm_config.mlp_bias is True"),
+        (lambda raw: raw["llm_config"].update(mlp_hidden_act="silu"), "computed with 'relu2'"),
+        (lambda raw: raw["llm_config"].update(n_groups=3), "n_groups is 3, for 64 heads"),
+        (lambda raw: raw["llm_config"].update(num_key_value_heads=3), "is 3, for 4 heads"),
+        (lambda raw: raw["vision_config"]["args"].update(teachers=[]), "teachers is empty"),
+        (
+            lambda raw: raw["vision_config"]["args"].update(num_attention_heads=5),
+            "5 attention heads for a width of 192",
+        ),
+    ],
+)
+def test_values_that_fit_the_tensors_and_cannot_be_computed(tiny_copy, change, message):
+    edit_json(tiny_copy / "config.json", change)
+    assert message in faults_of(tiny_copy)
+
+
+@pytest.mark.parametrize("key", ["layer_norm_epsilon", "bos_token_id"])
+def test_a_value_that_transformers_refuses_is_a_fault(tiny_copy, key):
+    from checkpoint.native import native_config
+
+    edit_json(tiny_copy / "config.json", lambda raw: raw["llm_config"].update({key: "x"}))
+    with pytest.raises(BadInput, match=rf"transformers' class .*'{key}'"):
+        native_config(open_bf16(tiny_copy).config)
+
+
+def test_a_token_without_a_row_of_the_embeddings(tiny_copy):
+    def shrink(tensors):
+        for name in ("backbone.embeddings", "lm_head"):
+            weight = tensors[f"language_model.{name}.weight"]
+            tensors[f"language_model.{name}.weight"] = weight[:983].clone()
+
+    edit_tensors(tiny_copy, shrink)
+    edit_json(tiny_copy / "config.json", lambda raw: raw["llm_config"].update(vocab_size=983))
+    checkpoint = open_bf16(tiny_copy)
+    with pytest.raises(BadInput, match="<video> has id 983, and the embeddings have 983 rows"):
+        _ = checkpoint.tokenizer
+
+
 def test_index_that_names_a_missing_shard_and_a_wrong_place(tiny_copy):
     tensors = {name: "model.safetensors" for name in TensorFiles(tiny_copy)}
     tensors["mlp1.1.weight.extra"] = "model.safetensors"
@@ -82,14 +189,14 @@ def test_missing_extra_and_misshapen_tensors_are_named_at_once(tiny_copy):
     def change(tensors):
         tensors["mlp1.9.weight"] = tensors.pop("mlp1.1.weight")
         tensors[UP] = tensors[UP][:-1].clone()
-        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].float()
+        tensors["mlp1.0.weight"] = tensors["mlp1.0.weight"].char()
 
     edit_tensors(tiny_copy, change)
     found = faults_of(tiny_copy)
     assert "tensor mlp1.1.weight is missing" in found
     assert "tensor mlp1.9.weight is not part of this architecture" in found
     assert f"tensor {UP} is BF16" in found
-    assert "tensor mlp1.0.weight is F32" in found
+    assert "tensor mlp1.0.weight is I8" in found
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -176,18 +176,3 @@ def test_an_adapter_that_is_not_merged_is_one_fault(tiny_copy):
     with pytest.raises(BadInput, match="adapter that is not merged") as caught:
         open_bf16(tiny_copy)
     assert len(caught.value.faults) == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_weights_of_another_dtype_are_one_fault(tiny_copy, dtype):
-    import torch
-
-    def cast(tensors):
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensors[name] = tensor.to(getattr(torch, dtype))
-
-    edit_tensors(tiny_copy, cast)
-    with pytest.raises(BadInput, match=r"not BF16, such as .*cast them to bfloat16") as caught:
-        open_bf16(tiny_copy)
-    assert len(caught.value.faults) == 1

@@ -39,6 +39,14 @@ def test_a_fault_that_was_found_twice_is_printed_once(capsys):
     assert printed == "error: a: is wrong (fix it)\nerror: b: too\n"
 
 
+def test_of_many_faults_that_are_alike_only_the_first_are_printed(capsys):
+    alike = [Fault(f"sample {number}", "is refused", "fix it") for number in range(40)]
+    _, printed = ending(BadInput(*alike, Fault("b", "too")), capsys)
+    lines = printed.splitlines()
+    assert lines[4] == "error: sample 4: is refused (fix it)"
+    assert lines[5:] == ["error: b: too", "error: … and 35 more"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_or_read_only_disk_exits_2(number, capsys):
     status, printed = ending(OSError(number, "…", "/somewhere/out"), capsys)

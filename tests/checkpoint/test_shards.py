@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from checkpoint.family import NEMOTRON_NANO_VL_V2
 from checkpoint.files import TensorFiles
 from checkpoint.layout import TensorSpec
+from checkpoint.other_weights import INDEX
 from checkpoint.shards import ShardWriter, plan_shards
-from checkpoint.weight_files import INDEX
 from tests.editing import raw_bytes
 
 LAYERS = 4

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from checkpoint.lock import LOCK, locked_directory
+from checkpoint.other_weights import SINGLE
 from checkpoint.run_state import RunState
-from checkpoint.weight_files import SINGLE
 from pipeline.first_checks import first_faults
 from recipes.loading import SHIPPED, load_recipe
 from tests.editing import edit_json

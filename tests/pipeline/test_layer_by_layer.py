@@ -179,17 +179,24 @@ def test_another_recipe_another_source_or_other_samples_are_refused(stopped):
 
 
 def test_a_picture_that_has_changed_is_refused(tiny, tmp_path, monkeypatch):
-    """The file of messages is the same: the digest of the prompts finds it."""
+    """The file of messages is the same: the picture's time of change finds it, and where that is
+    the same too, the digest of the prompts.
+    """
     from PIL import Image
 
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    part = {"type": "image", "image": "a.png"}
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.bmp")
+    part = {"type": "image", "image": "a.bmp"}
     turn = {"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}
     (tmp_path / "samples.jsonl").write_text(json.dumps({"messages": [turn]}))
     sources = f"calibrate.sources=[{{type: jsonl, path: {tmp_path / 'samples.jsonl'}}}]"
     with stopped_after(monkeypatch, 2):
         run_layers(tiny, tmp_path / "out", sources)
-    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    before = (tmp_path / "a.bmp").stat()
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.bmp")
+    with pytest.raises(BadInput, match=rf"media\.{tmp_path}: was 1 file, newest a\.bmp"):
+        run_layers(tiny, tmp_path / "out", sources)
+    assert (tmp_path / "a.bmp").stat().st_size == before.st_size
+    os.utime(tmp_path / "a.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(BadInput, match="the samples have changed since"):
         run_layers(tiny, tmp_path / "out", sources)
 

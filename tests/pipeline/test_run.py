@@ -202,6 +202,28 @@ def test_an_existing_output_is_not_touched(tiny, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_an_output_inside_the_source_is_refused(tiny_copy, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_copy)
+    for output in (tiny_copy / "fp8", tiny_copy / "a" / "fp8", tmp_path / "link" / "fp8"):
+        with pytest.raises(BadInput, match=f"{output}: lies inside the source"):
+            run(quick(tiny_copy, tmp_path, f"output={output}"))
+    assert not (tiny_copy / "a").exists()
+
+
+def test_an_output_at_the_place_of_the_tiny_checkpoint_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="is where the tiny checkpoint itself is written"):
+        run(quick("tiny", tmp_path, f"output={tmp_path / 'tiny-bf16'}"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_source_whose_export_no_server_would_take_is_refused(tiny_copy, tmp_path):
+    (tiny_copy / "generation_config.json").write_text('{"temperature": -1}')
+    (tiny_copy / "configuration.py").unlink()
+    with pytest.raises(BadInput, match="temperature is -1") as caught:
+        run(quick(tiny_copy, tmp_path))
+    assert "configuration.py: no such file, though config.json's auto_map" in str(caught.value)
+
+
 def test_nan_weights_end_the_run_before_calibration(tiny_copy, tmp_path):
     edit_tensors(tiny_copy, lambda t: t["mlp1.1.weight"].fill_(float("nan")))
     with pytest.raises(BadInput, match=r"mlp1\.1\.weight: contains"):

@@ -90,7 +90,7 @@ def test_an_override_replaces_a_list_as_a_whole():
         ("calibrate.samples=64.5", "calibrate.samples: is 64.5: .*integer"),
         ("calibrate.samples=", "calibrate.samples: is null: .*integer"),
         ("video.pruning_rate=1", "video.pruning_rate: is 1: .*less than 1"),
-        ("calibrate.sources=[]", "calibrate.sources: .*at least 1"),
+        ("calibrate.sources=[]", "calibrate.sources: .*at least one entry"),
         ("calibrate.sources=[{type: csv}]", "unknown source type 'csv'"),
         ("quantize.kv_cache=int4", "kv_cache: is 'int4': should be 'fp8'"),
         ("quantize.memory=stream", "memory: is 'stream': should be 'auto', 'whole' or 'layers'"),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from commands import run_module
-from editing import edit_json, truncate
+from editing import cast_weights, edit_json, truncate
 
+from checkpoint.config import read_config
 from checkpoint.faults import BadInput
 from serve.environment import CPU, Device, ServeEnvironment
+from serve.memory import weight_bytes
 from serve.preflight import (
     LONGER_VARIABLE,
     checked_settings,
@@ -85,6 +87,21 @@ def test_faults_of_precision_and_device_come_with_those_of_the_settings(tiny_cop
 def test_settings_that_are_right_leave_the_directory_to_the_preflight(tmp_path):
     settings = checked_settings(tmp_path, {"port": 0}, ["--video-pruning-rate=0"], ON_CPU)
     assert settings.video.pruning_rate == 0
+
+
+def test_dtypes_that_vllm_gives_a_part_of_the_model_only(tiny, tiny_copy):
+    """vLLM 0.32 dies: "expected m1 and m2 to have the same dtype, but got: BFloat16 != float"."""
+    cast_weights(tiny_copy, "float32")
+    rounded = weight_bytes(preflight(tiny_copy, ANY_PORT, H100))
+    assert rounded == pytest.approx(weight_bytes(read_config(tiny)), rel=0.01)
+
+    def declare(raw):
+        raw.update(torch_dtype="float32")
+        raw["llm_config"].update(torch_dtype="float32")
+
+    edit_json(tiny_copy / "config.json", declare)
+    what = "torch_dtype is float32, llm_config.torch_dtype is float32: vLLM would die"
+    assert what in faults(tiny_copy)
 
 
 def test_no_such_directory(tmp_path):

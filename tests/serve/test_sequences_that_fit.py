@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import struct
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,13 @@ ON_CPU = ServeEnvironment("python", (0, 32, 0), CPU, "0.2.1")
 
 @pytest.fixture
 def checkpoint(full12b, tmp_path):
-    """The 12B's configuration in a directory with a weight file of so many bytes, all holes."""
+    """The 12B's configuration in a directory with a weight file of so many bytes: an empty header
+    and holes.
+    """
 
     def make(size):
         with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", 2) + b"{}")
             file.truncate(int(size))
         return CheckpointConfig(tmp_path, full12b.raw)
 

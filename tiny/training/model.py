@@ -27,7 +27,7 @@ from checkpoint.files import TensorFiles
 from checkpoint.layout import expected_tensors
 from checkpoint.libraries import language_model_classes
 from checkpoint.opened import check_finite, open_bf16
-from checkpoint.weight_files import SINGLE
+from checkpoint.other_weights import SINGLE
 from tiny.checkpoint import write_tiny
 from tiny.training.labels import EMPTY, IGNORED, LABEL_SIZES, LINK_CLASSES, NAMES, RUNNING_TEXT
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
@@ -181,6 +182,26 @@ def test_samples_that_have_changed_are_refused(tiny, tmp_path, monkeypatch, sect
             run(load_recipe(RECIPE, given))
     samples.write_text(samples.read_text().replace("Answer 3", "Answer 5"))
     with pytest.raises(BadInput, match=r"samples\..*mine\.jsonl: was "):
+        run(load_recipe(RECIPE, given))
+
+
+@pytest.mark.parametrize("section", ["calibrate", "distill"])
+def test_a_picture_that_has_changed_is_refused(tiny, tmp_path, monkeypatch, section):
+    """The rows that name it are the same."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Which colour?"}]
+    row = {"messages": [{"role": "user", "content": content}], "answer": "Red."}
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'answer': 'R'})}")
+    source = f"{section}.sources=[{{type: jsonl, path: {tmp_path / 'mine.jsonl'}}}]"
+    long = ["distill.max_length=800", "distill.pack_length=null", "distill.held_out=1"]
+    given = overrides(tiny, tmp_path / "out", source, *long)
+    with monkeypatch.context() as patch:
+        interrupt_behind_first_checkpoint(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(load_recipe(RECIPE, given))
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "a.png")
+    message = rf"media\.{tmp_path}: was 1 file, newest a\.png .* to start again"
+    with pytest.raises(BadInput, match=message):
         run(load_recipe(RECIPE, given))
 
 
