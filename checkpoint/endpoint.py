@@ -73,6 +73,10 @@ def _host_of(url: str) -> str:
         raise BadInput(Fault(shortened(url), f"is not a URL: {shortened(error)}", remedy)) from None
     if parts.scheme not in ("http", "https") or not host:
         raise BadInput(Fault(shortened(url), "is not an http or https URL with a host", remedy))
+    if parts.username is not None or parts.password is not None:
+        # The error does not repeat them, nor would the client send them: it sends the key.
+        what = "is given with a user name or a password"
+        raise BadInput(Fault(host, what, f"leave it out, and give a key by {KEY_VARIABLE}"))
     return host
 
 

@@ -183,6 +183,13 @@ def test_what_is_no_url_gets_a_sentence(url):
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("user", ["user:secret", "secret", ":secret"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(user):
+    with pytest.raises(BadInput, match="with a user name or a password") as caught:
+        connect(f"http://{user}@localhost:8000")
+    assert "secret" not in str(caught.value)
+
+
 def test_nobody_there_gets_a_sentence():
     with pytest.raises(BadInput, match="no server answers"):
         first_model(connect("http://127.0.0.1:9"))
