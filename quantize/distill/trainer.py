@@ -96,6 +96,7 @@ def training_arguments(plan: DistillationPlan) -> DistillationArguments:
         lr_scheduler_type="cosine",
         warmup_steps=warmup_steps,
         gradient_checkpointing=settings.gradient_checkpointing,
+        ddp_find_unused_parameters=False,  # what trains and has no gradient is GradientCheck's
         seed=settings.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would log the last finite loss in place of a NaN

@@ -75,6 +75,14 @@ def test_a_quantized_model_is_told(tiny_copy, tmp_path):
 # The output
 
 
+def test_an_output_inside_the_model_is_told(tiny_copy, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_copy)
+    for output in (tiny_copy / "fp8", tiny_copy / "a" / "fp8", tmp_path / "link" / "fp8"):
+        (fault,) = told(model=tiny_copy, output=output)
+        assert fault.startswith(f"{output}: lies inside the source")
+    assert not (tiny_copy / "a").exists()
+
+
 def test_what_a_run_has_begun_or_written_is_no_fault(tmp_path):
     output = tmp_path / "out"
     state = RunState(output, {})

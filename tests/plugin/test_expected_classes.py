@@ -32,11 +32,11 @@ def methods(site):
 
 
 def arguments_of(text):
-    """Decorators and the arguments of a recorded signature."""
+    """Decorators that change how a method is called, and the arguments, of a recorded signature."""
     head, _, rest = text.partition("(")
     *words, name = head.split()
     function = ast.parse(f"def {name}({rest}: pass").body[0]
-    return set(words) - {"abstractmethod"}, function.args
+    return set(words) - {"abstractmethod", "override"}, function.args
 
 
 def names(arguments):
