@@ -1,5 +1,6 @@
 """Fixtures that every room shares: the tiny checkpoint, its config and model, exports of it."""
 
+import logging
 import os
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ import torch
 
 from checkpoint.config import CheckpointConfig, read_json
 from checkpoint.libraries import prepare_libraries
+from checkpoint.log import NAMESPACE
 from checkpoint.opened import Checkpoint, open_bf16
 from checkpoint.tokenizer import RELEASED
 from tiny.checkpoint import write_tiny
@@ -47,6 +49,15 @@ def pytest_collection_modifyitems(
     yield
     if is_distributed and not all("@" in item.nodeid for item in items):
         raise pytest.UsageError("pytest-xdist does not group tests: install requirements.txt")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Generator[None, None, None]:
+    """Undo what a command does to logging that runs in the process of the tests."""
+    logger = logging.getLogger(NAMESPACE)
+    before = (logger.level, logger.handlers, logger.propagate)
+    yield
+    logger.level, logger.handlers, logger.propagate = before
 
 
 def _group_of(item: pytest.Item) -> str:
