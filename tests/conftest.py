@@ -55,9 +55,11 @@ def pytest_collection_modifyitems(
 def own_logging() -> Generator[None, None, None]:
     """Undo what a command does to logging that runs in the process of the tests."""
     logger = logging.getLogger(NAMESPACE)
-    before = (logger.level, logger.handlers, logger.propagate)
+    level = logger.level
+    before = (logger.handlers, logger.propagate)
     yield
-    logger.level, logger.handlers, logger.propagate = before
+    logger.setLevel(level)
+    logger.handlers, logger.propagate = before
 
 
 def _group_of(item: pytest.Item) -> str:
