@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -137,7 +138,7 @@ def _plan_distillation(
             logger.warning(message, shortened(name))
     return plan_distillation(
         section,
-        lambda: training_samples(section, skipped),
+        partial(training_samples, section),
         skipped,
         checkpoint,
         policy,

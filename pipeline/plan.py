@@ -337,7 +337,7 @@ def _training_line(plan: DistillationPlan, seconds: float) -> str:
     config = plan.checkpoint.config
     video = plan.video.with_rate(plan.rates[0])
     prompts = build_prompts(
-        (with_answer(sample) for sample in plan.samples()),
+        (with_answer(sample) for sample in plan.samples(plan.skipped)),
         config,
         plan.checkpoint.tokenizer,
         video,

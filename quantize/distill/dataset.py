@@ -46,7 +46,7 @@ class TrainingDataset(IterableDataset):
 
     def __init__(
         self,
-        samples: Callable[[], Iterator[Sample]],
+        samples: Callable[[Skipped], Iterator[Sample]],
         prepare: Callable[[Sample, float], Prepared],
         embed: Callable[[Prepared], Row],
         rates: Sequence[float],
@@ -60,13 +60,14 @@ class TrainingDataset(IterableDataset):
         """Describe the dataset; nothing is read yet.
 
         Args:
-            samples: Opens one pass over the samples, the same at every call.
+            samples: Opens one pass over the samples, the same at every call. It gives the rows that
+                are no samples to the `Skipped`.
             prepare: Decodes a sample for an EVS rate. Called in a thread, for samples to come.
             embed: Makes the row of a decoded sample.
             rates: EVS rates. Each sample draws one by `seed` and its position, in whatever process.
             held_out: Samples at the head of every pass that are not trained on.
             seed: Draws the EVS rates.
-            skipped: Takes the samples that cannot be used, with those that `samples` leaves out.
+            skipped: Takes samples that cannot be used and rows that are none, at their turn.
             processes: Each of n processes takes every n-th sample, so that an optimizer step has
                 the same samples for any n.
             step_rows: Rows of this process per optimizer step; each such group comes longest
@@ -102,7 +103,8 @@ class TrainingDataset(IterableDataset):
         """
         rows = []
         unanswered = 0
-        for number, sample in enumerate(itertools.islice(self._samples(), self._held_out)):
+        samples = itertools.islice(self._samples(self.skipped), self._held_out)
+        for number, sample in enumerate(samples):
             try:
                 rate = self._rates[number % len(self._rates)]
                 row = self._embed(self._prepare(sample, rate))
@@ -152,6 +154,8 @@ class TrainingDataset(IterableDataset):
     def _in_order(self, samples: Iterable[Embedded]) -> Iterator[Row]:
         unusable = 0
         for place, row in samples:
+            for faults in place.left_out:
+                self.skipped.add(*faults)
             if row is None or isinstance(row, BadInput):
                 self._note_unusable(place, row)
                 unusable += 1
@@ -162,14 +166,15 @@ class TrainingDataset(IterableDataset):
                 yield row | {"position": place.position}
 
     def _decoded(self) -> Iterator[Decoded]:
-        """Yield this process's samples from `start` on."""
-        for position, (number, sample) in enumerate(self._repeated()):
+        """Yield this process's samples from `start` on; called in the thread that decodes."""
+        left_out = _LeftOut(self.skipped)
+        for position, (number, sample) in enumerate(self._repeated(left_out)):
             if position < self.start:
                 continue
             if position % self._processes.count != self._processes.index:
                 continue
             rate = random.Random(f"{self._seed} {position}").choice(self._rates)
-            place = Place(position, number, rate)
+            place = Place(position, number, rate, left_out.taken())
             if rate in self._unusable_at.get(number, set()):
                 yield place, None
                 continue
@@ -196,13 +201,17 @@ class TrainingDataset(IterableDataset):
             summary = Fault("distill.sources", what, "give more samples")
             raise BadInput(summary, *self.skipped.faults)
 
-    def _repeated(self) -> Iterator[tuple[int, Sample]]:
-        """Yield the samples to train on with their numbers in a pass, again and again."""
+    def _repeated(self, skipped: Skipped) -> Iterator[tuple[int, Sample]]:
+        """Yield the samples to train on with their numbers in a pass, again and again.
+
+        Args:
+            skipped: Takes the rows that are no samples.
+        """
         while True:
             found = False
             left_out = 0
             held_out: set[bytes] = set()
-            for number, sample in enumerate(self._samples()):
+            for number, sample in enumerate(self._samples(skipped)):
                 if number < self._held_out:
                     held_out.add(_content(sample))
                 elif held_out and _content(sample) in held_out:
@@ -226,6 +235,30 @@ class TrainingDataset(IterableDataset):
             self._has_warned_of_held_out = True
             message = "%s: says the same as a held-out sample; such samples are not trained on"
             logger.warning(message, sample.where)
+
+
+class _LeftOut(Skipped):
+    """Counts the rows that are no samples in the thread that decodes.
+
+    They count for the run at their turn only: which row is read while a step trains depends on how
+    long the step takes. Here they count as well, so that bad rows without end are given up.
+    """
+
+    def __init__(self, before: Skipped) -> None:
+        """Begin with what was skipped before the thread began."""
+        super().__init__(before.limit, before.repeats, list(before.faults), before.samples)
+        self._new: list[tuple[Fault, ...]] = []
+
+    def add(self, *faults: Fault) -> None:
+        """Count one row, as `Skipped` does."""
+        self._new.append(faults)
+        super().add(*faults)
+
+    def taken(self) -> tuple[tuple[Fault, ...], ...]:
+        """Return the faults of the rows since the last call."""
+        new = tuple(self._new)
+        self._new.clear()
+        return new
 
 
 def _content(sample: Sample) -> bytes:

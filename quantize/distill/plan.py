@@ -55,8 +55,9 @@ class DistillationPlan:
         settings: The recipe's section.
         trained: Names of the tensors that train.
         directory: Where checkpoints are kept while it runs, and resumed from.
-        samples: Opens one pass over the training samples, the same at every call.
-        skipped: Counts the samples that cannot be used, those that `samples` leaves out included.
+        samples: Opens one pass over the training samples, the same at every call. It gives the rows
+            that are no samples to the `Skipped`.
+        skipped: Counts the samples that cannot be used, and those rows.
         checkpoint: The BF16 checkpoint.
         policy: Format by linear.
         video: How clips are sampled; their EVS rates are `rates`.
@@ -70,7 +71,7 @@ class DistillationPlan:
     settings: Distill
     trained: tuple[str, ...]
     directory: Path
-    samples: Callable[[], Iterator[Sample]]
+    samples: Callable[[Skipped], Iterator[Sample]]
     skipped: Skipped
     checkpoint: Checkpoint
     policy: Policy
@@ -145,7 +146,7 @@ class DistillationPlan:
 
 def plan_distillation(
     settings: Distill,
-    samples: Callable[[], Iterator[Sample]],
+    samples: Callable[[Skipped], Iterator[Sample]],
     skipped: Skipped,
     checkpoint: Checkpoint,
     policy: Policy,
@@ -159,7 +160,7 @@ def plan_distillation(
 
     Args:
         settings: The recipe's section.
-        samples: Opens one pass over the training samples, the same at every call.
+        samples: As in `DistillationPlan`.
         skipped: As in `DistillationPlan`.
         checkpoint: The BF16 checkpoint.
         policy: Format by linear.

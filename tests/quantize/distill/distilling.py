@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import time
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def with_a_blank(sample):
     return dataclasses.replace(sample, messages=messages)
 
 
+def wait_until(condition):
+    """Wait until `condition()` holds, for ten seconds at most."""
+    limit = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
 def ignore(step: int) -> None:
     """Record nothing."""
 
@@ -110,7 +119,7 @@ def small_plan(
     checkpoint = open_bf16(tiny)
     return plan_distillation(
         Distill(**(SETTINGS | settings)),
-        samples,
+        lambda skipped: samples(),
         Skipped(settings.get("max_skipped", 0)),
         checkpoint,
         make_policy([Rule(format=format)], checkpoint.linears),

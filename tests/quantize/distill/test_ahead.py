@@ -10,6 +10,7 @@ import pytest
 
 from checkpoint.faults import BadInput, Fault
 from quantize.distill.ahead import MadeAhead, Place
+from tests.quantize.distill.distilling import wait_until
 from tests.quantize.distill.test_dataset import dataset, five, named, numbered
 
 
@@ -18,17 +19,10 @@ def places(count):
         yield Place(number, number, 0.0), f"sample {number}"
 
 
-def wait_until(condition):
-    limit = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-
-
 def test_samples_keep_their_order_whether_or_not_they_were_embedded_ahead():
     ahead = MadeAhead(places(100), str.upper)
     found = [next(ahead), next(ahead)]
-    wait_until(lambda: ahead._waiting[-1].done())
+    wait_until(lambda: ahead._decoded.qsize() == 16)
     ahead.embed_decoded(3)
     assert len(ahead._embedded) == 3
     found += ahead
@@ -67,7 +61,8 @@ def test_no_more_samples_are_decoded_than_may_wait():
             yield sample
 
     ahead = MadeAhead(decode(), lambda prepared: {})
-    wait_until(lambda: all(future.done() for future in ahead._waiting))
+    wait_until(lambda: ahead._decoded.qsize() == 16)
+    time.sleep(0.05)
     assert len(decoded) == 16
     ahead.close()
 
@@ -78,11 +73,70 @@ def test_what_later_samples_raise_waits_for_their_turn():
         raise BadInput(Fault("line 3", "is no JSON"))
 
     ahead = MadeAhead(broken(), lambda prepared: {})
-    wait_until(lambda: ahead._waiting[-1].done())
+    wait_until(lambda: not ahead._thread.is_alive())
     ahead.embed_decoded(9)
     assert [next(ahead)[0].number, next(ahead)[0].number] == [0, 1]
-    with pytest.raises(BadInput, match="line 3: is no JSON"):
+    for _ in range(2):
+        with pytest.raises(BadInput, match="line 3: is no JSON"):
+            next(ahead)
+    ahead.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), MemoryError(), SystemExit(3)])
+def test_an_error_of_the_thread_is_raised_as_it_is_and_ends_the_thread(error):
+    def broken():
+        yield from places(1)
+        raise error
+
+    ahead = MadeAhead(broken(), lambda prepared: {})
+    next(ahead)
+    with pytest.raises(type(error)) as raised:
         next(ahead)
+    assert raised.value is error
+    wait_until(lambda: not ahead._thread.is_alive())
+
+
+def test_an_error_of_embedding_ahead_waits_for_its_turn():
+    def embed(prepared):
+        if prepared == "sample 1":
+            raise RuntimeError("a defect")
+        return {}
+
+    ahead = MadeAhead(places(9), embed)
+    wait_until(lambda: not ahead._thread.is_alive())
+    ahead.embed_decoded(9)
+    assert next(ahead)[0].number == 0
+    with pytest.raises(RuntimeError, match="a defect"):
+        next(ahead)
+
+
+def test_closing_does_not_wait_for_a_source_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("quantize.distill.ahead._SECONDS_TO_END", 0.01)
+    answer = threading.Event()
+
+    def silent():
+        yield from places(1)
+        answer.wait(20)
+        yield from places(100)
+
+    ahead = MadeAhead(silent(), lambda prepared: {})
+    next(ahead)
+    began = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - began < 5
+    assert ahead._thread.daemon
+    answer.set()
+    wait_until(lambda: not ahead._thread.is_alive())
+    assert ahead._decoded.qsize() == 1
+
+
+@pytest.mark.parametrize("taken", [0, 1, 20])
+def test_closing_ends_the_thread(taken):
+    ahead = MadeAhead(places(1000), lambda prepared: {})
+    for _ in range(taken):
+        next(ahead)
+    ahead.close()
+    assert not ahead._thread.is_alive()
     ahead.close()
 
 
@@ -95,7 +149,7 @@ def test_a_sample_that_cannot_be_embedded_counts_at_its_turn():
     rows = dataset(five, embed, step_rows=1)
     begun = iter(rows)
     assert next(begun)["name"] == "2"
-    wait_until(lambda: rows._ahead._waiting[-1].done())
+    wait_until(lambda: rows._ahead._decoded.qsize() == 16)
     rows._step_samples = 9
     rows.embed_ahead()
     assert next(begun)["name"] == "3"

@@ -24,7 +24,7 @@ from quantize.distill.rows import (
     ends_with_nothing,
     with_answer,
 )
-from tests.quantize.distill.distilling import sample_row, text_sample
+from tests.quantize.distill.distilling import sample_row, text_sample, wait_until
 
 SECOND = Processes(1, 2)
 
@@ -60,11 +60,12 @@ def named(sample, rate):
     }
 
 
-def dataset(samples=five, embed=named, rates=(0.5,), **options):
+def dataset(samples=five, embed=named, rates=(0.5,), bad_rows=None, **options):
+    """A dataset of `samples()`, or of `bad_rows(skipped)`, which leaves rows out."""
     skipped = Skipped(options.pop("max_skipped", 0), repeats=True)
     defaults = {"held_out": 2, "seed": 1, "skipped": skipped}
     return TrainingDataset(
-        samples,
+        bad_rows or (lambda skipped: samples()),
         lambda sample, rate: (sample, rate),
         lambda prepared: embed(*prepared),
         rates,
@@ -176,17 +177,44 @@ def test_a_bad_sample_is_replaced_by_the_next_and_counted_once_however_often_it_
 
 
 def test_rows_that_are_no_samples_count_with_those_that_cannot_be_embedded():
-    skipped = Skipped(2, repeats=True)
-
-    def four():
+    def four(skipped):
         """One of five rows is no sample, in every pass."""
         skipped.add(Fault("rows.jsonl: line 9", "is not JSON"))
         return itertools.islice(five(), 1, None)
 
-    assert names(dataset(four, bad("2"), held_out=1, skipped=skipped), 6) == "343434"
-    assert skipped.samples == 2
+    lenient = dataset(bad_rows=four, embed=bad("2"), held_out=1, max_skipped=2)
+    assert names(lenient, 6) == "343434"
+    assert lenient.skipped.samples == 2
     with pytest.raises(BadInput, match="3 samples cannot be used, at most 2 may be skipped"):
-        names(dataset(four, bad("2", "4"), held_out=1, skipped=skipped), 6)
+        names(dataset(bad_rows=four, embed=bad("2", "4"), held_out=1, max_skipped=2), 6)
+
+
+def test_rows_that_are_no_samples_count_at_their_turn_however_far_the_thread_has_read():
+    def four(skipped):
+        yield from itertools.islice(five(), 4)
+        skipped.add(Fault("rows.jsonl: line 5", "is not JSON"))
+        yield numbered(5)
+
+    ahead = dataset(bad_rows=four, embed=bad("2"), max_skipped=1, step_rows=1)
+    rows = iter(ahead)
+    assert next(rows)["name"] == "3"
+    wait_until(lambda: ahead._ahead._decoded.qsize() == 16)
+    assert ahead.skipped.samples == 1
+    with pytest.raises(BadInput, match="2 samples cannot be used, at most 1 may be skipped"):
+        next(rows)
+    ahead.close()
+
+
+def test_bad_rows_without_end_are_given_up():
+    def endless(skipped):
+        yield from five()
+        for line in itertools.count(6):
+            skipped.add(Fault(f"rows.jsonl: line {line}", "is not JSON"))
+
+    rows = iter(dataset(bad_rows=endless, max_skipped=7, step_rows=1))
+    assert [next(rows)["name"] for _ in range(3)] == ["2", "3", "4"]
+    with pytest.raises(BadInput, match="8 samples cannot be used, at most 7 may be skipped"):
+        next(rows)
 
 
 def test_samples_without_an_answer_are_counted_and_said(caplog):

@@ -186,7 +186,7 @@ def packed_dataset(**options):
     skipped = Skipped(0)
     defaults = {"rates": (0.0,), "held_out": 1, "seed": 0, "skipped": skipped, "pack_length": 6}
     return TrainingDataset(
-        lambda: iter(samples), lambda sample, rate: sample, embed, **(defaults | options)
+        lambda skipped: iter(samples), lambda sample, rate: sample, embed, **(defaults | options)
     )
 
 
