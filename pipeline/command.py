@@ -41,7 +41,7 @@ def _run(
     arguments_help = "a recipe, if it is not the default one, and fields of it"
     parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value", help=arguments_help)
     arguments = parse_command(parser).arguments
-    path, fields = _split_recipe(arguments)
+    path, fields = split_recipe(arguments)
     recipe = load_recipe(path or SHIPPED / default, fields)
     raise_if_any(purpose_faults(recipe, module, formats, distils))
     # torch and ModelOpt take seconds to import; what can be told without them is told before.
@@ -55,7 +55,7 @@ def _run(
     return run(recipe)
 
 
-def _split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
+def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the recipe among the words of a command line, and the others.
 
     Raises:
