@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import runpy
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from checkpoint.faults import BadInput, Fault, main, nearest
 __version__ = "0.2.0"
 
 HELP_OPTIONS = ("-h", "--help")
+
+_VERBOSITY = re.compile(r"-[vq]+|--verbose|--quiet")
+"""Options of every command, which may stand in front of it as well."""
 
 REPORTED_PACKAGES = ("torch", "transformers", "nvidia-modelopt")
 """Distributions whose versions `hybridquant --version` prints beside ours."""
@@ -123,6 +127,25 @@ def find_module(arguments: list[str]) -> tuple[str, list[str]]:
     return f"{command.module}.{variant}", rest
 
 
+def in_order(arguments: list[str]) -> list[str]:
+    """Put the options that every command has behind the words of the command.
+
+    Args:
+        arguments: The command line without the program's name; not empty.
+    """
+    name, *rest = _word_first(arguments)
+    if name in COMMANDS and COMMANDS[name].variants:
+        rest = _word_first(rest)
+    return [name, *rest]
+
+
+def _word_first(arguments: list[str]) -> list[str]:
+    count = 0
+    while arguments[count + 1 :] and _VERBOSITY.fullmatch(arguments[count]):
+        count += 1
+    return [*arguments[count : count + 1], *arguments[:count], *arguments[count + 1 :]]
+
+
 def command_names(program: str) -> dict[str, str]:
     """Return what a user types for each module that a command runs, such as `hybridquant verify`.
 
@@ -165,6 +188,7 @@ def run_command(arguments: list[str], program: str = "hybridquant") -> int:
     if not arguments:
         print(help_text(), file=sys.stderr)
         return 2
+    arguments = in_order(arguments)
     if wants_overview(arguments):
         print(help_text())
         return 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
 from checkpoint.naming import directory_names
 from checkpoint.video import Video
+from checkpoint.weight_files import checkpoint_faults
 from tiny.tasks import TASKS, TEST_ITEMS, check_tasks, items
 
 logger = get_logger("accuracy")
@@ -94,7 +96,8 @@ def _run() -> int:
     check_tasks(names)
     if not names:
         raise BadInput(Fault("--tasks", "names no task", f"choose from {', '.join(TASKS)}"))
-    raise_if_any(_item_faults(arguments.items))
+    raise_if_any(_first_faults(arguments, directory))
+    video = compared_video(directory, arguments.video_pruning_rate)
     if arguments.json:
         check_result_file(arguments.json)
     samples = {name: items(name, count=arguments.items) for name in names}
@@ -110,7 +113,6 @@ def _run() -> int:
     rounded = rounding_note(reference)
     if rounded is not None:
         logger.info("%s", rounded)
-    video = compared_video(directory, arguments.video_pruning_rate)
     logger.info("clips: %s", video)
     if arguments.endpoint:
         answers = ask_endpoint(arguments.endpoint, samples, api_key=arguments.api_key)
@@ -125,8 +127,12 @@ def _run() -> int:
     return 0
 
 
-def _item_faults(count: int) -> list[Fault]:
-    return [] if count >= 1 else [Fault("--items", f"is {count}", "give at least 1")]
+def _first_faults(arguments: argparse.Namespace, directory: Path) -> Iterator[Fault]:
+    """Yield what can be told of the command line and both checkpoints without torch."""
+    if arguments.items < 1:
+        yield Fault("--items", f"is {arguments.items}", "give at least 1")
+    for path in (arguments.reference, directory):
+        yield from checkpoint_faults(path)
 
 
 if __name__ == "__main__":

@@ -225,11 +225,8 @@ def read_config(directory: str | Path) -> CheckpointConfig:
             unknown mixer kind or vision tower.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise BadInput(_no_directory(directory))
+    raise_if_any(absence_faults(directory))
     path = directory / "config.json"
-    if not path.exists():
-        raise BadInput(_no_config(directory))
     raw = read_json(path)
     family = find_family(raw.get("architectures"))
     if family is None:
@@ -243,6 +240,14 @@ def read_config(directory: str | Path) -> CheckpointConfig:
     config = CheckpointConfig(directory, raw, family)
     raise_if_any(value_faults(config))
     return config
+
+
+def absence_faults(directory: Path) -> Iterator[Fault]:
+    """Yield the fault of a path that is no directory, or of a directory without config.json."""
+    if not directory.is_dir():
+        yield _no_directory(directory)
+    elif not (directory / "config.json").exists():
+        yield _no_config(directory)
 
 
 def _no_directory(directory: Path) -> Fault:

@@ -18,8 +18,7 @@ from checkpoint.dtypes import FULL, TORCH_NAMES
 from checkpoint.faults import Fault, raise_if_any, shortened
 from checkpoint.layout import Specs, TensorSpec
 from checkpoint.other_weights import INDEX, SINGLE
-from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer
-from checkpoint.weight_files import read_weight_map
+from checkpoint.weight_files import file_faults, read_weight_map
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in TORCH_NAMES.items()}
 """torch's dtypes by the names that safetensors gives them."""
@@ -81,9 +80,9 @@ class TensorFiles:
 
     def _read_header(self, file: str) -> Iterator[Fault]:
         path = self.directory / file
-        fault = checkpoint_file_fault(path, self.directory)
-        if fault is not None and path.exists():
-            yield fault
+        faults = list(file_faults(path, self.directory))
+        if faults:
+            yield from faults
             return
         try:
             # safe_open checks the header. Framework "pt" would map the whole file as private
@@ -104,13 +103,8 @@ class TensorFiles:
             for name, entry in header.items():
                 if name in self.specs:
                     self._start[name] = 8 + size + entry["data_offsets"][0]
-        except FileNotFoundError:
-            yield Fault(str(path), "no such file, though the index names it", "copy the shard")
         except (SafetensorError, OSError, ValueError) as error:
-            if is_lfs_pointer(path):
-                yield Fault(str(path), "is only a Git LFS pointer", "fetch it: git lfs pull")
-                return
-            what = f"is truncated or not a safetensors file: {shortened(error)}"
+            what = f"is not a safetensors file: {shortened(error)}"
             yield Fault(str(path), what, "copy the file again")
 
     def __iter__(self) -> Iterator[str]:

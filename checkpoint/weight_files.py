@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import read_json
+from checkpoint.config import bf16_faults, read_config, read_json
 from checkpoint.faults import BadInput, Fault, raise_if_any, shortened
 from checkpoint.other_weights import INDEX, SINGLE, no_weights
 from checkpoint.reading import checkpoint_file_fault, is_lfs_pointer, safetensors_header
@@ -26,8 +26,24 @@ def weight_faults(directory: Path) -> list[Fault]:
         return list(bad.faults)
     faults: list[Fault] = []
     for name in sorted(files):
-        faults += _file_faults(directory / name, directory)
+        faults += file_faults(directory / name, directory)
     return faults
+
+
+def checkpoint_faults(directory: Path, must_be_bf16: bool = False) -> list[Fault]:
+    """Return faults of a checkpoint that are told in a moment: those of config.json, or where there
+    are none, those of the weights' headers.
+
+    Args:
+        directory: A checkpoint.
+        must_be_bf16: Whether a quantized one is a fault.
+    """
+    try:
+        config = read_config(directory)
+    except BadInput as bad:
+        return list(bad.faults)
+    faults = list(bf16_faults(config)) if must_be_bf16 else []
+    return [*faults, *weight_faults(directory)]
 
 
 def read_weight_map(directory: Path) -> dict[str, str]:
@@ -65,7 +81,13 @@ def _file_name_faults(weight_map: Mapping[str, Any], path: Path) -> Iterator[Fau
             yield Fault(str(path), f"{what} does not load", "copy the file again")
 
 
-def _file_faults(path: Path, directory: Path) -> Iterator[Fault]:
+def file_faults(path: Path, directory: Path) -> Iterator[Fault]:
+    """Yield the fault of one weight file, from its header and its size.
+
+    Args:
+        path: The file.
+        directory: The checkpoint that it belongs to.
+    """
     # vLLM finds this out after it has loaded the shards before it, and names neither the file nor
     # the reason.
     fault = checkpoint_file_fault(path, directory)
@@ -87,7 +109,7 @@ def _file_faults(path: Path, directory: Path) -> Iterator[Fault]:
         return
     if size != expected:
         what = f"is truncated: it has {size} bytes, and by its header {expected}"
-        yield Fault(str(path), what, "copy it again")
+        yield Fault(str(path), what, "copy the file again")
 
 
 def _expected_bytes(path: Path) -> int:

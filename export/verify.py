@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.config import read_config
-from checkpoint.faults import Fault, main
+from checkpoint.config import absence_faults, read_config
+from checkpoint.faults import Fault, main, raise_if_any
 from checkpoint.libraries import prepare_libraries
+from checkpoint.weight_files import checkpoint_faults
 
 if TYPE_CHECKING:
     from export.checks import Verification
@@ -73,6 +75,18 @@ def verification(
     return inspect(directory, source, run_prompts)
 
 
+def first_faults(directory: Path, source: Path | None) -> Iterator[Fault]:
+    """Yield what keeps a directory from being looked at: told before ModelOpt is imported.
+
+    Args:
+        directory: As for `verify`.
+        source: As for `verify`.
+    """
+    yield from absence_faults(directory)
+    if source is not None:
+        yield from checkpoint_faults(source, must_be_bf16=True)
+
+
 def show_verification(directory: Path, found: Verification) -> None:
     """Print what was not checked in one line, and all faults in one table."""
     if found.unchecked:
@@ -113,6 +127,7 @@ def _run() -> int:
     parser.add_argument("--load", action="store_true", help=load_help)
     parser.add_argument("--json", action="store_true", help="print the faults as JSON")
     arguments = parse_command(parser)
+    raise_if_any(first_faults(arguments.directory, arguments.source))
     prepare_libraries()
     found = verification(arguments.directory, arguments.source)
     kernels: dict[str, int] = {}

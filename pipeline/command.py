@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.command import command_name, command_parser, parse_command
-from checkpoint.faults import Fault, main, raise_if_any, raise_on_termination
+from checkpoint.faults import BadInput, Fault, main, raise_if_any, raise_on_termination, shortened
 from checkpoint.libraries import prepare_libraries
 from checkpoint.memory import let_segments_grow
 from pipeline.first_checks import first_faults
@@ -41,11 +41,8 @@ def _run(
     arguments_help = "a recipe, if it is not the default one, and fields of it"
     parser.add_argument("arguments", nargs="*", metavar="RECIPE|key=value", help=arguments_help)
     arguments = parse_command(parser).arguments
-    path = SHIPPED / default
-    if arguments and "=" not in arguments[0]:
-        path = Path(arguments[0])
-        arguments = arguments[1:]
-    recipe = load_recipe(path, arguments)
+    path, fields = split_recipe(arguments)
+    recipe = load_recipe(path or SHIPPED / default, fields)
     raise_if_any(purpose_faults(recipe, module, formats, distils))
     # torch and ModelOpt take seconds to import; what can be told without them is told before.
     raise_if_any(first_faults(recipe))
@@ -56,6 +53,22 @@ def _run(
     from pipeline.run import run
 
     return run(recipe)
+
+
+def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the recipe among the words of a command line, and the others.
+
+    Raises:
+        BadInput: There are two.
+    """
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        first, second = (shortened(repr(word)) for word in recipes[:2])
+        raise BadInput(Fault(second, f"is a second recipe, after {first}", "give key=value"))
+    if recipes == [""]:
+        raise BadInput(Fault("''", "is not a recipe and not key=value", "leave it out"))
+    fields = [word for word in words if "=" in word]
+    return (Path(recipes[0]) if recipes else None), fields
 
 
 def purpose_faults(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint.config import bf16_faults, read_config
-from checkpoint.faults import BadInput, Fault
+from checkpoint.faults import Fault
 from checkpoint.run_state import place_faults
-from checkpoint.weight_files import weight_faults
+from checkpoint.weight_files import checkpoint_faults
 from recipes.schema import TINY, Recipe
+from serve.preflight import dtype_faults
 
 
 def first_faults(recipe: Recipe) -> list[Fault]:
@@ -20,7 +20,7 @@ def first_faults(recipe: Recipe) -> list[Fault]:
 
     What is inside them is checked when they are opened (`pipeline.job.open_job`).
     """
-    faults = list(_model_faults(recipe.model))
+    faults = list(_model_faults(recipe))
     faults += place_faults(recipe.output)
     faults += _inside_faults(recipe)
     for source in recipe.sources():
@@ -38,13 +38,12 @@ def _inside_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault(str(recipe.output), what, "give an output beside it")
 
 
-def _model_faults(model: str) -> Iterator[Fault]:
-    if model == TINY:
+def _model_faults(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.model == TINY:
         return
-    try:
-        config = read_config(model)
-    except BadInput as bad:
-        yield from bad.faults
-        return
-    yield from bf16_faults(config)
-    yield from weight_faults(config.directory)
+    directory = Path(recipe.model)
+    faults = checkpoint_faults(directory, must_be_bf16=True)
+    yield from faults
+    if not faults and recipe.accuracy.suites is not None:
+        # The benchmarks are asked of a server at the end, which does not take all that a run takes.
+        yield from dtype_faults(directory)

@@ -23,7 +23,8 @@ class Recipe(Section):
     """One product: what to load, calibrate on, quantize, require and serve."""
 
     model: str
-    """Directory of the BF16 checkpoint, or `tiny` for the checkpoint that ships with us."""
+    """Directory of the BF16 checkpoint, or `tiny` for the checkpoint that ships with us. Weights in
+    float32 or float16 are rounded to BF16 as they are read."""
     output: Path
     """Directory to write; it must not exist, and appears whole at the end or not at all."""
     device: str | None = None

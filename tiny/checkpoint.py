@@ -43,7 +43,7 @@ def write_tiny(out: str | Path, seed: int = 0, trained: bool = True) -> Checkpoi
     """
     out = Path(out)
     if out.exists():
-        raise BadInput(Fault(str(out), "exists already", "remove it or give another output"))
+        raise BadInput(Fault(str(out), "exists already", "remove it, or give another output"))
     config = CheckpointConfig(out, read_json(WEIGHTS / "config.json"))
     with replaced_directory(out) as partial:
         shutil.copyfile(WEIGHTS / "config.json", partial / "config.json")

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.faults import main
+from checkpoint.faults import main, raise_if_any
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
 from export.publish.suites import add_accuracy_option, read_accuracy
+from export.verify import first_faults
 
 logger = get_logger("card")
 
@@ -48,7 +49,9 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", metavar="ORG/NAME", help="where it will be on the Hub (DIR)")
     add_accuracy_option(parser)
     parsed = parse_command(parser, arguments)
-    read_config(parsed.directory)  # what is no checkpoint is reported before torch is imported
+    # What is no checkpoint is reported before torch is imported.
+    raise_if_any(first_faults(parsed.directory, parsed.source))
+    read_config(parsed.directory)
     tasks, benchmarks = read_accuracy(parsed.accuracy, parsed.directory)
     prepare_libraries()
     from export.publish import model_card

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 from checkpoint.atomic import write_text
 from checkpoint.command import command_parser, parse_command
 from checkpoint.config import read_config
-from checkpoint.faults import main
+from checkpoint.faults import main, raise_if_any
 from checkpoint.libraries import prepare_libraries
 from checkpoint.log import get_logger
 from export.publish.suites import add_accuracy_option, read_accuracy
+from export.verify import first_faults
 
 if TYPE_CHECKING:
     from export.publish.facts import Facts
@@ -129,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_command(_parser(), arguments)
-    read_config(parsed.directory)  # what is no checkpoint is reported before torch is imported
+    # What is no checkpoint is reported before torch is imported.
+    raise_if_any(first_faults(parsed.directory, parsed.source))
+    read_config(parsed.directory)
     from export.publish.measured import read_bench, read_sweep
 
     sweep = read_sweep(parsed.sweep, parsed.directory.resolve().name) if parsed.sweep else None

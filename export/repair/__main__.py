@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.command import command_parser, parse_command
-from checkpoint.faults import BadInput, Fault, main
+from checkpoint.faults import main, raise_if_any
 from checkpoint.libraries import prepare_libraries
+from export.verify import first_faults, show_faults
 
 
 def _run(arguments: Sequence[str] | None = None) -> int:
@@ -32,14 +33,9 @@ def _run(arguments: Sequence[str] | None = None) -> int:
     from export.repair.staging import restore_interrupted
 
     restore_interrupted(directory)
-    if not directory.is_dir():
-        raise BadInput(Fault(str(parsed.directory), "no such directory", "check the path"))
-    if not (directory / "config.json").is_file():
-        what = "has no config.json, so it is not a checkpoint"
-        raise BadInput(Fault(str(parsed.directory), what, "give an exported directory"))
+    raise_if_any(first_faults(parsed.directory, parsed.source))
     prepare_libraries()
     from export.repair.directory import CannotRepair, repair
-    from export.verify import show_faults
 
     try:
         changes = repair(directory, parsed.source)

@@ -22,7 +22,6 @@ from export.repair.section import CONFIG, LEGACY, repair_sections
 from export.repair.staging import exchange, staged_copy
 from export.repair.weights import plan_weights, write_weights
 from export.verify import verify
-from quantize.formats.registry import UNQUANTIZED
 
 
 class CannotRepair(Exception):
@@ -71,9 +70,6 @@ def _repair(directory: Path, copy: Path, source: Checkpoint | None) -> list[str]
     tensors = TensorFiles(directory)
     declared = _declared(own)
     weights = plan_weights(config, tensors, declared, source)
-    if all(format == UNQUANTIZED for format in weights.formats.values()):
-        what = "no linear has the tensors of a known format"
-        raise BadInput(Fault(str(directory), what, "quantize again"))
     changes += weights.changes()
     write_weights(weights, config, tensors, source, copy)
     legacy = _readable(directory / LEGACY)

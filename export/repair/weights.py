@@ -99,6 +99,9 @@ def plan_weights(
     specs = {new: tensors.specs[old] for new, old in names.items()}
     linears = language_model_linears(config)
     formats = {linear.name: _format(linear, specs, family, declared) for linear in linears}
+    if all(format == UNQUANTIZED for format in formats.values()):
+        what = "no linear has the tensors of a known format"
+        raise BadInput(Fault(str(tensors.directory), what, "quantize again"))
     kv_scales = any(name.endswith(tuple(family.kv_linears.values())) for name in specs)
     required = quantized_layout(config, formats, kv_scales)
     for name in family.optional_tensors:

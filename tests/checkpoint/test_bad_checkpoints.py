@@ -9,6 +9,8 @@ import torch
 from checkpoint.faults import BadInput
 from checkpoint.files import TensorFiles
 from checkpoint.opened import check_finite, open_bf16, open_checkpoint
+from checkpoint.other_weights import INDEX, SINGLE
+from checkpoint.weight_files import weight_faults
 from tests.editing import edit_json, edit_tensors, truncate
 
 UP = "language_model.backbone.layers.1.mixer.up_proj.weight"
@@ -53,13 +55,64 @@ def test_llm_config_without_dtype_is_refused_because_vllm_asserts_on_it(tiny_cop
 
 def test_truncated_weights(tiny_copy):
     truncate(tiny_copy / "model.safetensors")
-    assert "is truncated or not a safetensors file" in faults_of(tiny_copy)
+    assert "is truncated: it has" in faults_of(tiny_copy)
 
 
 def test_corrupt_header(tiny_copy):
     with (tiny_copy / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * 64)
-    assert "is truncated or not a safetensors file" in faults_of(tiny_copy)
+    assert "is not a safetensors file" in faults_of(tiny_copy)
+
+
+def cut(directory):
+    truncate(directory / SINGLE)
+
+
+def write_no_header(directory):
+    (directory / SINGLE).write_bytes(b"\xff" * 64)
+
+
+def write_lfs_pointer(directory):
+    (directory / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def empty(directory):
+    (directory / SINGLE).write_bytes(b"")
+
+
+def move_out(directory):
+    (directory / SINGLE).rename(directory.parent / SINGLE)
+    (directory / SINGLE).symlink_to(directory.parent / SINGLE)
+
+
+def remove(directory):
+    (directory / SINGLE).unlink()
+
+
+def name_a_shard_that_is_not_there(directory):
+    (directory / INDEX).write_text(json.dumps({"weight_map": {UP: "a.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        write_no_header,
+        write_lfs_pointer,
+        empty,
+        move_out,
+        remove,
+        name_a_shard_that_is_not_there,
+    ],
+)
+def test_a_damaged_weight_file_is_told_in_the_same_words_at_the_first_look_and_later(
+    tiny_copy, damage
+):
+    damage(tiny_copy)
+    with pytest.raises(BadInput) as caught:
+        TensorFiles(tiny_copy)
+    (fault,) = caught.value.faults
+    assert weight_faults(tiny_copy) == [fault]
 
 
 def test_no_weights(tiny_copy):

@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from modelopt.torch.export import export_hf_checkpoint
+from safetensors.torch import load_file
 
 from checkpoint.faults import main
+from checkpoint.files import TensorFiles
 from checkpoint.native import load_model
+from checkpoint.opened import open_bf16
+from checkpoint.other_weights import SINGLE
 from export.repair.__main__ import _run
 from export.repair.directory import CannotRepair, repair
 from export.repair.staging import restore_interrupted
 from export.verify import verify
 from quantize.policy import Rule
-from tests.editing import edit_json, edit_tensors, truncate
+from tests.editing import cast_weights, edit_json, edit_tensors, truncate
 from tests.export.test_write import quantized, write
 
 CONFIG = "config.json"
@@ -198,6 +202,35 @@ def test_a_missing_tensor_comes_from_the_source(fp8_copy, tiny):
     assert verify(fp8_copy, tiny) == []
 
 
+def test_a_missing_tensor_comes_from_a_source_in_float32_as_bf16(fp8_copy, tiny_copy):
+    cast_weights(tiny_copy, "float32", "mlp1.")
+    norm = "language_model.backbone.norm_f.weight"
+    widen = {norm: load_file(tiny_copy / SINGLE)[norm].float()}
+    edit_tensors(tiny_copy, lambda tensors: tensors.update(widen))
+    edit_tensors(fp8_copy, lambda tensors: tensors.pop(norm))
+    rounded = open_bf16(tiny_copy).tensors
+    lost = [name for name in rounded if name.startswith("mlp1.")]
+    edit_tensors(fp8_copy, lambda tensors: [tensors.pop(name) for name in lost])
+    changes = repair(fp8_copy, tiny_copy)
+    assert any(f"weights: {len(lost) + 1} tensors taken from the source" in c for c in changes)
+    assert verify(fp8_copy, tiny_copy) == []
+    repaired = TensorFiles(fp8_copy)
+    for name in (norm, *lost):
+        assert repaired.specs[name].dtype == "BF16"
+        assert torch.equal(repaired.read(name), rounded.read(name)), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_not_quantized_is_said_once(tiny_copy, dtype):
+    cast_weights(tiny_copy, dtype)
+    with pytest.raises(CannotRepair) as caught:
+        repair(tiny_copy, None)
+    (fault,) = caught.value.faults
+    assert str(fault) == (
+        f"{tiny_copy}: no linear has the tensors of a known format (quantize again)"
+    )
+
+
 def test_a_manifest_of_version_0_1(fp8_copy):
     def age(manifest):
         manifest["serve"]["video_pruning_rate"] = manifest.pop("video")["pruning_rate"]
@@ -290,7 +323,11 @@ def test_a_killed_exchange_is_undone(fp8_copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nowhere", "no such directory"), ("", "has no config.json")]
+    ("name", "said"),
+    [
+        ("nowhere", "nowhere: no such directory (give the directory of a checkpoint)"),
+        ("", "config.json: no such file (is this a checkpoint directory?)"),
+    ],
 )
 def test_what_is_no_checkpoint_exits_with_2(tmp_path, capsys, name, said):
     with pytest.raises(SystemExit) as ended:

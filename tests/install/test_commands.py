@@ -75,6 +75,22 @@ def test_an_unknown_command_is_one_sentence_with_the_nearest_one(arguments, mess
     assert len(caught.value.faults) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "ordered"),
+    [
+        ("-v quantize fp8 a=1", "quantize fp8 -v a=1"),
+        ("quantize -q fp8 a=1", "quantize fp8 -q a=1"),
+        ("-vv quantize --quiet nvfp4", "quantize nvfp4 -vv --quiet"),
+        ("--verbose verify DIR", "verify --verbose DIR"),
+        ("verify -v DIR", "verify -v DIR"),
+        ("-v --version", "--version -v"),
+        ("-v", "-v"),
+    ],
+)
+def test_verbosity_may_stand_in_front_of_a_command(line, ordered):
+    assert hybridquant.in_order(line.split()) == ordered.split()
+
+
 def test_an_unknown_command_exits_with_2():
     done = run("serv")
     assert (done.returncode, done.stdout) == (2, "")

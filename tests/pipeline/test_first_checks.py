@@ -8,6 +8,7 @@ import pytest
 from checkpoint.lock import LOCK, locked_directory
 from checkpoint.other_weights import SINGLE
 from checkpoint.run_state import RunState
+from export.verify import first_faults as first_faults_of_verify
 from pipeline.first_checks import first_faults
 from recipes.loading import SHIPPED, load_recipe
 from tests.editing import edit_json
@@ -70,6 +71,46 @@ def test_a_quantized_model_is_told(tiny_copy, tmp_path):
         "is quantized already (give the BF16 checkpoint)" in fault
         for fault in told(model=tiny_copy, output=tmp_path / "out")
     )
+
+
+def test_benchmarks_need_a_model_that_can_be_served(tiny_copy, tmp_path):
+    edit_json(tiny_copy / "config.json", lambda c: c.update(torch_dtype="float32"))
+    assert told(model=tiny_copy, output=tmp_path / "out") == []
+    suites = {"accuracy__suites__names": "[chartqa]"}
+    (fault,) = told(model=tiny_copy, output=tmp_path / "out", **suites)
+    assert "torch_dtype is float32: vLLM would die at the first picture" in fault
+
+
+NONE = "error: {}: no such directory (give the directory of a checkpoint)"
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        ("export.verify", "--source"),
+        ("export.repair", "--source"),
+        ("export.publish.report", "--source"),
+        ("export.publish.card", "--source"),
+        ("accuracy", "--reference"),
+    ],
+)
+def test_commands_of_two_directories_tell_both_before_they_import_torch(module, option, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'modelopt', 'transformers'): sys.modules[name] = None\n"
+        f"sys.argv = ['', {str(one)!r}, '-v', {option!r}, {str(other)!r}]\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert sorted(done.stderr.splitlines()) == [NONE.format(one), NONE.format(other)]
+    assert done.returncode == 2
+
+
+def test_a_source_that_is_quantized_is_told_by_verify(tiny_copy):
+    edit_json(tiny_copy / "config.json", lambda c: c.update(quantization_config={}))
+    (fault,) = first_faults_of_verify(tiny_copy, tiny_copy)
+    assert str(fault) == f"{tiny_copy}: is quantized already (give the BF16 checkpoint)"
 
 
 # The output

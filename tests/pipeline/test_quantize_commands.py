@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from checkpoint.faults import Terminated, raise_on_termination
-from pipeline.command import purpose_faults
+from checkpoint.faults import BadInput, Terminated, raise_on_termination
+from pipeline.command import purpose_faults, split_recipe
 from pipeline.run import run
 from recipes.loading import SHIPPED, load_recipe
 from tests.forked import run_forked
@@ -38,6 +39,28 @@ def test_a_format_s_command_needs_a_rule_with_the_format():
     mixed = ["quantize.layers=[{format: nvfp4}, {format: fp8, kind: mamba}]"]
     assert purpose("fp8.yaml", "quantize.nvfp4", ["nvfp4"], overrides=mixed) == ""
     assert purpose("fp8.yaml", "quantize.fp8", ["fp8"], overrides=mixed) == ""
+
+
+@pytest.mark.parametrize("line", ["r.yaml a=1 b=2", "a=1 r.yaml b=2", "a=1 b=2 r.yaml"])
+def test_the_recipe_may_stand_among_its_fields(line):
+    assert split_recipe(line.split()) == (Path("r.yaml"), ["a=1", "b=2"])
+
+
+def test_without_a_recipe_there_are_fields_only():
+    assert split_recipe(["a=1", "=2"]) == (None, ["a=1", "=2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.yaml", "k=1", "b.yaml"], "'b.yaml': is a second recipe, after 'a.yaml'"),
+        (["k=1", ""], "'': is not a recipe and not key=value"),
+    ],
+)
+def test_words_that_are_neither_are_refused(words, message):
+    with pytest.raises(BadInput) as caught:
+        split_recipe(words)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def train(settings: Settings) -> dict[str, Any] | None:
     deadline = time.monotonic() + 60 * settings.pause_after
     released = settings.out / "checkpoint"
     if released.exists():
-        raise BadInput(Fault(str(released), "exists already", "remove it or give another output"))
+        raise BadInput(Fault(str(released), "exists already", "remove it, or give another output"))
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings)
     trainer.resume()
