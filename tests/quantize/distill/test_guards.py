@@ -64,7 +64,7 @@ def test_a_range_that_changes_stops_the_run(tiny, tmp_path):
     small = Small(tiny, tmp_path, steps=1)
     quantizer = small.student.get_submodule("model.layers.0.mixer.in_proj.input_quantizer")
 
-    def samples():
+    def samples(skipped):
         yield from itertools.islice(texts(), 2)
         quantizer.amax.mul_(2)  # behind the held-out samples, and so in the training
         yield from itertools.islice(texts(), 2, None)
@@ -94,7 +94,7 @@ def broken_at(number, small):
     ids = small.checkpoint.tokenizer.encode("§", add_special_tokens=False)
     small.student.get_input_embeddings().weight.data[ids] = math.nan
 
-    def samples():
+    def samples(skipped):
         for index in itertools.count():
             yield text_sample(index, "§" if index == number else "Sentence")
 
