@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,6 +21,12 @@ from tiny.checkpoint import write_tiny
 # Before any test module imports transformers' model classes; this file must not, at its top.
 prepare_libraries()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# In the background of a shell, or under nohup, signals are ignored, and would be by the commands
+# that tests start.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 SHARED = ("server", "vllm_process", "medium")
 """Fixtures that several files share, and which take long to make."""
