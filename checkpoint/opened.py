@@ -97,8 +97,13 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     Raises:
         BadInput: It is not a checkpoint, or a weight file is missing or corrupt.
     """
-    checkpoint = Checkpoint(read_config(directory), TensorFiles(directory))
-    if not is_quantized(checkpoint.config.raw):
+    return _open(read_config(directory))
+
+
+def _open(config: CheckpointConfig) -> Checkpoint:
+    """Open the weights of a checkpoint whose configuration has been read."""
+    checkpoint = Checkpoint(config, TensorFiles(config.directory))
+    if not is_quantized(config.raw):
         checkpoint.tensors.round_to_bf16(checkpoint.layout)
     return checkpoint
 
@@ -113,7 +118,7 @@ def open_bf16(directory: str | Path) -> Checkpoint:
     """
     config = read_config(directory)
     raise_if_any(bf16_faults(config))
-    checkpoint = open_checkpoint(directory)
+    checkpoint = _open(config)
     raise_if_any(ambiguous_weights(config.directory, checkpoint.tensors.files))
     raise_if_any(naming_faults(checkpoint))
     optional = config.family.optional_tensors

@@ -188,7 +188,7 @@ def media_digests(recipe: Recipe) -> dict[str, str]:
     reads them.
     """
     files: set[Path] = set()
-    for section in _sections(recipe):
+    for section in recipe.sampled_sections():
         for source in section.sources:
             if source.files():
                 files.update(_media_files(source, section))
@@ -213,11 +213,3 @@ def _stamps_digest(stamps: list[tuple[str, list[int]]]) -> str:
     newest = max(stamps, key=lambda entry: entry[1][-1:])[0]
     number = "1 file" if len(stamps) == 1 else f"{len(stamps)} files"
     return f"{number}, newest {shortened(newest, 60)} ({digest[:12]})"
-
-
-def _sections(recipe: Recipe) -> list[Calibrate | Accuracy | Distill]:
-    """The sections of a recipe that have sources."""
-    sections: list[Calibrate | Accuracy | Distill] = [recipe.calibrate, recipe.accuracy]
-    if recipe.distill is not None:
-        sections.append(recipe.distill)
-    return sections

@@ -42,12 +42,16 @@ class Recipe(Section):
     serve: Serve = Serve()
     """How `python -m serve` starts vLLM on the result."""
 
-    def sources(self) -> list[Source]:
-        """Return the sources of all samples: those of calibration, accuracy and distillation."""
-        sources: list[Source] = [*self.calibrate.sources, *self.accuracy.sources]
+    def sampled_sections(self) -> list[Calibrate | Accuracy | Distill]:
+        """Return the sections that have sources: calibration, accuracy and distillation."""
+        sections: list[Calibrate | Accuracy | Distill] = [self.calibrate, self.accuracy]
         if self.distill is not None:
-            sources += self.distill.sources
-        return sources
+            sections.append(self.distill)
+        return sections
+
+    def sources(self) -> list[Source]:
+        """Return the sources of all samples."""
+        return [source for section in self.sampled_sections() for source in section.sources]
 
     @field_validator("output")
     @classmethod

@@ -22,19 +22,24 @@ def told(recipe: str = "fp8", **overrides: object) -> list[str]:
     return [str(f) for f in first_faults(load_recipe(SHIPPED / "tiny" / f"{recipe}.yaml", given))]
 
 
+def run_without_torch(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that cannot import torch or what takes as long."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'modelopt', 'transformers', 'datasets'): sys.modules[name] = None\n"
+        f"sys.argv = ['', *{arguments!r}]\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("door", FRONT_DOORS)
 def test_every_front_door_checks_before_it_imports_torch(door, tmp_path):
     samples = f"[{{type: jsonl, path: {tmp_path / 'none.jsonl'}}}]"
     (tmp_path / "out").mkdir()
     arguments = [f"model={tmp_path / 'none'}", f"output={tmp_path / 'out'}"]
     arguments.append(f"calibrate.sources={samples}")
-    code = (
-        "import runpy, sys\n"
-        "for name in ('torch', 'modelopt', 'transformers', 'datasets'): sys.modules[name] = None\n"
-        f"sys.argv = ['', *{arguments!r}]\n"
-        f"runpy.run_module('quantize.{door}', run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_without_torch(f"quantize.{door}", *arguments)
     assert done.stderr.splitlines() == [
         f"error: {tmp_path / 'none'}: no such directory (give the directory of a checkpoint)",
         f"error: {tmp_path / 'out'}: exists already (remove it, or give another output)",
@@ -96,13 +101,7 @@ NONE = "error: {}: no such directory (give the directory of a checkpoint)"
 )
 def test_commands_of_two_directories_tell_both_before_they_import_torch(module, option, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    code = (
-        "import runpy, sys\n"
-        "for name in ('torch', 'modelopt', 'transformers'): sys.modules[name] = None\n"
-        f"sys.argv = ['', {str(one)!r}, '-v', {option!r}, {str(other)!r}]\n"
-        f"runpy.run_module({module!r}, run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run_without_torch(module, str(one), "-v", option, str(other))
     assert sorted(done.stderr.splitlines()) == [NONE.format(one), NONE.format(other)]
     assert done.returncode == 2
 
